@@ -1,0 +1,1 @@
+"""Partita: ZeRO data parallelism and mixed precision for PyTorch, on a native core."""
