@@ -1,0 +1,36 @@
+#pragma once
+
+#include <vector>
+
+#include "partita/loss_scale.h"
+#include "partita/segments.h"
+#include "partita/span.h"
+
+namespace partita {
+
+// Hyper-parameters of one optimizer group.
+struct AdamGroup {
+    double lr = 1e-3;
+    double beta1 = 0.9;
+    double beta2 = 0.999;
+    double eps = 1e-8;
+    double weight_decay = 0.0;
+    bool decoupled = false;  // false: Adam, decay joins the gradient (L2); true: AdamW, decay shrinks the weight
+};
+
+// Flat buffers of one shard, all of the same number of elements.
+struct AdamBuffers {
+    Span grads;       // any dtype, read
+    Span master;      // f32
+    Span exp_avg;     // f32
+    Span exp_avg_sq;  // f32
+    Span params;      // written with the new weights, any dtype; no data: the master is the parameter
+};
+
+// One update, one pass (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1 with its bias corrections; decoupled decay:
+// Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2). Reads gradient scale, skip flag and step number from
+// `control`; a skipped step writes nothing. Throws std::invalid_argument when sizes, dtypes or groups do not match.
+void adam(const AdamBuffers& buffers, const Segments& segments, const std::vector<AdamGroup>& groups,
+          const StepControl* control, int threads);
+
+}  // namespace partita
