@@ -13,6 +13,7 @@ Bucketer::Bucketer(std::vector<std::int32_t> unit_of, std::int32_t units)
       seen_(unit_of_.size(), 0),
       missing_at_start_(static_cast<std::size_t>(std::max(units, 0)), 0),
       units_(units) {
+    if (units < 0) throw std::invalid_argument("the number of units must not be negative: " + std::to_string(units));
     for (std::size_t p = 0; p < unit_of_.size(); ++p) {
         if (unit_of_[p] < 0 || unit_of_[p] >= units) {
             throw std::invalid_argument("parameter " + std::to_string(p) + " names unit " + std::to_string(unit_of_[p]) +

@@ -87,7 +87,8 @@ void unpack(Span source, const std::vector<Span>& destinations, const std::vecto
     Work work;
     for (std::size_t i = 0; i < destinations.size(); ++i) {
         check_inside("destination", i, offsets[i], destinations[i].numel, source.numel);
-        work.add(destinations[i], source.part(offsets[i], destinations[i].numel));
+        const Span none{nullptr, destinations[i].numel, source.dtype};
+        work.add(destinations[i], source.data == nullptr ? none : source.part(offsets[i], destinations[i].numel));
     }
     work.run(scale, accumulate, threads);
 }

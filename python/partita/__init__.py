@@ -1,1 +1,20 @@
 """Partita: ZeRO data parallelism and mixed precision for PyTorch, on a native core."""
+
+from partita.comm import init_distributed
+from partita.config import Config, ConfigError, default_config
+from partita.engine import Engine, initialize
+from partita.lifecycle import LifecycleError
+from partita.optim import FusedAdam
+
+__version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Engine",
+    "FusedAdam",
+    "LifecycleError",
+    "__version__",
+    "default_config",
+    "init_distributed",
+    "initialize",
+]

@@ -1,5 +1,5 @@
 // Copies between flat buffers and tensors: destination = [destination +] source * scale, computed in fp32 and rounded
-// once to the destination's type (nearest, ties to even).
+// once to the destination's type (nearest, ties to even). A source without data counts as zeros.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace partita {
 
-// Gathers `sources` into `destination`, source i at element `offsets[i]`. A source without data counts as zeros.
-// Throws std::invalid_argument when a source does not fit.
+// Gathers `sources` into `destination`, source i at element `offsets[i]`. Throws std::invalid_argument when a
+// source does not fit.
 void pack(Span destination, const std::vector<Span>& sources, const std::vector<std::int64_t>& offsets, float scale,
           bool accumulate, int threads);
 

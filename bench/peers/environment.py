@@ -1,0 +1,79 @@
+"""The process: its environment variables, its ranks, and the memory it holds.
+
+Import it before torch: OpenMP reads its thread count once, and the baseline of the memory figures is taken here, right
+after torch is loaded and before anything else is.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# DeepSpeed compiles its kernels on first use and looks for ninja, which may be installed beside this interpreter only.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+
+import torch
+import torch.distributed as dist
+
+
+def memory_mib(field: str) -> float:
+    """A memory figure of this process: VmRSS (resident), VmHWM (its peak), RssShmem (the part in shared memory)."""
+    # getrusage would not do: its peak survives exec, so a child starts with that of its parent.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise KeyError(f"{field} is not in /proc/self/status")
+
+
+TORCH_RESIDENT_MIB = memory_mib("VmRSS")
+
+
+class Ranks:
+    """The processes of this run: those torchrun started, or this one alone."""
+
+    def __init__(self) -> None:
+        _quiet()
+        if "RANK" not in os.environ:
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+            os.environ["MASTER_PORT"] = str(_free_port())
+        dist.init_process_group("gloo")
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def largest(self, value: float) -> float:
+        """The largest of one number per rank: the time of the slowest, the memory of the fullest."""
+        return self._reduced(value, dist.ReduceOp.MAX)
+
+    def mean(self, value: float) -> float:
+        return self._reduced(value, dist.ReduceOp.SUM) / self.world_size
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _reduced(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
+        cell = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(cell, operation)
+        return cell.item()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _quiet() -> None:
+    """Keep the peers' warnings about their own internals out of the tables."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)

@@ -1,0 +1,98 @@
+"""What `initialize()` is given, turned into what the engine needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from partita.config import BatchSizes, Config, ConfigError, resolve_batch_sizes
+from partita.optim import make_optimizer, make_scheduler
+
+logger = logging.getLogger("partita")
+
+OptimizerSource = Optimizer | Callable[[Any], Optimizer] | None
+
+
+def with_batch_sizes(config: Config, world_size: int) -> tuple[Config, BatchSizes]:
+    """The config with all three batch sizes filled in, and the sizes."""
+    sizes = resolve_batch_sizes(
+        train=config.train_batch_size,
+        micro=config.train_micro_batch_size_per_gpu,
+        accumulation=config.gradient_accumulation_steps,
+        world_size=world_size,
+    )
+    filled = {
+        "train_batch_size": sizes.train,
+        "train_micro_batch_size_per_gpu": sizes.micro,
+        "gradient_accumulation_steps": sizes.accumulation,
+    }
+    return config.model_copy(update=filled), sizes
+
+
+def choose_optimizer(
+    source: OptimizerSource, model: nn.Module, model_parameters: Iterable[Any] | None, config: Config
+) -> Optimizer | None:
+    """The user's optimizer, or the config's over `model_parameters`; None if there is neither.
+
+    Raises:
+        ConfigError: the config names an optimizer or arguments that do not exist.
+        TypeError: the source is neither an optimizer nor a function that makes one.
+    """
+    if isinstance(source, Optimizer):
+        return source
+    if source is None and config.optimizer is None:
+        return None
+    parameters = list(model_parameters) if model_parameters is not None else list(model.parameters())
+    if not parameters or not isinstance(parameters[0], dict):
+        parameters = [p for p in parameters if p.requires_grad]
+    if source is None and config.optimizer is not None:
+        try:
+            return make_optimizer(config.optimizer.type, config.optimizer.params, parameters)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    made = source(parameters) if callable(source) else source
+    if not isinstance(made, Optimizer):
+        raise TypeError(
+            f"optimizer: a {type(made).__name__} is not a torch.optim.Optimizer, nor a function that makes one"
+        )
+    return made
+
+
+def choose_scheduler(source: Any, optimizer: Optimizer | None, config: Config) -> Any:
+    """The user's schedule, or the config's over `optimizer`; None if there is neither.
+
+    Raises:
+        ConfigError: the config's schedule does not exist, refuses its arguments, or has no optimizer.
+        TypeError: the source has no step(), or needs a metric at every step.
+    """
+    if source is None and config.scheduler is not None:
+        if optimizer is None:
+            raise ConfigError(f"scheduler: '{config.scheduler.type}' needs an optimizer, and there is none")
+        try:
+            source = make_scheduler(config.scheduler.type, config.scheduler.params, optimizer)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"scheduler: {error}") from error
+    elif source is not None and not hasattr(source, "step") and callable(source):
+        source = source(optimizer)
+    if isinstance(source, ReduceLROnPlateau):
+        raise TypeError(
+            "lr_scheduler: ReduceLROnPlateau needs a metric at every step, which the engine does not have: make it over "
+            "the returned optimizer and call its step(metric) yourself"
+        )
+    if source is not None and not hasattr(source, "step"):
+        raise TypeError(f"lr_scheduler: a {type(source).__name__} has no step()")
+    return source
+
+
+def show_log_on(rank: int) -> None:
+    """Prints the library's messages on rank 0, unless the program set up logging itself."""
+    if rank == 0 and not logger.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[partita] %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)

@@ -1,0 +1,70 @@
+"""How a batch enters a model, and where the loss is in what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def call_with(module: Any, batch: Any) -> Any:
+    """module(**batch) for a mapping, module(*batch) for a tuple or list, otherwise module(batch)."""
+    if isinstance(batch, Mapping):
+        return module(**batch)
+    if isinstance(batch, tuple | list):
+        return module(*batch)
+    return module(batch)
+
+
+def loss_in(outputs: Any) -> Tensor:
+    """The loss in a model's outputs: a scalar tensor, their `loss`, or the first of a sequence.
+
+    Raises:
+        TypeError: there is none.
+    """
+    candidates = [outputs]
+    if isinstance(outputs, Mapping):
+        candidates.append(outputs.get("loss"))
+    elif isinstance(outputs, Sequence) and outputs:
+        candidates.append(outputs[0])
+    candidates.append(getattr(outputs, "loss", None))
+    for candidate in candidates:
+        if isinstance(candidate, Tensor) and candidate.numel() == 1:
+            return candidate
+    raise TypeError(
+        f"train_batch() found no loss in the model's output ({type(outputs).__name__}): return a scalar tensor, a "
+        "mapping or object with 'loss', or a tuple that starts with it"
+    )
+
+
+def micro_batches(source: Any, count: int) -> Iterator[Any]:
+    """`count` micro-batches: the next ones of an iterator, or the parts of one batch along dimension 0.
+
+    Raises:
+        ValueError: the iterator ends early, or the batch does not divide.
+    """
+    if isinstance(source, Iterator):
+        for i in range(count):
+            try:
+                yield next(source)
+            except StopIteration:
+                raise ValueError(f"the iterator ended after {i} of the {count} micro-batches of a step") from None
+        return
+    leaves, structure = pytree.tree_flatten(source)
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] % count):
+            raise ValueError(
+                f"a tensor of shape {tuple(leaf.shape)} in the batch does not divide into {count} micro-batches "
+                "(gradient_accumulation_steps) along dimension 0"
+            )
+    for i in range(count):
+        yield pytree.tree_unflatten(
+            [leaf.chunk(count)[i] if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
+        )
+
+
+def differentiable_tensors(outputs: Any) -> list[Tensor]:
+    """The tensors in a model's outputs through which gradients flow."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]

@@ -1,0 +1,115 @@
+"""Collectives over torch.distributed: NCCL as it is, gloo with the point-to-point forms that are faster there."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from partita import kernels
+from partita.comm.communicator import Communicator, Handle
+
+# Reduce-scatters of gloo that may be under way at once: each holds received slices of its buffer's size.
+GLOO_REDUCE_SCATTERS_IN_FLIGHT = 2
+
+
+class WorkHandle:
+    """Works of torch.distributed that form one collective; keeps alive what they read and write."""
+
+    def __init__(self, works: list[dist.Work], keep: Tensor, finish: Callable[[], None] | None = None) -> None:
+        self._works = works
+        self._keep: Tensor | None = keep
+        self._finish = finish
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        self._works = []
+        finish, self._finish, self._keep = self._finish, None, None
+        if finish is not None:
+            finish()
+
+
+class TorchCommunicator(Communicator):
+    """A process group of torch.distributed.
+
+    [Note: gloo]
+    Gloo's reduce_scatter is an all-reduce and a copy, its all_gather stages through a second buffer. Sending each slice to
+    its owner, and broadcasting each slice in place, moves the bytes once: 2 to 4 times faster at 4 MiB and above. It also
+    fixes the order of summation (rank 0, 1, 2, ...) and rounds 16-bit sums once, from fp32.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        self._gloo = dist.get_backend(group) == "gloo"
+        self._reducing: deque[WorkHandle] = deque()
+        self._received: dict[torch.dtype, list[Tensor]] = {}  # buffers free for the next reduce-scatter
+
+    def all_reduce(self, buffer: Tensor) -> Handle:
+        return self._handle([dist.all_reduce(buffer, group=self._group, async_op=True)], buffer)
+
+    def reduce_scatter(self, buffer: Tensor) -> Handle:
+        if self._gloo:
+            return self._gloo_reduce_scatter(buffer)
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        return self._handle([reduce_scatter(self.slice_of(buffer), buffer, group=self._group, async_op=True)], buffer)
+
+    def all_gather(self, buffer: Tensor) -> Handle:
+        if self._gloo:
+            slices = enumerate(buffer.chunk(self.world_size))
+            works = [dist.broadcast(s, group_src=r, group=self._group, async_op=True) for r, s in slices]
+            return self._handle(works, buffer)
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return self._handle([all_gather(buffer, self.slice_of(buffer), group=self._group, async_op=True)], buffer)
+
+    def broadcast(self, tensor: Tensor, root: int) -> Handle:
+        return self._handle([dist.broadcast(tensor, group_src=root, group=self._group, async_op=True)], tensor)
+
+    def barrier(self) -> None:
+        dist.barrier(self._group)
+
+    def _gloo_reduce_scatter(self, buffer: Tensor) -> Handle:
+        while len(self._reducing) >= GLOO_REDUCE_SCATTERS_IN_FLIGHT:
+            self._reducing.popleft().wait()
+        slices = buffer.chunk(self.world_size)
+        received = self._take_received(slices[0].numel() * (self.world_size - 1), buffer.dtype)
+        peers = [r for r in range(self.world_size) if r != self.rank]
+        incoming = dict(zip(peers, received[: slices[0].numel() * len(peers)].chunk(len(peers)), strict=True))
+        works = [dist.irecv(incoming[r], group_src=r, group=self._group) for r in peers]
+        works += [dist.isend(slices[r], group_dst=r, group=self._group) for r in peers]
+
+        def add_in_rank_order() -> None:
+            own = slices[self.rank]
+            _sum_into(own, [incoming.get(r, own) for r in range(self.world_size)])
+            self._received.setdefault(buffer.dtype, []).append(received)
+
+        handle = WorkHandle([w for w in works if w is not None], buffer, add_in_rank_order)
+        self._reducing.append(handle)
+        return handle
+
+    def _take_received(self, numel: int, dtype: torch.dtype) -> Tensor:
+        free = self._received.get(dtype, [])
+        while free:
+            if (buffer := free.pop()).numel() >= numel:
+                return buffer
+        return torch.empty(numel, dtype=dtype)
+
+    @staticmethod
+    def _handle(works: list[dist.Work | None], buffer: Tensor) -> Handle:
+        return WorkHandle([w for w in works if w is not None], buffer)
+
+
+def _sum_into(destination: Tensor, terms: list[Tensor]) -> None:
+    """The sum of `terms`, left to right in fp32, rounded once; `destination` may be one of them."""
+    if len(terms) == 2:  # one addition, whose order does not matter and which is rounded once in any case
+        kernels.cast(destination, terms[0] if terms[1] is destination else terms[1], accumulate=True)
+        return
+    total = terms[0].float() if terms[0].dtype != torch.float32 else terms[0].clone()
+    for term in terms[1:]:
+        kernels.cast(total, term, accumulate=True)
+    kernels.cast(destination, total)

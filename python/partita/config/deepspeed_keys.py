@@ -1,0 +1,143 @@
+"""Keys that DeepSpeed reads and Partita does not, with what to do instead (an empty hint: only removing it).
+
+A section that is missing here as a whole stands under its own name; its keys need no entry.
+"""
+
+from __future__ import annotations
+
+_STAGE_3 = "it belongs to stage 3, which is not in this version"
+_OFFLOAD = (
+    "offloading to CPU or NVMe is not in this version; a higher stage or more ranks also lower the memory per rank"
+)
+_QUANTIZED = "quantized communication is not in this version; communication_data_type can halve the traffic"
+
+_TOP_LEVEL = {
+    "activation_checkpointing": "call torch.utils.checkpoint in the model",
+    "aio": "there is no NVMe offload",
+    "allgather_size": "use zero_optimization.allgather_bucket_size",
+    "amp": "use fp16, bf16 or torch_autocast",
+    "autotuning": "set the batch sizes yourself",
+    "bfloat16": "use bf16",
+    "checkpoint": "",
+    "comet": "",
+    "comms_logger": "",
+    "compile": "pass a model that torch.compile returned",
+    "compression_training": "",
+    "csv_monitor": "",
+    "curriculum_learning": "",
+    "data_efficiency": "",
+    "dataloader_drop_last": "set drop_last where the data loader is made",
+    "datastates_ckpt": "",
+    "disable_allgather": "",
+    "disable_python_gc": "call gc.disable() in the training script",
+    "eigenvalue": "",
+    "elasticity": "set train_batch_size; the other sizes follow from the number of ranks",
+    "expert_parallel": "",
+    "flops_profiler": "",
+    "fp32_allreduce": 'set communication_data_type to "fp32"',
+    "gradient_allreduce_op": "gradients are always averaged; scale the loss to get their sum",
+    "graph_harvesting": "",
+    "hybrid_engine": "",
+    "log_level": "set it with Python's logging module",
+    "managed_gradient_accumulation": "set gradient_accumulation_steps",
+    "memory_breakdown": "read torch.cuda.memory_stats() in the training script",
+    "nebula": "",
+    "pipeline": "",
+    "progressive_layer_drop": "",
+    "quantize_training": "",
+    "seq_parallel_communication_data_type": "use communication_data_type",
+    "sequence_parallel_size": "",
+    "sparse_attention": "",
+    "sparse_gradients": "",
+    "tensor_parallel": "",
+    "tensorboard": "",
+    "timers": "use wall_clock_breakdown",
+    "use_data_before_expert_parallelism": "",
+    "vocabulary_size": "it only served a warning",
+    "wandb": "",
+    "weight_quantization": "",
+    "zero_allow_untested_optimizer": "an optimizer that cannot be sharded is refused by name",
+    "zero_force_ds_cpu_optimizer": "there is no CPU offload",
+}
+
+_SECTIONS: dict[str, dict[str, str]] = {
+    "optimizer": {"legacy_fusion": ""},
+    "fp16": {
+        "auto_cast": "cast the inputs in the training script",
+        "fp16_master_weights_and_grads": "master weights are always fp32",
+    },
+    "bf16": {
+        "bf16_master_weights_and_grads": "master weights are always fp32",
+        "bf16_optimizer_states": "optimizer state is always fp32",
+        "check_grad_overflow": "gradients are always checked",
+        "check_overflow": "gradients are always checked",
+        "immediate_grad_update": "",
+    },
+    "torch_autocast": {"lower_precision_safe_modules": "torch.autocast chooses by operation"},
+    "data_types": {
+        "keep_in_fp32_modules": "buffers keep their type unless data_types.buffer_dtype is set",
+        "param_dtype": "enable fp16 or bf16",
+    },
+    "zero_optimization": {
+        "allgather_partitions": "updated parameters are always gathered by all-gather",
+        "compute_grad_norm": "the norm is a by-product of the overflow check",
+        "cpu_offload": _OFFLOAD,
+        "cpu_offload_param": _OFFLOAD,
+        "cpu_offload_params": _OFFLOAD,
+        "cpu_offload_use_pin_memory": _OFFLOAD,
+        "elastic_checkpoint": "",
+        "enable_sanity_checks": "",
+        "ignore_unused_parameters": "a parameter without gradient counts as zero",
+        "legacy_stage1": "",
+        "load_from_fp32_weights": "",
+        "memory_efficient_linear": _STAGE_3,
+        "mics_hierarchical_params_gather": _STAGE_3,
+        "mics_shard_size": _STAGE_3,
+        "offload_optimizer": _OFFLOAD,
+        "offload_param": _OFFLOAD,
+        "override_module_apply": _STAGE_3,
+        "parameter_alignment": "parameters always start on a 128-byte boundary",
+        "pipeline_loading_checkpoint": "",
+        "round_robin_gradients": "it served offloading",
+        "save_muon_momentum_buffer_in_memory": _OFFLOAD,
+        "use_multi_rank_bucket_allreduce": "",
+        "zenflow": _OFFLOAD,
+        "zero_hpz_partition_size": _STAGE_3,
+        "zero_quantized_gradients": _QUANTIZED,
+        "zero_quantized_nontrainable_weights": _QUANTIZED,
+        "zero_quantized_weights": _QUANTIZED,
+        "zeropp_loco_param": _QUANTIZED,
+        **dict.fromkeys(
+            [
+                "allgather_sequential",
+                "gather_16bit_weights_on_model_save",
+                "leaf_module",
+                "log_trace_cache_warnings",
+                "max_live_parameters",
+                "max_reuse_distance",
+                "model_persistence_threshold",
+                "module_granularity_threshold",
+                "param_persistence_threshold",
+                "prefetch_bucket_size",
+                "stage3_allgather_sequential",
+                "stage3_gather_16bit_weights_on_model_save",
+                "stage3_gather_fp16_weights_on_model_save",
+                "stage3_max_live_parameters",
+                "stage3_max_reuse_distance",
+                "stage3_model_persistence_threshold",
+                "stage3_module_granularity_threshold",
+                "stage3_param_persistence_threshold",
+                "stage3_prefetch_bucket_size",
+                "stage3_use_all_reduce_for_fetch_params",
+                "sub_group_size",
+                "use_all_reduce_for_fetch_params",
+            ],
+            _STAGE_3,
+        ),
+    },
+}
+
+DEEPSPEED_ONLY_KEYS: dict[str, str] = _TOP_LEVEL | {
+    f"{section}.{key}": hint for section, keys in _SECTIONS.items() for key, hint in keys.items()
+}
+"""Dotted key -> hint."""

@@ -1,0 +1,187 @@
+"""The config as pydantic models. Descriptions and bounds given here are also the text of docs/config.md."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from typing_extensions import Self
+
+from partita.config.fields import (
+    AutocastName,
+    DeepSpeedDefault,
+    ElementCount,
+    FloatName,
+    OwnKey,
+    Params,
+    PositiveInt,
+    Section,
+)
+
+
+def _refuse_stage_3(value: Any) -> Any:
+    if value == 3:
+        raise ValueError("ZeRO stage 3 (partitioned parameters) is not in this version; use stage 0, 1 or 2")
+    return value
+
+
+def _refuse_scattered_gradients(value: bool) -> bool:
+    if not value:
+        raise ValueError("gradients are always packed into flat buffers; remove the key or set it to true")
+    return value
+
+
+class OptimizerConfig(Section):
+    """The optimizer that `initialize()` builds when it is given none."""
+
+    type: str = Field(min_length=1, description="Name of the optimizer, such as `AdamW`.")
+    params: Params = Field(default={}, description="Its arguments, such as `lr`, `betas`, `weight_decay`.")
+
+
+class SchedulerConfig(Section):
+    """The learning-rate schedule, advanced once per optimizer step that was not skipped."""
+
+    type: str = Field(min_length=1, description="Name of the schedule, such as `WarmupLR`.")
+    params: Params = Field(default={}, description="Its arguments, such as `warmup_num_steps`.")
+
+
+class Fp16Config(Section):
+    """Training in float16 with fp32 master weights and a loss scale."""
+
+    enabled: bool = Field(False, description="Hold parameters and compute in float16.")
+    loss_scale: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="A fixed loss scale; 0 adjusts the scale to the overflows that occur."
+    )
+    initial_scale_power: Annotated[int, Field(ge=0, le=24)] = Field(
+        16, description="A dynamic scale starts at 2 to this power."
+    )
+    loss_scale_window: PositiveInt = Field(
+        1000, description="Steps in a row without overflow after which a dynamic scale doubles."
+    )
+    hysteresis: PositiveInt = Field(2, description="Overflows it takes until a dynamic scale halves; 1: each does.")
+    consecutive_hysteresis: bool = Field(
+        False, description="Restore the tolerance after every good step, not only when the scale grows."
+    )
+    min_loss_scale: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="A dynamic scale never falls below this value; overflowing there is an error."
+    )
+
+    @model_validator(mode="after")
+    def _minimum_is_reachable(self) -> Self:
+        initial_scale = 2.0**self.initial_scale_power
+        if self.loss_scale == 0 and self.min_loss_scale > initial_scale:
+            raise ValueError(
+                f"min_loss_scale = {self.min_loss_scale:g} is above the initial scale {initial_scale:g} "
+                f"(2 to the power initial_scale_power = {self.initial_scale_power}); lower one or raise the other"
+            )
+        return self
+
+
+class Bf16Config(Section):
+    """Training in bfloat16 with fp32 master weights; its range needs no loss scale."""
+
+    enabled: bool = Field(False, description="Hold parameters and compute in bfloat16.")
+
+
+class TorchAutocastConfig(Section):
+    """Parameters stay fp32 and `torch.autocast` chooses the type of each operation."""
+
+    enabled: bool = Field(False, description="Run the forward pass under `torch.autocast`.")
+    dtype: AutocastName = Field("bfloat16", description="The type that autocast lowers operations to.")
+
+
+class ZeroConfig(Section):
+    """What is partitioned over the data-parallel ranks, and how it travels."""
+
+    stage: Annotated[int, Field(ge=0, le=2), BeforeValidator(_refuse_stage_3)] = Field(
+        0, description="0: nothing is partitioned; 1: optimizer state; 2: optimizer state and gradients."
+    )
+    reduce_bucket_size: Annotated[ElementCount, DeepSpeedDefault("500000000")] = Field(
+        8_388_608, description="Elements per gradient collective. Smaller ones start sooner, larger ones cost less."
+    )
+    allgather_bucket_size: Annotated[ElementCount, DeepSpeedDefault("500000000")] = Field(
+        8_388_608, description="Elements per collective that gathers the updated parameters."
+    )
+    overlap_comm: Annotated[bool, DeepSpeedDefault("true in stage 3, else false")] = Field(
+        True, description="Reduce gradients while backward still computes."
+    )
+    reduce_scatter: bool = Field(
+        True, description="Stages 1 and 2 send each rank its shard only; false reduces whole buffers everywhere."
+    )
+    contiguous_gradients: Annotated[bool, AfterValidator(_refuse_scattered_gradients)] = Field(
+        True, description="Always true: gradients are packed into flat buffers."
+    )
+
+
+class DataTypesConfig(Section):
+    """Number formats other than that of the computation."""
+
+    grad_accum_dtype: FloatName | None = Field(
+        None,
+        description="Type in which micro-batches are summed; null takes fp32 when gradient_accumulation_steps is "
+        "above 1, else the parameters' type.",
+    )
+    buffer_dtype: FloatName | None = Field(
+        None, description="Type that floating-point module buffers are cast to; null leaves each as it is."
+    )
+
+
+class Config(Section):
+    """The whole configuration."""
+
+    train_batch_size: PositiveInt | None = Field(
+        None, description="Samples per optimizer step over all ranks: micro-batch x accumulation x ranks."
+    )
+    train_micro_batch_size_per_gpu: PositiveInt | None = Field(
+        None, description="Samples that one rank puts through one forward pass."
+    )
+    gradient_accumulation_steps: PositiveInt | None = Field(
+        None, description="Micro-batches per rank whose gradients are summed before the optimizer steps."
+    )
+    optimizer: OptimizerConfig | None = Field(None, description="See [optimizer](#optimizer).")
+    scheduler: SchedulerConfig | None = Field(None, description="See [scheduler](#scheduler).")
+    fp16: Fp16Config = Field(Fp16Config(), description="See [fp16](#fp16).")
+    bf16: Bf16Config = Field(Bf16Config(), description="See [bf16](#bf16).")
+    torch_autocast: TorchAutocastConfig = Field(
+        TorchAutocastConfig(), description="See [torch_autocast](#torch_autocast)."
+    )
+    zero_optimization: ZeroConfig = Field(ZeroConfig(), description="See [zero_optimization](#zero_optimization).")
+    gradient_clipping: Annotated[float, Field(ge=0), DeepSpeedDefault("1.0")] = Field(
+        0.0, description="Largest norm of all gradients together; 0 does not clip."
+    )
+    communication_data_type: FloatName | None = Field(
+        None, description="Type in which gradients are reduced; null takes the type they are accumulated in."
+    )
+    data_types: DataTypesConfig = Field(DataTypesConfig(), description="See [data_types](#data_types).")
+    prescale_gradients: bool = Field(
+        False, description="Divide gradients before they are summed over ranks instead of after."
+    )
+    gradient_predivide_factor: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="With prescale_gradients: this part of the division comes first, the rest after the sum."
+    )
+    steps_per_print: Annotated[Annotated[int, Field(ge=0)] | None, DeepSpeedDefault("null")] = Field(
+        10, description="Optimizer steps between two progress lines; 0 or null prints none."
+    )
+    wall_clock_breakdown: bool = Field(False, description="Time forward, backward and step, and report them.")
+    dump_state: bool = Field(False, description="Print the resolved configuration at start.")
+    seed: Annotated[int, Field(ge=0), OwnKey()] = Field(1234, description="Seed of the order of the data.")
+    max_consecutive_skipped_steps: Annotated[PositiveInt, OwnKey()] = Field(
+        100, description="After this many skipped steps in a row training stops with an error."
+    )
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> Self:
+        switches = {"fp16": self.fp16.enabled, "bf16": self.bf16.enabled, "torch_autocast": self.torch_autocast.enabled}
+        enabled = [f"{name}.enabled" for name, is_on in switches.items() if is_on]
+        if len(enabled) > 1:
+            raise ValueError(f"{' and '.join(enabled)} exclude each other; leave one of them true")
+        return self
+
+    @model_validator(mode="after")
+    def _predivision_is_used(self) -> Self:
+        if self.gradient_predivide_factor != 1.0 and not self.prescale_gradients:
+            raise ValueError(
+                f"gradient_predivide_factor = {self.gradient_predivide_factor:g} has no effect while "
+                "prescale_gradients is false; set prescale_gradients to true or the factor to 1"
+            )
+        return self

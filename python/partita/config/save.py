@@ -1,0 +1,25 @@
+"""The config as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from partita.config.models import Config
+
+
+def default_config() -> dict[str, Any]:
+    """Every key with its default, nested as in the JSON file. The caller owns the dict."""
+    return Config().model_dump(mode="json")
+
+
+def save_config(config: Config, path: str | os.PathLike[str]) -> None:
+    """Write every key, defaults included; `load_config(path)` gives an equal `Config`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    text = json.dumps(config.model_dump(mode="json"), indent=2, allow_nan=False)
+    Path(path).write_text(text + "\n", encoding="utf-8")

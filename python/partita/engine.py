@@ -1,0 +1,455 @@
+"""`initialize()` and the `Engine` that it returns: the parts composed, and the order in which they are called."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from partita import _core
+from partita.assembly import OptimizerSource, choose_optimizer, choose_scheduler, show_log_on, with_batch_sizes
+from partita.backward_watch import BackwardWatch
+from partita.batches import call_with, differentiable_tensors, loss_in, micro_batches
+from partita.comm import init_distributed, world_communicator
+from partita.config import Config, load_config, save_config
+from partita.data import ShardedLoader
+from partita.lifecycle import Phase, require
+from partita.monitor import PhaseTimers, StepReport, StepReporter
+from partita.optim import ShardedOptimizer, StepController
+from partita.placement import clone_state_dict, optimized_parameters, place_untrained, untrained_parameters
+from partita.precision import loss_scaler_of, precision_of
+from partita.units import GradientReducer, ReductionSettings, build_units, stage_policy
+
+logger = logging.getLogger("partita")
+
+ConfigSource = Mapping[str, Any] | str | os.PathLike[str] | Config | None
+SchedulerSource = Any  # anything with step(), or a function that makes one from an optimizer
+
+
+class Engine:
+    """A model in training.
+
+    One step is, for each micro-batch, `loss = engine(batch)`, `engine.backward(loss)`, `engine.step()`; the last of
+    `gradient_accumulation_steps` steps updates the parameters. All ranks call the same methods in the same order.
+
+    The model's parameters become views into flat buffers; gradients are consumed as they arrive, so `parameter.grad` is
+    None after a backward.
+
+    Args:
+        model: on the CPU; its parameters are converted in place as the config says.
+        optimizer: over the model's parameters (or a function that makes one from them); None: the config's.
+        model_parameters: parameters or param groups for the config's optimizer; None: all that require gradients.
+        train_data: a dataset or an iterable of samples; `dataloader` then gives this rank's micro-batches.
+        lr_scheduler: over the optimizer (or a function that makes one from it), stepped after every update that was not
+            skipped; None: the config's.
+        config: dict, path to a JSON file, or `Config`.
+        collate_fn: makes a micro-batch from a list of samples.
+
+    Raises:
+        ConfigError: the config does not make sense; names every key at fault.
+        ValueError, TypeError: the model or the optimizer cannot be trained as asked; names the parameter or class.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerSource = None,
+        model_parameters: Iterable[Any] | None = None,
+        train_data: Any = None,
+        lr_scheduler: SchedulerSource = None,
+        config: ConfigSource = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
+        loaded = load_config(config)
+        init_distributed()
+        self._communicator = world_communicator()
+        show_log_on(self._communicator.rank)
+        self.config, self._batch = with_batch_sizes(loaded, self._communicator.world_size)
+        self.module = model
+        self.global_steps = 0
+        self.micro_steps = 0
+        self._phase = Phase.READY
+        self._boundary_override: bool | None = None
+        self._no_sync = False
+
+        precision = precision_of(self.config, self._batch.accumulation)
+        self._autocast = precision.autocast
+        self._scales_dynamically = precision.scales_loss and self.config.fp16.loss_scale == 0
+        self._controller = StepController(loss_scaler_of(self.config, precision))
+        zero = self.config.zero_optimization
+        policy = stage_policy(zero.stage, reduce_scatter=zero.reduce_scatter)
+        inner = choose_optimizer(optimizer, model, model_parameters, self.config)
+        trained = optimized_parameters(model, inner)
+        untrained = untrained_parameters(model, trained)
+        self._frozen = [(name, p) for name, p in untrained.items() if not p.requires_grad]
+        self._units = build_units(
+            trained,
+            communicator=self._communicator,
+            policy=policy,
+            bucket_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
+            compute_dtype=precision.compute,
+            grad_dtype=precision.grads,
+        )
+        place_untrained(model, untrained, self._communicator, precision.compute, precision.buffers)
+        # Stored gradients are sums over micro-batches and ranks, divided by `predivide`.
+        predivide = self._predivide()
+        self._mean = predivide / (self._batch.accumulation * self._communicator.world_size)
+        self._reducer = GradientReducer(
+            self._units,
+            self._communicator,
+            policy,
+            ReductionSettings(precision.communication, 1.0 / predivide, zero.overlap_comm),
+            synchronise=self._begin_backward,
+            after_backward=self._end_backward,
+        )
+        self._backwards = BackwardWatch(lambda: self.loss_scale, self._reducer.finish_backward)
+        self._sharded: ShardedOptimizer | None = None
+        if inner is not None:
+            self._sharded = ShardedOptimizer(inner, self._units, self._communicator, policy, self._controller)
+        self.optimizer: Optimizer | None = self._sharded
+        self.lr_scheduler = choose_scheduler(lr_scheduler, self.optimizer, self.config)
+        self.dataloader = None if train_data is None else self._make_loader(train_data, collate_fn)
+        self._endless: Iterator[Any] | None = None  # over the dataloader, for train_batch()
+        self._timers = PhaseTimers(self.config.wall_clock_breakdown)
+        self._reporter = StepReporter(self.global_rank, self.config.steps_per_print or 0, self._timers)
+        self._expect_non_finite()
+        self._announce(precision.name)
+
+    @classmethod
+    def initialize(cls, *args: Any, **kwargs: Any) -> tuple[Engine, Optimizer | None, ShardedLoader | None, Any]:
+        """The same as `partita.initialize`."""
+        return initialize(*args, **kwargs)
+
+    # -- one micro-batch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model. In training mode with gradients enabled this begins a micro-batch."""
+        require("__call__()", self._phase, Phase.READY, Phase.FORWARD, Phase.BACKWARD)
+        with self._timers.phase("forward"), self._autocast_context():
+            outputs = self.module(*args, **kwargs)
+        if self.module.training and torch.is_grad_enabled():
+            if self._phase is Phase.READY:
+                self._phase = Phase.FORWARD
+            self._backwards.watch(differentiable_tensors(outputs))
+        return outputs
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
+        """Adds the gradients of `loss` (a scalar, this micro-batch's mean) to this step's; returns the loss.
+
+        The step's gradient is the mean over its micro-batches and ranks. float16 losses are scaled here.
+        """
+        require("backward()", self._phase, Phase.FORWARD, Phase.BACKWARD)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"engine.backward() needs a scalar loss, not a {what}: reduce it with .mean() or .sum()")
+        with self._timers.phase("backward"):
+            self.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            self._reducer.finish_backward()
+        self._phase = Phase.BACKWARD
+        return loss
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss times the loss scale, for a `backward()` of one's own; `engine.backward` does it by itself."""
+        return self._backwards.scale(loss)
+
+    def step(self) -> None:
+        """Ends a micro-batch; at the boundary, updates the parameters and the learning rate."""
+        self._reducer.finish_backward()
+        require("step()", self._phase, Phase.BACKWARD)
+        at_boundary = self.is_gradient_accumulation_boundary()
+        self.micro_steps += 1
+        self._phase = Phase.READY
+        self._backwards.begin_micro_batch()
+        if at_boundary:
+            with self._timers.phase("step"):
+                self._update()
+            self._reporter.report(self._report())
+            self._raise_if_stuck()
+            self._expect_non_finite()
+
+    def train_batch(self, batch: Any = None) -> Tensor:
+        """One whole optimizer step; returns the mean loss of this rank's micro-batches, detached.
+
+        Args:
+            batch: an iterator over micro-batches, or one batch that is split along dimension 0 into
+                `gradient_accumulation_steps` parts; None: the engine's own `dataloader`. The model must return its loss.
+        """
+        if batch is None:
+            if self.dataloader is None:
+                raise ValueError("train_batch() needs a batch or an iterator: the engine was given no train_data")
+            batch = self._endless = self._endless or self.dataloader.repeat()
+        total = torch.zeros((), dtype=torch.float32)
+        for micro_batch in micro_batches(batch, self._batch.accumulation):
+            loss = loss_in(call_with(self, micro_batch))
+            self.backward(loss)
+            self.step()
+            total += loss.detach()
+        return total / self._batch.accumulation
+
+    @torch.no_grad()
+    def eval_batch(self, batch: Any) -> Any:
+        """The model's output for a batch in evaluation mode, without gradients."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            return call_with(self, batch)
+        finally:
+            self.module.train(training)
+
+    def train(self, mode: bool = True) -> Engine:
+        """Training mode, as `nn.Module.train`."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Engine:
+        """Evaluation mode, as `nn.Module.eval`."""
+        return self.train(False)
+
+    # -- accumulation
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards in this block accumulate on this rank; the next one outside, or the step, reduces them all.
+
+        Raises:
+            RuntimeError: in stage 2, which has no room for gradients that are not reduced.
+        """
+        if self.config.zero_optimization.stage >= 2:
+            raise RuntimeError(
+                f"no_sync() needs full gradients on every rank, which ZeRO stage {self.config.zero_optimization.stage} "
+                "does not keep: use stage 0 or 1, or gradient_accumulation_steps"
+            )
+        before, self._no_sync = self._no_sync, True
+        try:
+            yield
+        finally:
+            self._no_sync = before
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the next `step()` updates the parameters."""
+        if self._boundary_override is not None:
+            return self._boundary_override
+        return (self.micro_steps + 1) % self._batch.accumulation == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
+        """Decides by hand whether steps update; None: every `gradient_accumulation_steps`, as at the start.
+
+        Gradients are divided by `gradient_accumulation_steps` in any case.
+        """
+        self._boundary_override = is_boundary
+
+    def zero_grad(self) -> None:
+        """Drops the gradients accumulated since the last update, and what an interrupted backward left behind."""
+        self._reducer.reset()
+        self._backwards.begin_micro_batch()
+        if self._phase is not Phase.DESTROYED:
+            self._phase = Phase.READY
+
+    def token_mean(self, loss_sum: Tensor, tokens_in_step: int) -> Tensor:
+        """A micro-batch's loss such that the step's gradient is that of the mean over all tokens of all ranks.
+
+        The engine averages over micro-batches and ranks; when these hold different numbers of valid tokens, that is not the
+        mean over tokens. A collective: all ranks call it for each micro-batch.
+
+        Args:
+            loss_sum: summed loss of this micro-batch, a scalar.
+            tokens_in_step: valid tokens of this rank in all micro-batches of the step together.
+        """
+        total = torch.tensor([float(tokens_in_step)], dtype=torch.float64)
+        self._communicator.all_reduce(total).wait()
+        return loss_sum * (self._batch.accumulation * self._communicator.world_size / total.item())
+
+    # -- what a run is asked
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return torch.device("cpu")
+
+    @property
+    def global_rank(self) -> int:
+        """This process among all."""
+        return self._communicator.rank
+
+    @property
+    def local_rank(self) -> int:
+        """This process among those of its host, as the launcher numbered it."""
+        return int(os.environ.get("LOCAL_RANK", 0))
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self._communicator.world_size
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by before backward; 1 outside float16."""
+        return self._controller.loss_scale.scale
+
+    @property
+    def skipped_steps(self) -> int:
+        """Updates skipped because gradients were not finite."""
+        return self._controller.loss_scale.skipped_steps
+
+    def train_batch_size(self) -> int:
+        """Samples per update over all ranks."""
+        return self._batch.train
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per forward of one rank."""
+        return self._batch.micro
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches per update."""
+        return self._batch.accumulation
+
+    def get_global_grad_norm(self) -> float | None:
+        """2-norm of the last step's mean gradient over all parameters, before clipping; None before the first step."""
+        return self._controller.last.grad_norm if self.global_steps else None
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each param group."""
+        return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def module_state_dict(self) -> dict[str, Any]:
+        """The model's state dict with memory of its own (a plain `state_dict()` shares the flat buffers)."""
+        return clone_state_dict(self.module)
+
+    def save_config(self, path: str | os.PathLike[str]) -> None:
+        """Writes the whole config as JSON, batch sizes resolved."""
+        save_config(self.config, path)
+
+    def destroy(self) -> None:
+        """Lets go of the model: hooks are removed, buffers are freed with the last parameter that lies in them."""
+        self._reducer.close()
+        self._units.clear()
+        self._sharded = self.optimizer = self.lr_scheduler = None
+        self._phase = Phase.DESTROYED
+
+    # -- parts
+
+    def _predivide(self) -> float:
+        """What gradients are divided by before they are summed over ranks."""
+        if not self.config.prescale_gradients:
+            return 1.0
+        factor = self.config.gradient_predivide_factor
+        return factor if factor != 1.0 else float(self.world_size)
+
+    def _make_loader(self, data: Any, collate_fn: Callable[[list[Any]], Any] | None) -> ShardedLoader:
+        return ShardedLoader(
+            data,
+            micro_batch_size=self._batch.micro,
+            rank=self.global_rank,
+            world_size=self.world_size,
+            seed=self.config.seed,
+            collate_fn=collate_fn,
+        )
+
+    def _autocast_context(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._autocast is None else torch.autocast("cpu", self._autocast)
+
+    def _begin_backward(self) -> bool:
+        self._backwards.require_scaled()
+        return self.is_gradient_accumulation_boundary() and not self._no_sync
+
+    def _end_backward(self) -> None:
+        self._phase = Phase.BACKWARD
+
+    def _update(self) -> None:
+        if self._sharded is None:
+            raise RuntimeError("engine.step() has no optimizer: give initialize() one, or name one in the config")
+        for unit in self._units:
+            unit.check_parameters_in_place()
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise RuntimeError(
+                    f"parameter '{name}' was frozen at initialize() and requires gradients now: it has no optimizer state "
+                    "and would not be trained; freeze it again, or initialize() anew"
+                )
+        self._reducer.reduce_all()
+        self._sharded.run(mean=self._mean, clip=self.config.gradient_clipping)
+        self.global_steps += 1
+        if self.lr_scheduler is not None and not self._controller.last.skip:
+            self.lr_scheduler.step()
+
+    def _report(self) -> StepReport:
+        last, state = self._controller.last, self._controller.loss_scale
+        return StepReport(self.global_steps, self.get_lr(), last.grad_norm, state.scale, state.skipped_steps, last.skip)
+
+    def _expect_non_finite(self) -> None:
+        """If one more skipped step would end the run, look for where non-finite gradients come from."""
+        state = self._controller.loss_scale
+        at_limit = state.consecutive_skips + 1 >= self.config.max_consecutive_skipped_steps
+        at_minimum = (
+            self._scales_dynamically and state.hysteresis <= 1 and state.scale <= self.config.fp16.min_loss_scale
+        )
+        self._reducer.reset()
+        self._reducer.find_non_finite = at_limit or at_minimum
+
+    def _raise_if_stuck(self) -> None:
+        state = self._controller.loss_scale
+        if state.at_minimum:
+            what = f"the loss scale is at its minimum, {state.scale:g}, and gradients still overflow"
+        elif state.consecutive_skips >= self.config.max_consecutive_skipped_steps:
+            what = f"{state.consecutive_skips} steps in a row were skipped because gradients are not finite"
+        else:
+            return
+        raise FloatingPointError(f"training stopped at step {self.global_steps}: {what}; {self._origin()}")
+
+    def _origin(self) -> str:
+        """Which ranks made non-finite gradients, and in which parameter first. A collective."""
+        mine = self._reducer.first_non_finite
+        found = torch.zeros(self.world_size, dtype=torch.float64)
+        found[self.global_rank] = 0 if mine is None else mine + 1
+        self._communicator.all_reduce(found).wait()
+        bad = [(rank, int(index) - 1) for rank, index in enumerate(found.tolist()) if index]
+        if not bad:
+            return "every rank's own gradients are finite, so their sum overflowed: lower the loss or use bf16"
+        rows = [f"rank {rank}, first in parameter '{self._reducer.parameter_name(i)}'" for rank, i in bad]
+        return "they come from " + "; ".join(rows)
+
+    def _announce(self, precision: str) -> None:
+        if self.global_rank != 0:
+            return
+        numel = sum(p.numel() for unit in self._units for p in unit.parameters)
+        optimizer = "no optimizer" if self._sharded is None else type(self._sharded.inner).__name__
+        logger.info(
+            "ZeRO stage %d, %d ranks, %s, %s on %s; %s parameters in %d units; batch %d = %d x %d micro-batches x %d ranks",
+            self.config.zero_optimization.stage,
+            self.world_size,
+            precision,
+            optimizer,
+            _core.cpu_level(),
+            f"{numel:,}",
+            len(self._units),
+            self._batch.train,
+            self._batch.micro,
+            self._batch.accumulation,
+            self.world_size,
+        )
+        if self.config.dump_state:
+            logger.info("config: %s", self.config.model_dump_json(indent=2))
+
+
+def initialize(
+    model: nn.Module,
+    optimizer: OptimizerSource = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Any = None,
+    lr_scheduler: SchedulerSource = None,
+    config: ConfigSource = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+) -> tuple[Engine, Optimizer | None, ShardedLoader | None, Any]:
+    """Makes a model ready to train; see `Engine` for the arguments (`training_data` is its `train_data`).
+
+    Returns:
+        (engine, optimizer, dataloader, lr_scheduler); the last three are None where there is none.
+    """
+    engine = Engine(model, optimizer, model_parameters, training_data, lr_scheduler, config, collate_fn)
+    return engine, engine.optimizer, engine.dataloader, engine.lr_scheduler

@@ -1,0 +1,113 @@
+"""Adam and AdamW as a torch optimizer over the native update; usable without the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from partita import _core, kernels
+from partita._core import AdamGroup
+
+# Options of torch.optim.Adam that change the arithmetic; the native update has none of them.
+UNSUPPORTED_OPTIONS = ("amsgrad", "maximize", "capturable", "differentiable")
+
+
+class FusedAdam(Optimizer):
+    """Adam (Kingma and Ba 2015), or AdamW (Loshchilov and Hutter 2019) with `decoupled_weight_decay`.
+
+    One pass over memory per parameter. Parameters in float16 and bfloat16 have a float32 master copy in the state.
+
+    Args:
+        params: parameters or param groups; contiguous CPU tensors.
+        lr: learning rate, at least 0.
+        betas: decay rates of the first and second moment, in [0, 1).
+        eps: added to the denominator, at least 0.
+        weight_decay: at least 0; joins the gradient (L2), or shrinks the weight when decoupled.
+        decoupled_weight_decay: False: Adam; True: AdamW.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise ValueError(f"FusedAdam: {name} is {value}; it must be at least 0")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"FusedAdam: betas are {betas}; both must be at least 0 and below 1")
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            native_group = adam_group(group)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, native_group)
+        return loss
+
+    def _update(self, parameter: Tensor, group: AdamGroup) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(parameter, dtype=torch.float32)
+            if parameter.dtype != torch.float32:
+                state["master"] = parameter.float()
+        state["step"] += 1
+        control = torch.zeros(_core.StepControl.nbytes, dtype=torch.uint8)
+        _core.StepControl(grad_norm=0.0, grad_scale=1.0, skip=False, step=state["step"]).write(control.data_ptr())
+        kernels.adam(
+            grads=parameter.grad.contiguous(),  # type: ignore[union-attr]
+            master=state.get("master", parameter),
+            exp_avg=state["exp_avg"],
+            exp_avg_sq=state["exp_avg_sq"],
+            params=parameter if "master" in state else None,
+            segments=_core.Segments([(0, parameter.numel(), 0)]),
+            groups=[group],
+            control=control,
+        )
+
+
+def is_native(optimizer: Optimizer) -> bool:
+    """Whether the native update computes what this optimizer computes."""
+    if type(optimizer) not in (FusedAdam, torch.optim.Adam, torch.optim.AdamW):
+        return False
+    return not any(group.get(option) for group in optimizer.param_groups for option in UNSUPPORTED_OPTIONS)
+
+
+def adam_group(group: dict[str, Any]) -> AdamGroup:
+    """The hyper-parameters that a param group has now (a schedule may change them between steps)."""
+    beta1, beta2 = group["betas"]
+    return AdamGroup(
+        float(group["lr"]),
+        float(beta1),
+        float(beta2),
+        float(group["eps"]),
+        float(group["weight_decay"]),
+        bool(group["decoupled_weight_decay"]),
+    )

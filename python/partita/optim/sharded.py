@@ -1,0 +1,99 @@
+"""The optimizer of the engine: one step over all units, whatever the stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from partita import kernels
+from partita.comm import Communicator
+from partita.optim.fused_adam import is_native
+from partita.optim.elementwise import why_not_elementwise
+from partita.optim.step_control import StepController
+from partita.optim.updates import NativeAdam, ShardUpdate, TorchUpdate
+from partita.units import StagePolicy, Unit
+
+
+class ShardedOptimizer(Optimizer):
+    """Updates this rank's own range of every unit and gathers the new parameters.
+
+    Its `param_groups` are those of the user's optimizer, so learning-rate schedules on either work. `engine.step()` runs it.
+    """
+
+    def __init__(
+        self,
+        inner: Optimizer,
+        units: list[Unit],
+        communicator: Communicator,
+        policy: StagePolicy,
+        controller: StepController,
+    ) -> None:
+        self.inner = inner
+        self._units = units
+        self._communicator = communicator
+        self._policy = policy
+        self._controller = controller
+        self._update = self._choose_update(inner)
+        super().__init__([torch.empty(0)], dict(inner.defaults))
+        self.param_groups = inner.param_groups
+        # Schedules warn when step() was not seen before theirs; ours runs inside engine.step().
+        for optimizer in (self, inner):
+            optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    def _choose_update(self, inner: Optimizer) -> ShardUpdate:
+        if inner.state:
+            raise ValueError(
+                f"{type(inner).__name__} has state of earlier steps, which would be lost: give initialize() a fresh optimizer"
+            )
+        if is_native(inner):
+            return NativeAdam(inner, self._units, self._controller)
+        if self._policy.shards_states and (reason := why_not_elementwise(inner)) is not None:
+            raise ValueError(
+                f"{type(inner).__name__} cannot run over shards of parameters in ZeRO stage {self._policy.stage}: "
+                f"{reason}; use stage 0, or an element-wise optimizer such as AdamW or SGD"
+            )
+        return TorchUpdate(inner, self._units, self._controller)
+
+    def run(self, *, mean: float, clip: float) -> None:
+        """One step from `Unit.reduced` of all units; the control block tells afterwards what was decided."""
+        total = self._controller.sum_of_squares.zero_()
+        for unit in self._units:
+            kernels.add_sum_of_squares(total, unit.reduced, unit.norm_segments)
+        self._communicator.all_reduce(total).wait()
+        self._controller.decide(mean=mean, clip=clip)
+        self._update.begin()
+        gathers = []
+        for i, unit in enumerate(self._units):
+            self._update.update(i, unit)
+            if self._policy.shards_states:
+                gathers.append(self._communicator.all_gather(unit.params))
+        for gather in gathers:
+            gather.wait()
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+        """Not for callers: gradients are reduced, scaled and counted by the engine.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "call engine.step() instead of optimizer.step(): the engine reduces and scales gradients first"
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Does nothing: gradients are consumed by `engine.step()`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Not in this version.
+
+        Raises:
+            NotImplementedError: always; a part of the states of one rank would look like all of them.
+        """
+        raise NotImplementedError("optimizer states are partitioned over ranks; this version does not save them yet")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Not in this version, as `state_dict`."""
+        raise NotImplementedError("optimizer states are partitioned over ranks; this version does not load them yet")

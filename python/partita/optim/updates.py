@@ -1,0 +1,102 @@
+"""How the shards are updated: natively, or by any element-wise torch optimizer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from partita import kernels
+from partita.optim.fused_adam import adam_group
+from partita.optim.step_control import StepController
+from partita.units import ShardSlice, Unit
+
+
+class ShardUpdate(ABC):
+    """Turns reduced gradients into new weights, in this rank's own range of every unit."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """A step starts: read hyper-parameters that may have changed."""
+
+    @abstractmethod
+    def update(self, index: int, unit: Unit) -> None:
+        """Writes `unit`'s new weights into its own part of `unit.params`."""
+
+
+class NativeAdam(ShardUpdate):
+    """One native pass per unit; the moments are float32."""
+
+    def __init__(self, optimizer: Optimizer, units: list[Unit], controller: StepController) -> None:
+        self._optimizer = optimizer
+        self._controller = controller
+        self.exp_avg = [torch.zeros_like(unit.master) for unit in units]
+        self.exp_avg_sq = [torch.zeros_like(unit.master) for unit in units]
+        self._groups = [adam_group(group) for group in optimizer.param_groups]
+
+    def begin(self) -> None:
+        self._groups = [adam_group(group) for group in self._optimizer.param_groups]
+
+    def update(self, index: int, unit: Unit) -> None:
+        kernels.adam(
+            grads=unit.reduced,
+            master=unit.master,
+            exp_avg=self.exp_avg[index],
+            exp_avg_sq=self.exp_avg_sq[index],
+            params=None if unit.dtype == torch.float32 else unit.part(unit.params),
+            segments=unit.segments,
+            groups=self._groups,
+            control=self._controller.control,
+        )
+
+
+class TorchUpdate(ShardUpdate):
+    """A torch optimizer whose param groups hold pieces of the flat fp32 masters.
+
+    A parameter that lies whole in this rank's range keeps its shape, so in stage 0 every optimizer sees what it would see
+    without Partita. The optimizer runs once per step, in the first unit's turn, over all pieces: it may couple them.
+    """
+
+    def __init__(self, optimizer: Optimizer, units: list[Unit], controller: StepController) -> None:
+        self._optimizer = optimizer
+        self._units = units
+        self._controller = controller
+        self._pieces = [[_piece(unit.master, s) for s in _slices(unit)] for unit in units]
+        for i, group in enumerate(optimizer.param_groups):
+            group["params"] = [
+                piece
+                for unit, pieces in zip(units, self._pieces, strict=True)
+                for s, piece in zip(_slices(unit), pieces, strict=True)
+                if s.slot.group == i
+            ]
+
+    def begin(self) -> None:
+        control = self._controller.last
+        if control.skip:
+            return
+        for unit, pieces in zip(self._units, self._pieces, strict=True):
+            grads = unit.reduced
+            if grads.dtype != torch.float32:
+                grads = torch.empty_like(unit.master)
+            kernels.cast(grads, unit.reduced, scale=control.grad_scale)
+            for s, piece in zip(_slices(unit), pieces, strict=True):
+                piece.grad = _piece(grads, s)
+        self._optimizer.step()
+        for pieces in self._pieces:
+            for piece in pieces:
+                piece.grad = None
+
+    def update(self, index: int, unit: Unit) -> None:
+        if unit.dtype != torch.float32 and not self._controller.last.skip:
+            kernels.cast(unit.part(unit.params), unit.master)
+
+
+def _slices(unit: Unit) -> list[ShardSlice]:
+    return unit.layout.slices(unit.own)
+
+
+def _piece(flat: Tensor, s: ShardSlice) -> Tensor:
+    piece = flat[s.shard_offset : s.shard_offset + s.numel]
+    return piece.view(s.slot.shape) if s.numel == s.slot.numel else piece

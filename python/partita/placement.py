@@ -1,0 +1,87 @@
+"""What initialize() does to a model before it trains: choose parameters, cast the rest, make ranks agree."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from partita.comm import Communicator
+
+logger = logging.getLogger("partita")
+
+
+def optimized_parameters(model: nn.Module, optimizer: Optimizer | None) -> list[tuple[str, nn.Parameter, int]]:
+    """(name, parameter, optimizer group) of what is trained, in the model's order of registration.
+
+    Raises:
+        ValueError: the optimizer has a parameter that is not the model's.
+    """
+    groups: dict[nn.Parameter, int] = {}
+    if optimizer is not None:
+        groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    named = dict(model.named_parameters())
+    own = set(named.values())
+    for parameter, i in groups.items():
+        if parameter not in own:
+            raise ValueError(
+                f"optimizer group {i} has a parameter of shape {tuple(parameter.shape)} that the model does not have: "
+                "make it part of the model that initialize() is given"
+            )
+    return [(name, p, groups[p]) for name, p in named.items() if p.requires_grad and p in groups]
+
+
+def untrained_parameters(model: nn.Module, trained: list[tuple[str, nn.Parameter, int]]) -> dict[str, nn.Parameter]:
+    """The model's other parameters: frozen, or unknown to the optimizer."""
+    known = {p for _, p, _ in trained}
+    return {name: p for name, p in model.named_parameters() if p not in known}
+
+
+def place_untrained(
+    model: nn.Module,
+    untrained: dict[str, nn.Parameter],
+    communicator: Communicator,
+    compute: torch.dtype | None,
+    buffers: torch.dtype | None,
+) -> None:
+    """Casts untrained parameters to the compute dtype, and buffers only if asked; all take rank 0's values."""
+    for parameter in untrained.values():
+        if compute is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(compute)
+        parameter.data = _from_rank_0(parameter.data, communicator)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                cast = buffers is not None and buffer.is_floating_point()
+                module._buffers[name] = _from_rank_0(buffer.to(buffers) if cast else buffer, communicator)
+    forgotten = [name for name, p in untrained.items() if p.requires_grad]
+    if forgotten and communicator.rank == 0:
+        logger.warning(
+            "%d parameters require gradients but are in no optimizer group and will not be trained: '%s'%s",
+            len(forgotten),
+            forgotten[0],
+            ", ..." if len(forgotten) > 1 else "",
+        )
+
+
+def _from_rank_0(tensor: torch.Tensor, communicator: Communicator) -> torch.Tensor:
+    values = tensor.contiguous()
+    communicator.broadcast(values, 0).wait()
+    return tensor if values is tensor else tensor.copy_(values)
+
+
+def clone_state_dict(module: nn.Module) -> dict[str, Any]:
+    """The module's state dict with memory of its own; tensors that share memory still do."""
+    clones: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
+    result: dict[str, Any] = {}
+    for name, value in module.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            key = (value.data_ptr(), value.shape, value.stride())
+            if value.numel() == 0 or key not in clones:
+                clones[key] = value.detach().clone()
+            value = clones[key]
+        result[name] = value
+    return result

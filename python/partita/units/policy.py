@@ -1,0 +1,35 @@
+"""What a ZeRO stage decides: the lifetimes of a unit's buffers (Rajbhandari et al. 2020, arXiv:1910.02054)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StagePolicy:
+    """One row of the table of stages."""
+
+    stage: int
+    shards_states: bool  # master weights and moments exist for this rank's shard only
+    keeps_full_grads: bool  # the full gradient buffer outlives its reduction, to accumulate micro-batches
+    reduces_to_shard: bool  # this rank needs its slice of the reduced gradients only
+    reduce_scatter: bool  # how they are reduced when the slice is enough: reduce-scatter, or all-reduce
+
+    @property
+    def reduces_every_micro_batch(self) -> bool:
+        """Without a full buffer to wait in, gradients are reduced as they come."""
+        return not self.keeps_full_grads
+
+
+def stage_policy(stage: int, *, reduce_scatter: bool = True) -> StagePolicy:
+    """The policy of stage 0, 1 or 2."""
+    if stage not in (0, 1, 2):
+        raise ValueError(f"stage {stage}: this version has the stages 0, 1 and 2")
+    sharded = stage >= 1
+    return StagePolicy(
+        stage=stage,
+        shards_states=sharded,
+        keeps_full_grads=stage <= 1,
+        reduces_to_shard=sharded,
+        reduce_scatter=sharded and reduce_scatter,
+    )

@@ -1,0 +1,249 @@
+"""Gradients from autograd into flat buffers, and reduced over ranks while backward goes on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from partita import kernels
+from partita._core import Bucketer, Span
+from partita.comm import Communicator, Handle
+from partita.units.policy import StagePolicy
+from partita.units.unit import GradState, Unit
+
+STAGING_BUFFERS = 2
+
+
+@dataclass(frozen=True)
+class ReductionSettings:
+    """How gradients travel.
+
+    communication_dtype: of the reduced buffers; None: the accumulation dtype.
+    grad_factor: what every gradient is multiplied by before it is summed over ranks.
+    overlap: reduce while backward goes on; otherwise at its end.
+    """
+
+    communication_dtype: torch.dtype | None = None
+    grad_factor: float = 1.0
+    overlap: bool = True
+
+
+class _Staging:
+    """Full gradient buffers for units that have none of their own, two per dtype, allocated when first needed."""
+
+    def __init__(self, communicator: Communicator, numel: int) -> None:
+        self._communicator = communicator
+        self._numel = numel
+        self._free: dict[torch.dtype, list[Tensor]] = {}
+
+    def take(self, dtype: torch.dtype) -> Tensor | None:
+        if dtype not in self._free:
+            self._free[dtype] = [self._communicator.empty(self._numel, dtype) for _ in range(STAGING_BUFFERS)]
+        return self._free[dtype].pop() if self._free[dtype] else None
+
+    def give_back(self, buffer: Tensor) -> None:
+        self._free[buffer.dtype].append(buffer)
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """A collective under way; the buffer stays alive and unchanged until it has been waited for."""
+
+    unit: Unit
+    handle: Handle
+    staging: Tensor | None  # None: the unit's own full buffer
+
+
+class GradientReducer:
+    """Watches the parameters of the units; see `Bucketer` for when a unit is launched.
+
+    `synchronise` is asked once per backward whether its gradients are reduced (a boundary) or only accumulated.
+
+    [Note: several backwards]
+    A unit's first reduction of a step happens in its own full buffer where it has one. When more gradients come before the
+    step (a second backward, stage 2's micro-batches), they are reduced in a staging buffer and added to the result: sums are
+    linear, so every backward counts, whenever it runs.
+    """
+
+    def __init__(
+        self,
+        units: list[Unit],
+        communicator: Communicator,
+        policy: StagePolicy,
+        settings: ReductionSettings,
+        *,
+        synchronise: Callable[[], bool],
+        after_backward: Callable[[], None],
+    ) -> None:
+        self.units = units
+        self.find_non_finite = False  # look at every gradient as it is packed, and remember the first bad one
+        self.first_non_finite: int | None = None
+        self._communicator = communicator
+        self._policy = policy
+        self._settings = settings
+        self._synchronise = synchronise
+        self._after_backward = after_backward
+        self._reducing = False  # whether the backward under way reduces
+        self._in_flight: deque[_InFlight] = deque()
+        self._staging = _Staging(communicator, max((u.layout.numel for u in units), default=0))
+        self._offsets = [unit.offsets() for unit in units]
+        self._names = [slot.name for unit in units for slot in unit.layout.slots]
+        unit_of = [i for i, unit in enumerate(units) for _ in unit.parameters]
+        self._first_parameter = [unit_of.index(i) for i in range(len(units))]
+        self._bucketer = Bucketer(unit_of, len(units))
+        parameters = [p for unit in units for p in unit.parameters]
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(partial(self._accumulated, i)) for i, p in enumerate(parameters)
+        ]
+
+    @property
+    def in_backward(self) -> bool:
+        """Gradients have arrived whose backward is not finished."""
+        return self._bucketer.in_backward
+
+    def parameter_name(self, index: int) -> str:
+        """The name of a parameter by its place in the launch order."""
+        return self._names[index]
+
+    def finish_backward(self) -> None:
+        """Backward is over: packs and launches what is left; parameters without a gradient count as zeros."""
+        if not self._bucketer.in_backward:
+            return
+        self._launch_all(*self._bucketer.finish())
+        self._after_backward()
+
+    def reduce_all(self) -> None:
+        """Returns when `Unit.reduced` holds the sum over ranks of all gradients since the last reset."""
+        self.finish_backward()
+        self._wait()
+        for unit in self.units:
+            # Accumulated in backwards that did not reduce, and no boundary came after them.
+            if unit.grad_state is GradState.LOCAL and unit.full_grads is not None:
+                self._reduce_local(unit, unit.full_grads)
+        self._wait()
+
+    def _wait(self) -> None:
+        while self._in_flight:
+            self._complete_oldest()
+
+    def reset(self) -> None:
+        """Forgets all gradients, those of an unfinished backward too."""
+        self._wait()
+        if self._bucketer.in_backward:
+            self._bucketer.finish()
+        for unit in self.units:
+            unit.grad_state = GradState.EMPTY
+            for parameter in unit.parameters:
+                parameter.grad = None
+        self.first_non_finite = None
+
+    def close(self) -> None:
+        """Stops watching the parameters."""
+        self._wait()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def begin_backward(self) -> None:
+        """Gradients are about to arrive; called by the first of them if by nobody else."""
+        self._wait()  # gradients of another backward may be under way in the buffers that this one writes
+        self._reducing = self._synchronise()
+        self._bucketer.begin_backward(self._settings.overlap)
+
+    def _accumulated(self, index: int, _parameter: Tensor) -> None:
+        if not self._bucketer.in_backward:
+            self.begin_backward()
+        try:
+            begin, end = self._bucketer.mark_ready(index)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"parameter '{self._names[index]}' received another gradient after its unit was reduced: it takes part "
+                "in more reentrant checkpoints in this backward than in any before; set "
+                "zero_optimization.overlap_comm to false, or use checkpoint(use_reentrant=False)"
+            ) from error
+        if begin < end:
+            self._launch_all(begin, end)
+
+    def _launch_all(self, begin: int, end: int) -> None:
+        with torch.no_grad():
+            for i in range(begin, end):
+                self._launch(i)
+
+    def _launch(self, index: int) -> None:
+        unit = self.units[index]
+        if unit.full_grads is not None and unit.grad_state is not GradState.REDUCED:
+            self._pack(index, unit.full_grads, accumulate=unit.grad_state is GradState.LOCAL)
+            unit.grad_state = GradState.LOCAL
+            if self._reducing:
+                self._reduce_local(unit, unit.full_grads)
+        else:
+            staging = self._take_staging(self._communication_dtype(unit))
+            self._pack(index, staging[: unit.layout.numel], accumulate=False)
+            self._reduce(unit, staging[: unit.layout.numel], staging)
+
+    def _reduce_local(self, unit: Unit, full_grads: Tensor) -> None:
+        dtype = self._communication_dtype(unit)
+        if dtype == full_grads.dtype:
+            self._reduce(unit, full_grads, staging=None)
+        else:
+            staging = self._take_staging(dtype)
+            kernels.cast(staging[: unit.layout.numel], full_grads)
+            self._reduce(unit, staging[: unit.layout.numel], staging)
+
+    def _communication_dtype(self, unit: Unit) -> torch.dtype:
+        return self._settings.communication_dtype or unit.reduced.dtype
+
+    def _reduce(self, unit: Unit, buffer: Tensor, staging: Tensor | None) -> None:
+        if self._policy.reduce_scatter:
+            handle = self._communicator.reduce_scatter(buffer)
+        else:
+            handle = self._communicator.all_reduce(buffer)
+        self._in_flight.append(_InFlight(unit, handle, staging))
+        if not self._settings.overlap:
+            self._wait()
+
+    def _take_staging(self, dtype: torch.dtype) -> Tensor:
+        while (buffer := self._staging.take(dtype)) is None:
+            self._complete_oldest()
+        return buffer
+
+    def _complete_oldest(self) -> None:
+        flight = self._in_flight.popleft()
+        flight.handle.wait()
+        unit = flight.unit
+        if flight.staging is not None:
+            part = unit.part(flight.staging[: unit.layout.numel])
+            kernels.cast(unit.reduced, part, accumulate=unit.grad_state is GradState.REDUCED)
+            self._staging.give_back(flight.staging)
+        unit.grad_state = GradState.REDUCED
+
+    def _pack(self, index: int, buffer: Tensor, *, accumulate: bool) -> None:
+        """Moves the gradients of a unit into a full buffer; autograd's own tensors are released."""
+        unit = self.units[index]
+        grads = [_dense(p.grad) for p in unit.parameters]
+        if self.find_non_finite and self.first_non_finite is None:
+            bad = (i for i, g in enumerate(grads) if g is not None and not kernels.is_finite(g))
+            if (first := next(bad, None)) is not None:
+                self.first_non_finite = self._first_parameter[index] + first
+        zeros = kernels.DTYPES[unit.dtype]
+        spans = [
+            Span(0, slot.numel, zeros) if g is None else kernels.span(g)
+            for g, slot in zip(grads, unit.layout.slots, strict=True)
+        ]
+        kernels.pack(buffer, spans, self._offsets[index], scale=self._settings.grad_factor, accumulate=accumulate)
+        for parameter in unit.parameters:
+            parameter.grad = None
+
+
+def _dense(grad: Tensor | None) -> Tensor | None:
+    """A gradient as a contiguous strided tensor; a sparse one is densified."""
+    if grad is None:
+        return None
+    if grad.layout is not torch.strided:
+        grad = grad.to_dense()
+    return grad.contiguous()

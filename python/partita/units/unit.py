@@ -1,0 +1,150 @@
+"""A unit's memory: the flat buffers that a layout describes, with the model's parameters as views into them."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from partita import kernels
+from partita._core import Segments
+from partita.comm import Communicator
+from partita.units.layout import ParameterInfo, UnitLayout, make_layout, plan_buckets
+from partita.units.policy import StagePolicy
+
+
+class GradState(Enum):
+    """What a unit's gradient buffers hold."""
+
+    EMPTY = "nothing since the last step"
+    LOCAL = "this rank's micro-batches, not reduced yet"
+    REDUCED = "the sum over ranks"
+
+
+class Unit:
+    """Parameters that communicate together.
+
+    `own` is the range of the full buffer whose optimizer states this rank keeps: everything in stage 0, its shard above.
+    """
+
+    def __init__(
+        self,
+        layout: UnitLayout,
+        parameters: list[nn.Parameter],
+        dtype: torch.dtype,
+        grad_dtype: torch.dtype,
+        communicator: Communicator,
+        policy: StagePolicy,
+    ) -> None:
+        shard = layout.shard_range(communicator.rank)
+        self.layout = layout
+        self.parameters = parameters
+        self.dtype = dtype
+        self.own = shard if policy.shards_states else range(layout.numel)
+        self.segments = _segments(layout, self.own, self.own.start)
+        # Every element is counted by one rank in every stage, so that the norm has the same bits in all of them.
+        self.norm_segments = _segments(layout, shard, self.own.start)
+
+        weights = _full_precision_weights(layout, parameters, communicator)
+        if dtype == torch.float32:
+            self.params = weights
+        else:
+            self.params = communicator.empty(layout.numel, dtype)
+            kernels.cast(self.params, weights)
+        # fp32; for fp32 parameters, this rank's part of them
+        self.master = self.part(weights) if dtype == torch.float32 else self.part(weights).clone()
+        self.addresses = self._point_parameters_here()
+
+        # Accumulation dtype. `reduced`: the gradients of `own`, a view of `full_grads` where that exists.
+        self.full_grads = communicator.empty(layout.numel, grad_dtype) if policy.keeps_full_grads else None
+        self.reduced = (
+            communicator.empty(len(self.own), grad_dtype) if self.full_grads is None else self.part(self.full_grads)
+        )
+        self.grad_state = GradState.EMPTY
+
+    def part(self, full: Tensor) -> Tensor:
+        """This rank's own range of a full buffer, as a view."""
+        return full[self.own.start : self.own.stop]
+
+    def offsets(self) -> list[int]:
+        """Where each parameter starts in the full buffer."""
+        return [slot.offset for slot in self.layout.slots]
+
+    def _point_parameters_here(self) -> list[int]:
+        for slot, parameter in zip(self.layout.slots, self.parameters, strict=True):
+            parameter.data = self.params[slot.offset : slot.offset + slot.numel].view(slot.shape)
+            parameter.grad = None
+        return [parameter.data_ptr() for parameter in self.parameters]
+
+    def check_parameters_in_place(self) -> None:
+        """Raises RuntimeError when a parameter's memory was replaced, so that updates would no longer reach it."""
+        if [p.data_ptr() for p in self.parameters] == self.addresses:
+            return
+        moved = next(
+            slot.name
+            for slot, p, address in zip(self.layout.slots, self.parameters, self.addresses, strict=True)
+            if p.data_ptr() != address
+        )
+        raise RuntimeError(
+            f"the memory of parameter '{moved}' was replaced after initialize() (by .to(), .half(), .data = ... or the "
+            "like), so training no longer reaches it: convert the model before initialize(), and write into a parameter "
+            "with copy_() under torch.no_grad()"
+        )
+
+
+def build_units(
+    named: list[tuple[str, nn.Parameter, int]],
+    *,
+    communicator: Communicator,
+    policy: StagePolicy,
+    bucket_numel: int,
+    compute_dtype: torch.dtype | None,
+    grad_dtype: torch.dtype | None,
+) -> list[Unit]:
+    """Communication buckets of (name, parameter, optimizer group), in launch order.
+
+    Parameters become views of flat buffers of `compute_dtype` (None: each keeps its dtype), with rank 0's values on every
+    rank. Gradients accumulate in `grad_dtype` (None: the parameters' dtype). Memory is bounded by one unit at a time.
+
+    Raises:
+        TypeError, ValueError: a parameter's dtype or device cannot be trained; names it.
+    """
+    infos = [_info(name, parameter, group, compute_dtype) for name, parameter, group in named]
+    units = []
+    for bucket in plan_buckets(infos, bucket_numel):
+        parameters = [named[i][1] for i in bucket]
+        dtype = compute_dtype or parameters[0].dtype
+        layout = make_layout([infos[i] for i in bucket], communicator.world_size)
+        units.append(Unit(layout, parameters, dtype, grad_dtype or dtype, communicator, policy))
+    return units
+
+
+def _info(name: str, parameter: nn.Parameter, group: int, compute_dtype: torch.dtype | None) -> ParameterInfo:
+    if parameter.dtype not in kernels.DTYPES:
+        raise TypeError(
+            f"parameter '{name}' is {parameter.dtype}: Partita trains float32, float16 and bfloat16; convert the model "
+            "before initialize(), or freeze the parameter"
+        )
+    if not parameter.is_cpu:
+        raise ValueError(
+            f"parameter '{name}' is on device '{parameter.device}': this version trains on the CPU; "
+            + ("give it values with to_empty() first" if parameter.is_meta else "move the model to 'cpu' first")
+        )
+    dtype = compute_dtype or parameter.dtype
+    return ParameterInfo(name, tuple(parameter.shape), group, dtype.itemsize, str(dtype))
+
+
+def _full_precision_weights(layout: UnitLayout, parameters: list[nn.Parameter], communicator: Communicator) -> Tensor:
+    """The user's weights in fp32, before they are cast, as rank 0 has them."""
+    weights = communicator.empty(layout.numel, torch.float32)
+    contiguous = [p.detach().contiguous() for p in parameters]
+    offsets = [slot.offset for slot in layout.slots]
+    kernels.pack(weights, [kernels.span(p) for p in contiguous], offsets, scale=1.0, accumulate=False)
+    communicator.broadcast(weights, 0).wait()
+    return weights
+
+
+def _segments(layout: UnitLayout, elements: range, origin: int) -> Segments:
+    shift = elements.start - origin
+    return Segments([(s.shard_offset + shift, s.numel, s.slot.group) for s in layout.slices(elements)])

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parent / "distributed"), str(Path(__file__).parents[1] / "examples")]
+
+from ranks import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], RankPool]]:
+    """ranks(n): a pool of n processes that lives as long as the session."""
+    pools: dict[int, RankPool] = {}
+    yield lambda world_size: pools.setdefault(world_size, RankPool(world_size))
+    for pool in pools.values():
+        pool.close()

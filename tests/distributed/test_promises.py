@@ -1,0 +1,97 @@
+"""Promises 1, 2 and 4 of the design: stages agree bit for bit, and with plain PyTorch; parameters are views."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import partita
+import pytest
+import torch
+from support import base_config, make_model, train, train_plain
+
+STAGES = (0, 1, 2)
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}},
+}
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), f"{name} differs by up to {(a[name] - b[name]).abs().max()}"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_stages_have_the_same_bits_on_two_ranks(ranks, precision, clip):
+    """Promise 1. With one micro-batch the order of all sums is the same in all stages."""
+    runs = {s: ranks(2).run(train, base_config(stage=s, gradient_clipping=clip, **PRECISIONS[precision])) for s in STAGES}
+    for stage in (1, 2):
+        for rank in range(2):
+            assert runs[stage][rank][0] == runs[0][rank][0]
+            assert runs[stage][rank][2] == runs[0][rank][2]
+            assert_same_bits(runs[stage][rank][1], runs[0][rank][1])
+    assert_same_bits(runs[0][0][1], runs[0][1][1])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_stages_0_and_1_have_the_same_bits_with_accumulation(ranks, world_size):
+    """Stage 2 reduces every micro-batch, so it adds in another order; 0 and 1 add micro-batches first."""
+    runs = [ranks(world_size).run(train, base_config(stage=s, gradient_accumulation_steps=3)) for s in STAGES]
+    if world_size <= 2:
+        assert_same_bits(runs[0][0][1], runs[1][0][1])
+    for run in runs[1:]:
+        for name, value in run[0][1].items():
+            torch.testing.assert_close(value, runs[0][0][1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 3), (2, 1), (2, 4), (3, 2), (4, 1)])
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_equals_one_big_batch_in_plain_pytorch(ranks, stage, world_size, accumulation, clip):
+    """Promise 2: k micro-batches x N ranks = one batch on one process."""
+    config = base_config(stage=stage, gradient_accumulation_steps=accumulation, gradient_clipping=clip)
+    runs = ranks(world_size).run(train, config)
+    losses, weights, norms = train_plain(2 * accumulation * world_size, clip=clip)
+    mean_losses = [sum(step) / world_size for step in zip(*(run[0] for run in runs), strict=True)]
+    torch.testing.assert_close(mean_losses, losses, rtol=1e-4, atol=1e-5)
+    for run in runs:
+        torch.testing.assert_close(run[2], norms, rtol=1e-4, atol=1e-6)
+        for name, value in run[1].items():
+            torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_half_precision_follows_fp32(ranks, stage, precision):
+    """Promise 2 for 16-bit parameters, within what their rounding allows."""
+    config = base_config(stage=stage, gradient_accumulation_steps=2, gradient_clipping=0.5, **PRECISIONS[precision])
+    runs = ranks(2).run(train, config)
+    losses, _, _ = train_plain(8, clip=0.5)
+    mean_losses = [sum(step) / 2 for step in zip(*(run[0] for run in runs), strict=True)]
+    tolerance = 0.03 if precision == "bf16" else 0.005
+    torch.testing.assert_close(mean_losses, losses, rtol=tolerance, atol=tolerance)
+
+
+def _views(stage: int) -> None:
+    model = make_model()
+    engine = partita.Engine(model=model, config=base_config(stage=stage))
+    storages = {unit.params.untyped_storage().data_ptr() for unit in engine._units}
+    for name, parameter in model.named_parameters():
+        assert parameter.untyped_storage().data_ptr() in storages, name
+    for unit in engine._units:
+        # fp32: the master is the parameter; the shard is a slice of the full buffer; reduced gradients of theirs
+        assert unit.master.untyped_storage().data_ptr() == unit.params.untyped_storage().data_ptr()
+        assert unit.master.data_ptr() == unit.params.data_ptr() + 4 * unit.own.start
+        if unit.full_grads is not None:
+            assert unit.reduced.data_ptr() == unit.full_grads.data_ptr() + 4 * unit.own.start
+    assert model.head.weight is model.embed.weight
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters_and_shards_are_views(ranks, stage):
+    """Promise 4."""
+    ranks(2).run(_views, stage)

@@ -1,0 +1,415 @@
+"""The configuration: its surface, what it accepts, and that every error names the key and the remedy."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import partita.config
+import pytest
+from partita.config import Config, ConfigError, default_config, load_config, save_config
+from partita.config.deepspeed_keys import DEEPSPEED_ONLY_KEYS
+from partita.config.document import MARKDOWN_NAME, SCHEMA_NAME, write_documents
+from partita.config.fields import OwnKey
+from partita.config.sections import all_sections, join
+from pydantic import ValidationError
+
+REPOSITORY = Path(__file__).parents[2]
+
+DEFAULTS: dict[str, Any] = {
+    "train_batch_size": None,
+    "train_micro_batch_size_per_gpu": None,
+    "gradient_accumulation_steps": None,
+    "optimizer": None,
+    "scheduler": None,
+    "fp16": {
+        "enabled": False,
+        "loss_scale": 0.0,
+        "initial_scale_power": 16,
+        "loss_scale_window": 1000,
+        "hysteresis": 2,
+        "consecutive_hysteresis": False,
+        "min_loss_scale": 1.0,
+    },
+    "bf16": {"enabled": False},
+    "torch_autocast": {"enabled": False, "dtype": "bfloat16"},
+    "zero_optimization": {
+        "stage": 0,
+        "reduce_bucket_size": 8_388_608,
+        "allgather_bucket_size": 8_388_608,
+        "overlap_comm": True,
+        "reduce_scatter": True,
+        "contiguous_gradients": True,
+    },
+    "gradient_clipping": 0.0,
+    "communication_data_type": None,
+    "data_types": {"grad_accum_dtype": None, "buffer_dtype": None},
+    "prescale_gradients": False,
+    "gradient_predivide_factor": 1.0,
+    "steps_per_print": 10,
+    "wall_clock_breakdown": False,
+    "dump_state": False,
+    "seed": 1234,
+    "max_consecutive_skipped_steps": 100,
+}
+
+FULL: dict[str, Any] = {
+    "train_batch_size": 64,
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 8,
+    "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "fused": None}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 100}},
+    "fp16": {"enabled": True, "initial_scale_power": 24, "min_loss_scale": 0.5},
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8},
+    "gradient_clipping": 1,
+    "communication_data_type": "float32",
+    "data_types": {"grad_accum_dtype": "bfloat16"},
+    "prescale_gradients": True,
+    "gradient_predivide_factor": 2.0,
+    "steps_per_print": None,
+}
+
+
+def message_for(source: Any) -> str:
+    with pytest.raises(ConfigError) as raised:
+        load_config(source)
+    return str(raised.value)
+
+
+def nested(dotted: str, value: Any) -> dict[str, Any]:
+    """'fp16.enabled', True -> {'fp16': {'enabled': True}}"""
+    first, _, rest = dotted.partition(".")
+    return {first: nested(rest, value) if rest else value}
+
+
+# Surface
+
+
+def test_defaults_are_frozen_by_this_table() -> None:
+    assert default_config() == DEFAULTS
+    assert load_config(None) == load_config({}) == load_config(DEFAULTS) == Config()
+
+
+def test_default_config_belongs_to_the_caller() -> None:
+    default_config()["fp16"]["enabled"] = True
+    assert default_config() == DEFAULTS
+
+
+def test_config_cannot_be_changed() -> None:
+    config = load_config(None)
+    with pytest.raises(ValidationError):
+        config.seed = 1  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        config.fp16.enabled = True  # type: ignore[misc]
+
+
+def test_config_does_not_follow_later_changes_of_its_source() -> None:
+    source = {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}}
+    config = load_config(source)
+    source["optimizer"]["params"]["betas"][0] = 0.0  # type: ignore[index]
+    assert config.optimizer is not None
+    assert config.optimizer.params == {"betas": [0.9, 0.95]}
+
+
+def test_every_key_has_a_description() -> None:
+    for path, section in all_sections():
+        for key, field in section.model_fields.items():
+            assert field.description, join(path, key)
+
+
+def test_package_imports_neither_torch_nor_the_rest_of_partita() -> None:
+    folder = Path(partita.config.__file__).parent
+    for file in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file.name}: relative import"
+                names = [node.module or ""]
+            for name in names:
+                assert name.split(".")[0] != "torch", file.name
+                assert not name.startswith("partita") or name.startswith("partita.config"), f"{file.name}: {name}"
+
+
+# Accepted
+
+
+def test_spellings_and_number_forms_are_normalised() -> None:
+    config = load_config(FULL)
+    assert config.zero_optimization.reduce_bucket_size == 500_000_000
+    assert isinstance(config.zero_optimization.reduce_bucket_size, int)
+    assert isinstance(config.gradient_clipping, float)
+    assert (config.communication_data_type, config.data_types.grad_accum_dtype) == ("fp32", "bf16")
+    assert load_config({"torch_autocast": {"dtype": "fp16"}}).torch_autocast.dtype == "float16"
+
+
+def test_config_is_returned_as_it_is() -> None:
+    config = load_config(FULL)
+    assert load_config(config) is config
+
+
+@pytest.mark.parametrize("source", [{}, FULL], ids=["defaults", "full"])
+def test_saved_config_loads_to_an_equal_one(tmp_path: Path, source: dict[str, Any]) -> None:
+    config = load_config(source)
+    save_config(config, tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json") == config
+    assert load_config(str(tmp_path / "config.json")) == config
+    assert json.loads((tmp_path / "config.json").read_text()).keys() == DEFAULTS.keys()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"fp16": {"enabled": True}, "bf16": {"enabled": False}},
+        {"fp16": {"loss_scale": 128, "min_loss_scale": 1e9}},  # a fixed scale has no minimum
+        {"fp16": {"initial_scale_power": 0, "min_loss_scale": 1}},
+        {"steps_per_print": 0},
+        {"prescale_gradients": True, "gradient_predivide_factor": 0.5},
+    ],
+)
+def test_valid_combinations(source: dict[str, Any]) -> None:
+    load_config(source)
+
+
+# Wrong values
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("train_batch_size", 0, "an integer >= 1 or null"),
+        ("train_batch_size", True, "an integer >= 1 or null"),
+        ("train_micro_batch_size_per_gpu", "4", "an integer >= 1 or null"),
+        ("train_micro_batch_size_per_gpu", 2.5, "an integer >= 1 or null"),
+        ("gradient_accumulation_steps", -1, "an integer >= 1 or null"),
+        ("optimizer", "AdamW", "an object"),
+        ("optimizer.type", "", "a string that is not empty"),
+        ("fp16", True, "an object"),
+        ("fp16", None, "an object"),
+        ("fp16.enabled", 1, "true or false"),
+        ("fp16.enabled", "true", "true or false"),
+        ("fp16.loss_scale", -1.0, "a number >= 0"),
+        ("fp16.loss_scale", True, "a number >= 0"),
+        ("fp16.loss_scale", math.nan, "a number >= 0"),
+        ("fp16.initial_scale_power", 25, "an integer from 0 to 24"),
+        ("fp16.initial_scale_power", -1, "an integer from 0 to 24"),
+        ("fp16.loss_scale_window", 0, "an integer >= 1"),
+        ("fp16.hysteresis", 0, "an integer >= 1"),
+        ("fp16.min_loss_scale", 0, "a number > 0"),
+        ("bf16.enabled", None, "true or false"),
+        ("torch_autocast.dtype", "fp32", 'one of "bfloat16", "float16", "bf16", "fp16"'),
+        ("zero_optimization", 2, "an object"),
+        ("zero_optimization.stage", 4, "an integer from 0 to 2"),
+        ("zero_optimization.stage", True, "an integer from 0 to 2"),
+        ("zero_optimization.stage", "2", "an integer from 0 to 2"),
+        ("zero_optimization.reduce_bucket_size", 0, "an integer >= 1"),
+        ("zero_optimization.reduce_bucket_size", 1.5, "an integer >= 1"),
+        ("zero_optimization.allgather_bucket_size", math.inf, "an integer >= 1"),
+        ("zero_optimization.allgather_bucket_size", "5e8", "an integer >= 1"),
+        ("gradient_clipping", -0.5, "a number >= 0"),
+        ("gradient_clipping", math.inf, "a number >= 0"),
+        ("gradient_clipping", "1.0", "a number >= 0"),
+        ("communication_data_type", "int8", 'one of "fp32", "fp16", "bf16"'),
+        ("data_types.grad_accum_dtype", 32, 'one of "fp32", "fp16", "bf16"'),
+        ("gradient_predivide_factor", 0.0, "a number > 0"),
+        ("steps_per_print", -1, "an integer >= 0 or null"),
+        ("seed", -1, "an integer >= 0"),
+        ("max_consecutive_skipped_steps", 0, "an integer >= 1"),
+    ],
+)
+def test_wrong_value_names_key_value_and_range(key: str, value: Any, expected: str) -> None:
+    source = nested(key, value)
+    if key.startswith("optimizer."):
+        source["optimizer"] = {"params": {}, **source["optimizer"]}
+    message = message_for(source)
+    assert message.startswith("1 problem in the config:\n")
+    assert f"\n  {key} = {value!r}: expected {expected}" in message
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage = 3", "stage 3", "not in this version"]),
+        (
+            {"zero_optimization": {"contiguous_gradients": False}},
+            ["zero_optimization.contiguous_gradients = False", "flat buffers"],
+        ),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, ["fp16.enabled and bf16.enabled exclude each other"]),
+        (
+            {"fp16": {"enabled": True}, "torch_autocast": {"enabled": True}},
+            ["fp16.enabled and torch_autocast.enabled exclude each other"],
+        ),
+        (
+            {"bf16": {"enabled": True}, "torch_autocast": {"enabled": True}},
+            ["bf16.enabled and torch_autocast.enabled exclude each other"],
+        ),
+        (
+            {"gradient_predivide_factor": 2.0},
+            ["gradient_predivide_factor = 2", "set prescale_gradients to true"],
+        ),
+        (
+            {"fp16": {"initial_scale_power": 4, "min_loss_scale": 17}},
+            ["fp16: min_loss_scale = 17", "initial scale 16", "initial_scale_power = 4"],
+        ),
+        ({"optimizer": {}}, ["optimizer.type: missing; expected a string"]),
+        ({"scheduler": {"params": {}}}, ["scheduler.type: missing; expected a string"]),
+        ({"optimizer": {"type": "Adam", "params": {1: 2}}}, ["optimizer.params", "key 1", "not a string"]),
+        ({"optimizer": {"type": "Adam", "params": None}}, ["optimizer.params = None: expected an object"]),
+        ({"optimizer": {"type": "Adam", "params": {"lr": math.nan}}}, ["optimizer.params", "lr = nan", "finite"]),
+        ({"optimizer": {"type": "Adam", "params": {"a": [{1}]}}}, ["optimizer.params", "a[0] is of type set"]),
+        ({1: 2}, ["1: Keys should be strings"]),
+        (17, ["a config is a dict, the path of a JSON file, or a Config; got a int"]),
+    ],
+)
+def test_rules_beyond_type_and_range(source: Any, named: list[str]) -> None:
+    message = message_for(source)
+    for text in named:
+        assert text in message
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "train_batch_size",
+        "gradient_clipping",
+        "fp16.enabled",
+        "fp16.loss_scale",
+        "zero_optimization.reduce_bucket_size",
+        "optimizer.params.lr",
+        "scheduler.params.warmup_num_steps",
+        "communication_data_type",
+    ],
+)
+def test_auto_is_explained_once(key: str) -> None:
+    source = nested(key, "auto")
+    for section in {"optimizer", "scheduler"} & source.keys():
+        source[section]["type"] = "AdamW"
+    message = message_for(source)
+    assert message.startswith("1 problem")
+    assert f'{key}: "auto" is filled in by Hugging Face' in message
+    assert "give a number" in message
+
+
+@pytest.mark.parametrize("key", ["sed", "zero_optimization.stage3_prefetch_bucket_size"])
+def test_unknown_key_that_holds_auto_is_reported_as_unknown(key: str) -> None:
+    message = message_for(nested(key, "auto"))
+    assert message.startswith("1 problem")
+    assert f"{key}: " in message
+    assert "Hugging Face" not in message
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    message = message_for({"sed": 1, "fp16": {"hysteresis": 0, "window": 5}, "gradient_clipping": "auto"})
+    assert message.startswith("4 problems in the config:\n")
+    for start in ("sed: ", "fp16.hysteresis = 0: ", "fp16.window: ", "gradient_clipping: "):
+        assert f"\n  {start}" in message
+
+
+# Unknown keys
+
+
+@pytest.mark.parametrize(
+    ("key", "answer"),
+    [
+        ("zero_optimization.stge", "unknown key; did you mean 'stage'?"),
+        ("zero_optimisation", "unknown key; did you mean 'zero_optimization'?"),
+        ("Train_Batch_Size", "unknown key; did you mean 'train_batch_size'?"),
+        ("fp16.loss_scale_windw", "unknown key; did you mean 'loss_scale_window'?"),
+        ("data_types.grad_acum_dtype", "unknown key; did you mean 'grad_accum_dtype'?"),
+        ("stage", "unknown key here; did you mean 'zero_optimization.stage'?"),
+        ("fp16.gradient_clipping", "unknown key here; did you mean 'gradient_clipping'?"),
+        ("bf16.zzz", "unknown key; valid keys of bf16 are enabled"),
+        ("zzz", "unknown key; valid keys here are train_batch_size, "),
+    ],
+)
+def test_unknown_key_names_the_nearest_or_all(key: str, answer: str) -> None:
+    message = message_for(nested(key, 1))
+    assert message.startswith("1 problem")
+    assert f"\n  {key}: {answer}" in message
+
+
+@pytest.mark.parametrize("key", ["optimizer.parms", "scheduler.prams"])
+def test_unknown_key_in_an_optional_section(key: str) -> None:
+    section = key.split(".")[0]
+    assert f"{key}: unknown key; did you mean 'params'?" in message_for({section: {"type": "A", key.split(".")[1]: {}}})
+
+
+@pytest.mark.parametrize("key", sorted(DEEPSPEED_ONLY_KEYS))
+def test_key_of_deepspeed_is_recognised(key: str) -> None:
+    source = nested(key, {"device": "auto"})
+    if key.startswith("optimizer."):
+        source["optimizer"]["type"] = "Adam"
+    message = message_for(source)
+    assert message.startswith("1 problem")
+    assert f"{key}: DeepSpeed has this key, this version of Partita does not; " in message
+    assert not message.endswith("; ")
+
+
+def test_keys_of_partita_and_of_deepspeed_only_are_disjoint() -> None:
+    ours = {join(path, key) for path, section in all_sections() for key in section.model_fields}
+    assert not ours & DEEPSPEED_ONLY_KEYS.keys()
+    sections = {path for path, _ in all_sections()}
+    assert {key.rpartition(".")[0] for key in DEEPSPEED_ONLY_KEYS} <= sections
+
+
+def test_own_keys_are_marked() -> None:
+    own = {
+        join(path, key)
+        for path, section in all_sections()
+        for key, field in section.model_fields.items()
+        if any(isinstance(note, OwnKey) for note in field.metadata)
+    }
+    assert own == {"seed", "max_consecutive_skipped_steps"}
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b'{\n  "seed": 1,\n}', ["not valid JSON at line 3, column 1"]),
+        (b"", ["not valid JSON at line 1, column 1"]),
+        (b"[1, 2]", ["the top level is a list; expected an object"]),
+        (b"null", ["the top level is a NoneType; expected an object"]),
+        (b'{"seed": 1, "seed": 2}', ["written more than once: seed"]),
+        (b'{"fp16": {"enabled": true, "enabled": true}}', ["written more than once: fp16.enabled"]),
+        (b'{"gradient_clipping": NaN}', ["NaN is not a JSON number"]),
+        (b'{"gradient_clipping": -Infinity}', ["-Infinity is not a JSON number"]),
+        (b'{"gradient_clipping": 1e999}', ["gradient_clipping = inf: expected a number >= 0"]),
+        (b'{"sed": 1}', ["1 problem in", "sed: unknown key; did you mean 'seed'?"]),
+        (b"\xff\xfe", ["not a text file in UTF-8"]),
+        (b"[" * 100_000, ["not usable as JSON"]),
+        (b'{"seed": ' + b"9" * 10_000 + b"}", ["not usable as JSON"]),
+    ],
+)
+def test_bad_file_is_named_with_the_reason(tmp_path: Path, content: bytes, named: list[str]) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    message = message_for(path)
+    for text in [str(path), *named]:
+        assert text in message
+
+
+def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
+    assert "none.json: there is no such config file" in message_for(tmp_path / "none.json")
+    assert str(tmp_path) in message_for(tmp_path)
+    assert "cannot be read" in message_for("a\0b")
+
+
+def test_file_with_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(b'\xef\xbb\xbf{"seed": 7}')
+    assert load_config(path).seed == 7
+
+
+# Documents
+
+
+@pytest.mark.parametrize("name", [MARKDOWN_NAME, SCHEMA_NAME])
+def test_committed_documents_are_current(tmp_path: Path, name: str) -> None:
+    write_documents(tmp_path)
+    committed = (REPOSITORY / "docs" / name).read_text(encoding="utf-8")
+    assert committed == (tmp_path / name).read_text(encoding="utf-8"), "run: python -m partita.config.document docs"
