@@ -3,6 +3,9 @@
 An engine gets a `Task` and answers with three functions; how it shards, overlaps and casts is its own affair.
 In bf16 every engine keeps fp32 master weights: alone, DDP and ZeroRedundancyOptimizer train fp32 weights under autocast
 (the usual way), FSDP2 gathers its fp32 shards as bf16, DeepSpeed and Partita hold bf16 weights beside the masters.
+
+A warning about `deepspeed0` in 16 bits is expected with DeepSpeed 0.19: at start it steps once with zero gradients to
+create the optimizer's state, and Adam's bias correction counts that step, so its first updates are up to a quarter short.
 """
 
 from __future__ import annotations

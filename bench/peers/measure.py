@@ -93,8 +93,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, engines: Sequence[str]
     parser.add_argument("--steps", type=int, default=5, help="steps in a row at each turn")
     parser.add_argument("--warm-up", type=int, default=5, help="steps before timing; the loss is checked after them")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--deepspeed-adam", choices=("fused", "cpu", "torch"), default="torch",
-                        help="FusedAdam by its config, DeepSpeedCPUAdam, or torch's fused AdamW (the fastest)")  # fmt: skip
+    adams = "its own FusedAdam, its DeepSpeedCPUAdam, or torch's fused AdamW (the fastest)"
+    parser.add_argument("--deepspeed-adam", choices=("fused", "cpu", "torch"), default="torch", help=adams)
 
 
 def engine_names(text: str) -> list[str]:

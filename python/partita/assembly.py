@@ -81,8 +81,8 @@ def choose_scheduler(source: Any, optimizer: Optimizer | None, config: Config) -
         source = source(optimizer)
     if isinstance(source, ReduceLROnPlateau):
         raise TypeError(
-            "lr_scheduler: ReduceLROnPlateau needs a metric at every step, which the engine does not have: make it over "
-            "the returned optimizer and call its step(metric) yourself"
+            "lr_scheduler: ReduceLROnPlateau needs a metric at every step, which the engine does not have: make it "
+            "over the returned optimizer and call its step(metric) yourself"
         )
     if source is not None and not hasattr(source, "step"):
         raise TypeError(f"lr_scheduler: a {type(source).__name__} has no step()")

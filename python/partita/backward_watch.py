@@ -11,10 +11,10 @@ from torch import Tensor
 class BackwardWatch:
     """Sees gradients enter the model's outputs.
 
-    `engine.backward(loss)` scales the loss and ends the backward itself. For a plain `loss.backward()`, hooks on the outputs
-    of the forward do both: the first gradient that arrives asks autograd for a call at the end of the whole backward (a
-    parameter's hook could run inside a reentrant checkpoint, whose end is not the end), and the gradient of a single output
-    is multiplied by the loss scale, which does the same as scaling the loss.
+    `engine.backward(loss)` scales the loss and ends the backward itself. For a plain `loss.backward()`, hooks on the
+    outputs of the forward do both: the first gradient that arrives asks autograd for a call at the end of the whole
+    backward (a parameter's hook could run inside a reentrant checkpoint, whose end is not the end), and the gradient
+    of a single output is multiplied by the loss scale, which does the same as scaling the loss.
     """
 
     def __init__(self, loss_scale: Callable[[], float], finish_backward: Callable[[], None]) -> None:
@@ -34,7 +34,7 @@ class BackwardWatch:
         """Called with the outputs of a forward that may be followed by a backward."""
         self._outputs = len(outputs)
         for output in outputs:
-            output.register_hook(self._gradient_arrives)
+            output.register_hook(self._gradient_arrives)  # type: ignore[no-untyped-call]
 
     def begin_micro_batch(self) -> None:
         """The last micro-batch has ended, one way or another."""
@@ -42,7 +42,8 @@ class BackwardWatch:
         self._end_is_queued = False
 
     def require_scaled(self) -> None:
-        """Called when parameters receive gradients; raises RuntimeError if the loss scale would be missing from them."""
+        """Called when parameters receive gradients; raises RuntimeError if the loss scale would be missing from
+        them."""
         if not self.loss_is_scaled and self._loss_scale() != 1.0:
             raise RuntimeError(
                 "loss.backward() in float16 without the loss scale: call engine.backward(loss), or "
@@ -52,7 +53,7 @@ class BackwardWatch:
     def _gradient_arrives(self, grad: Tensor) -> Tensor | None:
         if not self._end_is_queued:
             self._end_is_queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[no-untyped-call]
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
         if self.loss_is_scaled or self._outputs != 1 or (scale := self._loss_scale()) == 1.0:
             return None
         self.loss_is_scaled = True

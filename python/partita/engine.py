@@ -24,6 +24,7 @@ from partita.monitor import PhaseTimers, StepReport, StepReporter
 from partita.optim import ShardedOptimizer, StepController
 from partita.placement import clone_state_dict, optimized_parameters, place_untrained, untrained_parameters
 from partita.precision import loss_scaler_of, precision_of
+from partita.skip_guard import SkipGuard
 from partita.units import GradientReducer, ReductionSettings, build_units, stage_policy
 
 logger = logging.getLogger("partita")
@@ -80,7 +81,6 @@ class Engine:
 
         precision = precision_of(self.config, self._batch.accumulation)
         self._autocast = precision.autocast
-        self._scales_dynamically = precision.scales_loss and self.config.fp16.loss_scale == 0
         self._controller = StepController(loss_scaler_of(self.config, precision))
         zero = self.config.zero_optimization
         policy = stage_policy(zero.stage, reduce_scatter=zero.reduce_scatter)
@@ -118,7 +118,14 @@ class Engine:
         self._endless: Iterator[Any] | None = None  # over the dataloader, for train_batch()
         self._timers = PhaseTimers(self.config.wall_clock_breakdown)
         self._reporter = StepReporter(self.global_rank, self.config.steps_per_print or 0, self._timers)
-        self._expect_non_finite()
+        minimum = self.config.fp16.min_loss_scale if precision.scales_loss else 0.0
+        self._skips = SkipGuard(
+            self._controller,
+            self._reducer,
+            self._communicator,
+            limit=self.config.max_consecutive_skipped_steps,
+            minimum_scale=minimum,
+        )
         self._announce(precision.name)
 
     @classmethod
@@ -170,15 +177,16 @@ class Engine:
             with self._timers.phase("step"):
                 self._update()
             self._reporter.report(self._report())
-            self._raise_if_stuck()
-            self._expect_non_finite()
+            self._skips.check(self.global_steps)
+            self._reducer.reset()
 
     def train_batch(self, batch: Any = None) -> Tensor:
         """One whole optimizer step; returns the mean loss of this rank's micro-batches, detached.
 
         Args:
             batch: an iterator over micro-batches, or one batch that is split along dimension 0 into
-                `gradient_accumulation_steps` parts; None: the engine's own `dataloader`. The model must return its loss.
+                `gradient_accumulation_steps` parts; None: the engine's own `dataloader`. The model must return its
+                loss.
         """
         if batch is None:
             if self.dataloader is None:
@@ -254,8 +262,8 @@ class Engine:
     def token_mean(self, loss_sum: Tensor, tokens_in_step: int) -> Tensor:
         """A micro-batch's loss such that the step's gradient is that of the mean over all tokens of all ranks.
 
-        The engine averages over micro-batches and ranks; when these hold different numbers of valid tokens, that is not the
-        mean over tokens. A collective: all ranks call it for each micro-batch.
+        The engine averages over micro-batches and ranks; when these hold different numbers of valid tokens, that is
+        not the mean over tokens. A collective: all ranks call it for each micro-batch.
 
         Args:
             loss_sum: summed loss of this micro-batch, a scalar.
@@ -369,8 +377,8 @@ class Engine:
         for name, parameter in self._frozen:
             if parameter.requires_grad:
                 raise RuntimeError(
-                    f"parameter '{name}' was frozen at initialize() and requires gradients now: it has no optimizer state "
-                    "and would not be trained; freeze it again, or initialize() anew"
+                    f"parameter '{name}' was frozen at initialize() and requires gradients now: it has no optimizer "
+                    "state and would not be trained; freeze it again, or initialize() anew"
                 )
         self._reducer.reduce_all()
         self._sharded.run(mean=self._mean, clip=self.config.gradient_clipping)
@@ -382,45 +390,14 @@ class Engine:
         last, state = self._controller.last, self._controller.loss_scale
         return StepReport(self.global_steps, self.get_lr(), last.grad_norm, state.scale, state.skipped_steps, last.skip)
 
-    def _expect_non_finite(self) -> None:
-        """If one more skipped step would end the run, look for where non-finite gradients come from."""
-        state = self._controller.loss_scale
-        at_limit = state.consecutive_skips + 1 >= self.config.max_consecutive_skipped_steps
-        at_minimum = (
-            self._scales_dynamically and state.hysteresis <= 1 and state.scale <= self.config.fp16.min_loss_scale
-        )
-        self._reducer.reset()
-        self._reducer.find_non_finite = at_limit or at_minimum
-
-    def _raise_if_stuck(self) -> None:
-        state = self._controller.loss_scale
-        if state.at_minimum:
-            what = f"the loss scale is at its minimum, {state.scale:g}, and gradients still overflow"
-        elif state.consecutive_skips >= self.config.max_consecutive_skipped_steps:
-            what = f"{state.consecutive_skips} steps in a row were skipped because gradients are not finite"
-        else:
-            return
-        raise FloatingPointError(f"training stopped at step {self.global_steps}: {what}; {self._origin()}")
-
-    def _origin(self) -> str:
-        """Which ranks made non-finite gradients, and in which parameter first. A collective."""
-        mine = self._reducer.first_non_finite
-        found = torch.zeros(self.world_size, dtype=torch.float64)
-        found[self.global_rank] = 0 if mine is None else mine + 1
-        self._communicator.all_reduce(found).wait()
-        bad = [(rank, int(index) - 1) for rank, index in enumerate(found.tolist()) if index]
-        if not bad:
-            return "every rank's own gradients are finite, so their sum overflowed: lower the loss or use bf16"
-        rows = [f"rank {rank}, first in parameter '{self._reducer.parameter_name(i)}'" for rank, i in bad]
-        return "they come from " + "; ".join(rows)
-
     def _announce(self, precision: str) -> None:
         if self.global_rank != 0:
             return
         numel = sum(p.numel() for unit in self._units for p in unit.parameters)
         optimizer = "no optimizer" if self._sharded is None else type(self._sharded.inner).__name__
         logger.info(
-            "ZeRO stage %d, %d ranks, %s, %s on %s; %s parameters in %d units; batch %d = %d x %d micro-batches x %d ranks",
+            "ZeRO stage %d, %d ranks, %s, %s on %s; %s parameters in %d units; "
+            "batch %d = %d x %d micro-batches x %d ranks",
             self.config.zero_optimization.stage,
             self.world_size,
             precision,

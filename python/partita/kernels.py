@@ -65,7 +65,8 @@ def adam(
     groups: list[AdamGroup],
     control: Tensor,
 ) -> None:
-    """One Adam or AdamW update of flat buffers of equal size (see `adam.h`); `params` None: the master is the parameter."""
+    """One Adam or AdamW update of flat buffers of equal size (see `adam.h`); `params` None: the master is the
+    parameter."""
     _core.adam(
         span(grads),
         span(master),

@@ -15,7 +15,8 @@ AUTOCAST_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Precision:
-    """None stands for: as the model has it (compute, buffers), the parameters' (grads), the gradients' (communication)."""
+    """None stands for: as the model has it (compute, buffers), the parameters' (grads), the gradients'
+    (communication)."""
 
     compute: torch.dtype | None
     grads: torch.dtype | None

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from partita import _core
 from partita.comm.communicator import Communicator, SingleProcess
@@ -22,7 +23,8 @@ def init_distributed(backend: str | None = None, timeout: timedelta = timedelta(
     `python train.py` the group is this process alone, without a socket.
 
     Args:
-        backend: "nccl", "gloo", or another that torch.distributed knows; None: NCCL when this build has CUDA kernels and
+        backend: "nccl", "gloo", or another that torch.distributed knows; None: NCCL when this build has CUDA kernels
+        and
             a GPU is there, otherwise gloo.
         timeout: how long a collective waits for a rank before it raises.
 
@@ -36,12 +38,12 @@ def init_distributed(backend: str | None = None, timeout: timedelta = timedelta(
     if not missing:
         dist.init_process_group(backend, timeout=timeout)
     elif "RANK" in missing and "WORLD_SIZE" in missing:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         present = [name for name in LAUNCHER_VARIABLES if name not in missing]
         raise RuntimeError(
-            f"{', '.join(present)} set but {', '.join(missing)} missing in the environment: start the job with torchrun, "
-            "which sets all four, or unset them to train in one process"
+            f"{', '.join(present)} set but {', '.join(missing)} missing in the environment: start the job with "
+            "torchrun, which sets all four, or unset them to train in one process"
         )
 
 

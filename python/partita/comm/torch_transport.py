@@ -37,9 +37,9 @@ class TorchCommunicator(Communicator):
     """A process group of torch.distributed.
 
     [Note: gloo]
-    Gloo's reduce_scatter is an all-reduce and a copy, its all_gather stages through a second buffer. Sending each slice to
-    its owner, and broadcasting each slice in place, moves the bytes once: 2 to 4 times faster at 4 MiB and above. It also
-    fixes the order of summation (rank 0, 1, 2, ...) and rounds 16-bit sums once, from fp32.
+    Gloo's reduce_scatter is an all-reduce and a copy, its all_gather stages through a second buffer. Sending each
+    slice to its owner, and broadcasting each slice in place, moves the bytes once: 2 to 4 times faster at 4 MiB and
+    above. It also fixes the order of summation (rank 0, 1, 2, ...) and rounds 16-bit sums once, from fp32.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:

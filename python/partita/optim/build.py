@@ -18,8 +18,8 @@ NATIVE = {"Adam": False, "AdamW": True}  # name -> decoupled weight decay
 def make_optimizer(type_name: str, params: Mapping[str, Any], parameters: Any) -> Optimizer:
     """The optimizer `type_name` over parameters or param groups.
 
-    "Adam" (L2 decay) and "AdamW" (decoupled decay) are native and take lr, betas, eps and weight_decay; every other name
-    is a class of torch.optim.
+    "Adam" (L2 decay) and "AdamW" (decoupled decay) are native and take lr, betas, eps and weight_decay; every other
+    name is a class of torch.optim.
 
     Raises:
         ValueError: an unknown name or argument, with the nearest valid spelling, or a value the optimizer refuses.
@@ -29,6 +29,7 @@ def make_optimizer(type_name: str, params: Mapping[str, Any], parameters: Any) -
     if name is None:
         raise ValueError(f"optimizer.type: unknown optimizer '{type_name}'{_nearest(type_name, names.values())}")
     options = dict(params)
+    make: type[Optimizer]
     if name in NATIVE:
         valid = {"lr", "betas", "eps", "weight_decay"}
         make = FusedAdam

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from partita import kernels
 from partita.comm import Communicator
-from partita.optim.fused_adam import is_native
 from partita.optim.elementwise import why_not_elementwise
+from partita.optim.fused_adam import is_native
 from partita.optim.step_control import StepController
 from partita.optim.updates import NativeAdam, ShardUpdate, TorchUpdate
 from partita.units import StagePolicy, Unit
@@ -20,7 +20,8 @@ from partita.units import StagePolicy, Unit
 class ShardedOptimizer(Optimizer):
     """Updates this rank's own range of every unit and gathers the new parameters.
 
-    Its `param_groups` are those of the user's optimizer, so learning-rate schedules on either work. `engine.step()` runs it.
+    Its `param_groups` are those of the user's optimizer, so learning-rate schedules on either work. `engine.step()`
+    runs it.
     """
 
     def __init__(
@@ -46,7 +47,8 @@ class ShardedOptimizer(Optimizer):
     def _choose_update(self, inner: Optimizer) -> ShardUpdate:
         if inner.state:
             raise ValueError(
-                f"{type(inner).__name__} has state of earlier steps, which would be lost: give initialize() a fresh optimizer"
+                f"{type(inner).__name__} has state of earlier steps, which would be lost: give initialize() a "
+                "fresh optimizer"
             )
         if is_native(inner):
             return NativeAdam(inner, self._units, self._controller)
@@ -73,7 +75,7 @@ class ShardedOptimizer(Optimizer):
         for gather in gathers:
             gather.wait()
 
-    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Not for callers: gradients are reduced, scaled and counted by the engine.
 
         Raises:

@@ -55,8 +55,9 @@ class NativeAdam(ShardUpdate):
 class TorchUpdate(ShardUpdate):
     """A torch optimizer whose param groups hold pieces of the flat fp32 masters.
 
-    A parameter that lies whole in this rank's range keeps its shape, so in stage 0 every optimizer sees what it would see
-    without Partita. The optimizer runs once per step, in the first unit's turn, over all pieces: it may couple them.
+    A parameter that lies whole in this rank's range keeps its shape, so in stage 0 every optimizer sees what it would
+    see without Partita. The optimizer runs once per step, in the first unit's turn, over all pieces: it may couple
+    them.
     """
 
     def __init__(self, optimizer: Optimizer, units: list[Unit], controller: StepController) -> None:

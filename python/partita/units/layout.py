@@ -50,7 +50,8 @@ class ParameterInfo:
 
 @dataclass(frozen=True)
 class UnitLayout:
-    """A run of parameters in one flat buffer. Every parameter starts on a 128-byte boundary, and so does every shard."""
+    """A run of parameters in one flat buffer. Every parameter starts on a 128-byte boundary, and so does every
+    shard."""
 
     slots: tuple[Slot, ...]
     shard_numel: int
@@ -94,8 +95,8 @@ def plan_buckets(parameters: list[ParameterInfo], bucket_numel: int) -> list[lis
     """Communication buckets: indices of parameters, in the order in which backward completes them.
 
     Gradients arrive roughly in the reverse order of registration, so buckets are filled from the last parameter on. A
-    parameter joins the open bucket of its kind while that holds at most `bucket_numel` elements; one that is larger has a
-    bucket of its own.
+    parameter joins the open bucket of its kind while that holds at most `bucket_numel` elements; one that is larger
+    has a bucket of its own.
     """
     closed: list[list[int]] = []
     open_buckets: dict[str, tuple[list[int], int]] = {}  # by kind: parameters, their elements

@@ -65,9 +65,9 @@ class GradientReducer:
     `synchronise` is asked once per backward whether its gradients are reduced (a boundary) or only accumulated.
 
     [Note: several backwards]
-    A unit's first reduction of a step happens in its own full buffer where it has one. When more gradients come before the
-    step (a second backward, stage 2's micro-batches), they are reduced in a staging buffer and added to the result: sums are
-    linear, so every backward counts, whenever it runs.
+    A unit's first reduction of a step happens in its own full buffer where it has one. When more gradients come
+    before the step (a second backward, stage 2's micro-batches), they are reduced in a staging buffer and added to
+    the result: sums are linear, so every backward counts, whenever it runs.
     """
 
     def __init__(
@@ -98,7 +98,8 @@ class GradientReducer:
         self._bucketer = Bucketer(unit_of, len(units))
         parameters = [p for unit in units for p in unit.parameters]
         self._hooks = [
-            p.register_post_accumulate_grad_hook(partial(self._accumulated, i)) for i, p in enumerate(parameters)
+            p.register_post_accumulate_grad_hook(partial(self._accumulated, i))  # type: ignore[no-untyped-call]
+            for i, p in enumerate(parameters)
         ]
 
     @property

@@ -25,7 +25,8 @@ class GradState(Enum):
 class Unit:
     """Parameters that communicate together.
 
-    `own` is the range of the full buffer whose optimizer states this rank keeps: everything in stage 0, its shard above.
+    `own` is the range of the full buffer whose optimizer states this rank keeps: everything in stage 0, its shard
+    above.
     """
 
     def __init__(
@@ -88,8 +89,8 @@ class Unit:
         )
         raise RuntimeError(
             f"the memory of parameter '{moved}' was replaced after initialize() (by .to(), .half(), .data = ... or the "
-            "like), so training no longer reaches it: convert the model before initialize(), and write into a parameter "
-            "with copy_() under torch.no_grad()"
+            "like), so training no longer reaches it: convert the model before initialize(), and write into a "
+            "parameter with copy_() under torch.no_grad()"
         )
 
 
@@ -104,8 +105,9 @@ def build_units(
 ) -> list[Unit]:
     """Communication buckets of (name, parameter, optimizer group), in launch order.
 
-    Parameters become views of flat buffers of `compute_dtype` (None: each keeps its dtype), with rank 0's values on every
-    rank. Gradients accumulate in `grad_dtype` (None: the parameters' dtype). Memory is bounded by one unit at a time.
+    Parameters become views of flat buffers of `compute_dtype` (None: each keeps its dtype), with rank 0's values on
+    every rank. Gradients accumulate in `grad_dtype` (None: the parameters' dtype). Memory is bounded by one unit at a
+    time.
 
     Raises:
         TypeError, ValueError: a parameter's dtype or device cannot be trained; names it.

@@ -1,0 +1,78 @@
+# Every target does all the set-up it needs from a fresh clone: virtual environment, pinned packages, build.
+PYTHON ?= python3
+RANKS ?= 2
+ARGS ?=
+BIN := .venv/bin
+SOURCES := $(shell find cpp cuda python -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
+CXX_FILES := $(shell find cpp cuda tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
+
+.PHONY: help setup train test test-python test-cpp test-all lint format docs bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train      train a language model on $(RANKS) ranks (ARGS='--help' lists its options)"
+	@echo "make test       all tests of a change; make test-all adds the long ones"
+	@echo "make lint       ruff, mypy --strict, clang-format; make format repairs what can be"
+	@echo "make bench      speed against the floors and the peers, with DeepSpeed installed for it"
+	@echo "make docs       rewrites docs/config.md and docs/config.schema.json"
+
+setup: .venv/installed
+
+.venv/packages: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q torch
+	$(BIN)/python -c 'import tomllib; \
+	  extras = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print("\n".join(extras["dependencies"] + sum((extras["optional-dependencies"][e] for e in ("examples", "test", "lint")), [])))' \
+	  > .venv/requirements.txt
+	$(BIN)/pip install -q -r .venv/requirements.txt
+	touch $@
+
+.venv/installed: .venv/packages $(SOURCES)
+	$(BIN)/pip install -q --no-deps --force-reinstall .
+	touch $@
+
+train: .venv/installed
+	$(BIN)/torchrun --nproc-per-node $(RANKS) examples/pretrain_lm.py $(ARGS)
+
+test: test-cpp test-python
+
+test-python: .venv/installed
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-cpp: .venv/packages
+	@test -e /usr/include/gtest/gtest.h || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  apt-get update -q && apt-get install -y -q libgtest-dev; } || echo "GoogleTest: CMake will fetch it"
+	for preset in release asan; do \
+	  PATH="$(CURDIR)/$(BIN):$$PATH" sh -c "cmake --preset $$preset && cmake --build --preset $$preset && ctest --preset $$preset -j 2" || exit 1; \
+	done
+
+test-all: test-cpp .venv/installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: .venv/packages
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+docs: .venv/installed
+	$(BIN)/python -m partita.config.document docs
+
+.venv/bench: .venv/installed
+	$(BIN)/pip install -q deepspeed pytest-benchmark
+	touch $@
+
+bench: .venv/bench
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh bench/run.sh
+
+clean:
+	rm -rf .venv build dist
