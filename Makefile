@@ -21,18 +21,10 @@ help:
 
 setup: .venv/installed
 
-.venv/packages: constraints.txt pyproject.toml
+.venv/installed: constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q torch
-	$(BIN)/python -c 'import tomllib; \
-	  extras = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	  print("\n".join(extras["dependencies"] + sum((extras["optional-dependencies"][e] for e in ("examples", "test", "lint")), [])))' \
-	  > .venv/requirements.txt
-	$(BIN)/pip install -q -r .venv/requirements.txt
-	touch $@
-
-.venv/installed: .venv/packages $(SOURCES)
-	$(BIN)/pip install -q --no-deps --force-reinstall .
+	$(BIN)/pip install -q '.[examples,test,lint]'
 	touch $@
 
 train: .venv/installed
@@ -43,7 +35,7 @@ test: test-cpp test-python
 test-python: .venv/installed
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-cpp: .venv/packages
+test-cpp: .venv/installed
 	@test -e /usr/include/gtest/gtest.h || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	  apt-get update -q && apt-get install -y -q libgtest-dev; } || echo "GoogleTest: CMake will fetch it"
 	for preset in release asan; do \
@@ -53,13 +45,13 @@ test-cpp: .venv/packages
 test-all: test-cpp .venv/installed
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: .venv/packages
+lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
-format: .venv/packages
+format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
@@ -68,7 +60,7 @@ docs: .venv/installed
 	$(BIN)/python -m partita.config.document docs
 
 .venv/bench: .venv/installed
-	$(BIN)/pip install -q deepspeed pytest-benchmark
+	$(BIN)/pip install -q '.[bench]'
 	touch $@
 
 bench: .venv/bench

@@ -1,14 +1,13 @@
 """Two small language models over bytes: a GPT (pre-norm transformer) and an LSTM.
 
-Both map a batch of token ids [batch, length] (int64) to logits [batch, length, vocabulary], or, given targets of the same
-shape, to the mean cross-entropy in nats as a scalar.
+Both map a batch of token ids [batch, length] (int64) to logits [batch, length, vocabulary], or, given targets of the
+same shape, to the mean cross-entropy in nats as a scalar.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ class ModelConfig:
 
 
 class Block(nn.Module):
-    """Causal self-attention and a feed-forward layer of four times the width, each behind a layer norm and a residual."""
+    """Causal self-attention and a feed-forward layer of four times the width, each with a layer norm and a residual."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -44,7 +43,8 @@ class Block(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.contract(F.gelu(self.expand(self.feed_forward_norm(x))))
+        x = x + self.contract(F.gelu(self.expand(self.feed_forward_norm(x))))
+        return x
 
 
 class GPT(nn.Module):
@@ -61,6 +61,7 @@ class GPT(nn.Module):
         self.head.weight = self.tokens.weight
         self.apply(_initialize)
         for block in self.blocks:
+            assert isinstance(block, Block)
             for layer in (block.attention_out, block.contract):
                 nn.init.normal_(layer.weight, std=0.02 / (2 * config.layers) ** 0.5)
 

@@ -5,7 +5,7 @@ In bf16 every engine keeps fp32 master weights: alone, DDP and ZeroRedundancyOpt
 (the usual way), FSDP2 gathers its fp32 shards as bf16, DeepSpeed and Partita hold bf16 weights beside the masters.
 
 A warning about `deepspeed0` in 16 bits is expected with DeepSpeed 0.19: at start it steps once with zero gradients to
-create the optimizer's state, and Adam's bias correction counts that step, so its first updates are up to a quarter short.
+create the optimizer's state, and Adam's bias correction counts that step: its first updates are up to a quarter short.
 """
 
 from __future__ import annotations

@@ -33,8 +33,10 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_ratios(times: Mapping[str, Sequence[float]]) -> None:
-    """Every engine's time over every other's: row / column."""
+    """Every engine's time over every other's: row / column. Nothing for fewer than two engines."""
     names = list(times)
+    if len(names) < 2:
+        return
     rows = [[row, *(f"{ratio(times[row], times[column]):.2f}" for column in names)] for row in names]
     print_table(["row / column", *names], rows)
 

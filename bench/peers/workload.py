@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+# Last, so that no file of the examples hides one beside this.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
 from models import GPT, ModelConfig
 

@@ -49,6 +49,7 @@ void adam(const AdamBuffers& buffers, const Segments& segments, const std::vecto
           const StepControl* control, int threads) {
     check(buffers, segments, groups.size());
     if (control->skip != 0) return;
+    if (control->step < 1) throw std::invalid_argument("adam: steps count from 1");
     std::vector<AdamFactors> factors;
     for (const AdamGroup& group : groups) factors.push_back(factors_of(group, *control));
     const auto kernel = kernels().adam[index(buffers.grads.dtype)][index(buffers.params.dtype)];

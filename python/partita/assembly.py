@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -42,14 +43,17 @@ def choose_optimizer(
     Raises:
         ConfigError: the config names an optimizer or arguments that do not exist.
         TypeError: the source is neither an optimizer nor a function that makes one.
+        ValueError: no parameter requires gradients.
     """
     if isinstance(source, Optimizer):
         return source
     if source is None and config.optimizer is None:
         return None
     parameters = list(model_parameters) if model_parameters is not None else list(model.parameters())
-    if not parameters or not isinstance(parameters[0], dict):
+    if isinstance(parameters[0] if parameters else None, torch.Tensor):
         parameters = [p for p in parameters if p.requires_grad]
+    if not parameters:
+        raise ValueError("no parameter of the model requires gradients, so an optimizer has nothing to train")
     if source is None and config.optimizer is not None:
         try:
             return make_optimizer(config.optimizer.type, config.optimizer.params, parameters)

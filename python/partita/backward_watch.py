@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum, auto
+from functools import partial
 
 import torch
 from torch import Tensor
+
+UNSCALED = (
+    "loss.backward() in float16 without the loss scale: call engine.backward(loss), or engine.scale(loss).backward()"
+)
+
+
+class Scaled(Enum):
+    """Where the loss scale entered the backward under way."""
+
+    NOT_YET = auto()
+    AT_LOSS = auto()  # engine.scale(), for every gradient
+    AT_OUTPUT = auto()  # the single output of one forward
 
 
 class BackwardWatch:
@@ -14,51 +28,57 @@ class BackwardWatch:
     `engine.backward(loss)` scales the loss and ends the backward itself. For a plain `loss.backward()`, hooks on the
     outputs of the forward do both: the first gradient that arrives asks autograd for a call at the end of the whole
     backward (a parameter's hook could run inside a reentrant checkpoint, whose end is not the end), and the gradient
-    of a single output is multiplied by the loss scale, which does the same as scaling the loss.
+    of a single output is multiplied by the loss scale, which does the same as scaling the loss. With several outputs,
+    of one forward or of two, one may have been computed from another and its gradient be scaled already: then only the
+    caller can scale.
     """
 
     def __init__(self, loss_scale: Callable[[], float], finish_backward: Callable[[], None]) -> None:
         self._loss_scale = loss_scale
         self._finish_backward = finish_backward
-        self._outputs = 0  # of the last forward
         self._end_is_queued = False
-        self.loss_is_scaled = False
+        self._scaled = Scaled.NOT_YET
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the loss scale, in float32 unless the scale is 1."""
-        self.loss_is_scaled = True
         scale = self._loss_scale()
-        return loss if scale == 1.0 else loss.float() * scale
+        if scale == 1.0:
+            return loss
+        scaled = loss.float() * scale
+        if scaled.requires_grad:
+            scaled.register_hook(self._scaled_loss_arrives)  # type: ignore[no-untyped-call]
+        return scaled
 
     def watch(self, outputs: list[Tensor]) -> None:
         """Called with the outputs of a forward that may be followed by a backward."""
-        self._outputs = len(outputs)
         for output in outputs:
-            output.register_hook(self._gradient_arrives)  # type: ignore[no-untyped-call]
+            output.register_hook(partial(self._gradient_arrives, len(outputs)))  # type: ignore[no-untyped-call]
 
-    def begin_micro_batch(self) -> None:
-        """The last micro-batch has ended, one way or another."""
-        self.loss_is_scaled = False
+    def backward_ended(self) -> None:
+        """The last backward has ended, one way or another; the next one starts with nothing scaled."""
         self._end_is_queued = False
+        self._scaled = Scaled.NOT_YET
 
     def require_scaled(self) -> None:
         """Called when parameters receive gradients; raises RuntimeError if the loss scale would be missing from
         them."""
-        if not self.loss_is_scaled and self._loss_scale() != 1.0:
-            raise RuntimeError(
-                "loss.backward() in float16 without the loss scale: call engine.backward(loss), or "
-                "engine.scale(loss).backward()"
-            )
+        if self._scaled is Scaled.NOT_YET and self._loss_scale() != 1.0:
+            raise RuntimeError(UNSCALED)
 
-    def _gradient_arrives(self, grad: Tensor) -> Tensor | None:
+    def _scaled_loss_arrives(self, _grad: Tensor) -> None:
+        self._scaled = Scaled.AT_LOSS
+
+    def _gradient_arrives(self, outputs_of_forward: int, grad: Tensor) -> Tensor | None:
         if not self._end_is_queued:
             self._end_is_queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
-        if self.loss_is_scaled or self._outputs != 1 or (scale := self._loss_scale()) == 1.0:
+        if self._scaled is Scaled.AT_LOSS or (scale := self._loss_scale()) == 1.0:
             return None
-        self.loss_is_scaled = True
+        if self._scaled is Scaled.AT_OUTPUT or outputs_of_forward != 1:
+            raise RuntimeError(f"{UNSCALED} (the model gave several outputs, and only the loss is the same for all)")
+        self._scaled = Scaled.AT_OUTPUT
         return grad * scale
 
     def _end(self) -> None:
-        self._end_is_queued = False
+        self.backward_ended()
         self._finish_backward()

@@ -43,7 +43,8 @@ def micro_batches(source: Any, count: int) -> Iterator[Any]:
     """`count` micro-batches: the next ones of an iterator, or the parts of one batch along dimension 0.
 
     Raises:
-        ValueError: the iterator ends early, or the batch does not divide.
+        ValueError: the iterator ends early, or a tensor of the batch does not divide.
+        TypeError: there are no tensors to divide.
     """
     if isinstance(source, Iterator):
         for i in range(count):
@@ -52,7 +53,16 @@ def micro_batches(source: Any, count: int) -> Iterator[Any]:
             except StopIteration:
                 raise ValueError(f"the iterator ended after {i} of the {count} micro-batches of a step") from None
         return
-    leaves, structure = pytree.tree_flatten(source)
+    if count == 1:
+        yield source
+        return
+    # Mappings that pytree does not know (a tokenizer's output) would count as one leaf.
+    leaves, structure = pytree.tree_flatten(dict(source) if isinstance(source, Mapping) else source)
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise TypeError(
+            f"a {type(source).__name__} without tensors in it cannot be divided into {count} micro-batches "
+            "(gradient_accumulation_steps): give train_batch() tensors, or an iterator over micro-batches"
+        )
     for leaf in leaves:
         if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] % count):
             raise ValueError(
@@ -66,5 +76,5 @@ def micro_batches(source: Any, count: int) -> Iterator[Any]:
 
 
 def differentiable_tensors(outputs: Any) -> list[Tensor]:
-    """The tensors in a model's outputs through which gradients flow."""
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    """The tensors in a model's outputs that it computed and through which gradients flow."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]

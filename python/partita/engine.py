@@ -20,8 +20,9 @@ from partita.comm import init_distributed, world_communicator
 from partita.config import Config, load_config, save_config
 from partita.data import ShardedLoader
 from partita.lifecycle import Phase, require
+from partita.model_guard import ModelGuard
 from partita.monitor import PhaseTimers, StepReport, StepReporter
-from partita.optim import ShardedOptimizer, StepController
+from partita.optim import ShardedOptimizer, StepController, require_supported
 from partita.placement import clone_state_dict, optimized_parameters, place_untrained, untrained_parameters
 from partita.precision import loss_scaler_of, precision_of
 from partita.skip_guard import SkipGuard
@@ -85,9 +86,10 @@ class Engine:
         zero = self.config.zero_optimization
         policy = stage_policy(zero.stage, reduce_scatter=zero.reduce_scatter)
         inner = choose_optimizer(optimizer, model, model_parameters, self.config)
+        if inner is not None:
+            require_supported(inner, policy)  # while the model is as the user gave it
         trained = optimized_parameters(model, inner)
         untrained = untrained_parameters(model, trained)
-        self._frozen = [(name, p) for name, p in untrained.items() if not p.requires_grad]
         self._units = build_units(
             trained,
             communicator=self._communicator,
@@ -97,6 +99,15 @@ class Engine:
             grad_dtype=precision.grads,
         )
         place_untrained(model, untrained, self._communicator, precision.compute, precision.buffers)
+        self._guard = ModelGuard(model, self._units, untrained)
+        self._sharded: ShardedOptimizer | None = None
+        if inner is not None:
+            self._sharded = ShardedOptimizer(inner, self._units, self._communicator, policy, self._controller)
+        self.optimizer: Optimizer | None = self._sharded
+        self.lr_scheduler = choose_scheduler(lr_scheduler, self.optimizer, self.config)
+        self.dataloader = None if train_data is None else self._make_loader(train_data, collate_fn)
+        self._endless: Iterator[Any] | None = None  # over the dataloader, for train_batch()
+        # What refuses its arguments comes first: the reducer leaves hooks on the model.
         # Stored gradients are sums over micro-batches and ranks, divided by `predivide`.
         predivide = self._predivide()
         self._mean = predivide / (self._batch.accumulation * self._communicator.world_size)
@@ -109,13 +120,6 @@ class Engine:
             after_backward=self._end_backward,
         )
         self._backwards = BackwardWatch(lambda: self.loss_scale, self._reducer.finish_backward)
-        self._sharded: ShardedOptimizer | None = None
-        if inner is not None:
-            self._sharded = ShardedOptimizer(inner, self._units, self._communicator, policy, self._controller)
-        self.optimizer: Optimizer | None = self._sharded
-        self.lr_scheduler = choose_scheduler(lr_scheduler, self.optimizer, self.config)
-        self.dataloader = None if train_data is None else self._make_loader(train_data, collate_fn)
-        self._endless: Iterator[Any] | None = None  # over the dataloader, for train_batch()
         self._timers = PhaseTimers(self.config.wall_clock_breakdown)
         self._reporter = StepReporter(self.global_rank, self.config.steps_per_print or 0, self._timers)
         minimum = self.config.fp16.min_loss_scale if precision.scales_loss else 0.0
@@ -158,6 +162,7 @@ class Engine:
         with self._timers.phase("backward"):
             self.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             self._reducer.finish_backward()
+        self._backwards.backward_ended()
         self._phase = Phase.BACKWARD
         return loss
 
@@ -172,13 +177,15 @@ class Engine:
         at_boundary = self.is_gradient_accumulation_boundary()
         self.micro_steps += 1
         self._phase = Phase.READY
-        self._backwards.begin_micro_batch()
+        self._backwards.backward_ended()
         if at_boundary:
             with self._timers.phase("step"):
                 self._update()
             self._reporter.report(self._report())
-            self._skips.check(self.global_steps)
-            self._reducer.reset()
+            try:
+                self._skips.check(self.global_steps)
+            finally:
+                self._reducer.reset()
 
     def train_batch(self, batch: Any = None) -> Tensor:
         """One whole optimizer step; returns the mean loss of this rank's micro-batches, detached.
@@ -197,18 +204,19 @@ class Engine:
             loss = loss_in(call_with(self, micro_batch))
             self.backward(loss)
             self.step()
-            total += loss.detach()
+            total += loss.detach().reshape(())
         return total / self._batch.accumulation
 
     @torch.no_grad()
     def eval_batch(self, batch: Any) -> Any:
         """The model's output for a batch in evaluation mode, without gradients."""
-        training = self.module.training
+        training = [module for module in self.module.modules() if module.training]
         self.module.eval()
         try:
             return call_with(self, batch)
         finally:
-            self.module.train(training)
+            for module in training:
+                module.training = True
 
     def train(self, mode: bool = True) -> Engine:
         """Training mode, as `nn.Module.train`."""
@@ -253,9 +261,10 @@ class Engine:
         self._boundary_override = is_boundary
 
     def zero_grad(self) -> None:
-        """Drops the gradients accumulated since the last update, and what an interrupted backward left behind."""
+        """Begins the step anew: drops the gradients since the last update, and what an interrupted backward left."""
         self._reducer.reset()
-        self._backwards.begin_micro_batch()
+        self._backwards.backward_ended()
+        self.micro_steps -= self.micro_steps % self._batch.accumulation
         if self._phase is not Phase.DESTROYED:
             self._phase = Phase.READY
 
@@ -372,14 +381,9 @@ class Engine:
     def _update(self) -> None:
         if self._sharded is None:
             raise RuntimeError("engine.step() has no optimizer: give initialize() one, or name one in the config")
+        self._guard.check()
         for unit in self._units:
-            unit.check_parameters_in_place()
-        for name, parameter in self._frozen:
-            if parameter.requires_grad:
-                raise RuntimeError(
-                    f"parameter '{name}' was frozen at initialize() and requires gradients now: it has no optimizer "
-                    "state and would not be trained; freeze it again, or initialize() anew"
-                )
+            unit.adopt_written_parameters()
         self._reducer.reduce_all()
         self._sharded.run(mean=self._mean, clip=self.config.gradient_clipping)
         self.global_steps += 1

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from partita.comm import Communicator
+from partita.units import has_reducer, require_on_cpu
 
 logger = logging.getLogger("partita")
 
@@ -18,7 +19,7 @@ def optimized_parameters(model: nn.Module, optimizer: Optimizer | None) -> list[
     """(name, parameter, optimizer group) of what is trained, in the model's order of registration.
 
     Raises:
-        ValueError: the optimizer has a parameter that is not the model's.
+        ValueError: the optimizer has a parameter that is not the model's, or another engine trains one.
     """
     groups: dict[nn.Parameter, int] = {}
     if optimizer is not None:
@@ -30,6 +31,12 @@ def optimized_parameters(model: nn.Module, optimizer: Optimizer | None) -> list[
             raise ValueError(
                 f"optimizer group {i} has a parameter of shape {tuple(parameter.shape)} that the model does not have: "
                 "make it part of the model that initialize() is given"
+            )
+    for name, parameter in named.items():
+        if has_reducer(parameter):
+            raise ValueError(
+                f"parameter '{name}' is trained by another engine already: call destroy() on that engine first, or "
+                "give initialize() a model of its own"
             )
     return [(name, p, groups[p]) for name, p in named.items() if p.requires_grad and p in groups]
 
@@ -47,16 +54,26 @@ def place_untrained(
     compute: torch.dtype | None,
     buffers: torch.dtype | None,
 ) -> None:
-    """Casts untrained parameters to the compute dtype, and buffers only if asked; all take rank 0's values."""
-    for parameter in untrained.values():
+    """Casts untrained parameters to the compute dtype, and buffers only if asked; all take rank 0's values.
+
+    Raises:
+        ValueError: one of them is on another device; names it.
+    """
+    for name, parameter in untrained.items():
+        require_on_cpu(f"parameter '{name}'", parameter)
         if compute is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(compute)
         parameter.data = _from_rank_0(parameter.data, communicator)
-    for module in model.modules():
+    placed: dict[torch.Tensor, torch.Tensor] = {}  # modules that share a buffer still do
+    for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None:
+            if buffer is None:
+                continue
+            require_on_cpu(f"buffer '{path}.{name}'" if path else f"buffer '{name}'", buffer)
+            if buffer not in placed:
                 cast = buffers is not None and buffer.is_floating_point()
-                module._buffers[name] = _from_rank_0(buffer.to(buffers) if cast else buffer, communicator)
+                placed[buffer] = _from_rank_0(buffer.to(buffers) if cast else buffer, communicator)
+            module._buffers[name] = placed[buffer]
     forgotten = [name for name, p in untrained.items() if p.requires_grad]
     if forgotten and communicator.rank == 0:
         logger.warning(
@@ -70,16 +87,18 @@ def place_untrained(
 def _from_rank_0(tensor: torch.Tensor, communicator: Communicator) -> torch.Tensor:
     values = tensor.contiguous()
     communicator.broadcast(values, 0).wait()
-    return tensor if values is tensor else tensor.copy_(values)
+    if values is tensor or 0 in tensor.stride():  # an expanded tensor cannot be written to
+        return values
+    return tensor.copy_(values)
 
 
 def clone_state_dict(module: nn.Module) -> dict[str, Any]:
     """The module's state dict with memory of its own; tensors that share memory still do."""
-    clones: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
+    clones: dict[tuple[object, ...], torch.Tensor] = {}
     result: dict[str, Any] = {}
     for name, value in module.state_dict().items():
         if isinstance(value, torch.Tensor):
-            key = (value.data_ptr(), value.shape, value.stride())
+            key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
             if value.numel() == 0 or key not in clones:
                 clones[key] = value.detach().clone()
             value = clones[key]

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from partita.memory import flat_buffer
+
 
 class Handle(Protocol):
     """A collective under way."""
@@ -20,7 +22,7 @@ class Done:
     """The handle of a collective that needed no time."""
 
     def wait(self) -> None:
-        return
+        """Returns at once."""
 
 
 class Communicator(ABC):
@@ -34,7 +36,7 @@ class Communicator(ABC):
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A flat buffer that this transport can work on in place; its content is undefined."""
-        return torch.empty(numel, dtype=dtype)
+        return flat_buffer(numel, dtype)
 
     def slice_of(self, buffer: Tensor) -> Tensor:
         """This rank's slice of a buffer, as a view."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from partita import kernels
 from partita.comm.communicator import Communicator, Handle
+from partita.memory import flat_buffer
 
 # Reduce-scatters of gloo that may be under way at once: each holds received slices of its buffer's size.
 GLOO_REDUCE_SCATTERS_IN_FLIGHT = 2
@@ -25,6 +26,7 @@ class WorkHandle:
         self._finish = finish
 
     def wait(self) -> None:
+        """Returns when the works are done and the result is in the buffer."""
         for work in self._works:
             work.wait()
         self._works = []
@@ -68,7 +70,8 @@ class TorchCommunicator(Communicator):
         return self._handle([all_gather(buffer, self.slice_of(buffer), group=self._group, async_op=True)], buffer)
 
     def broadcast(self, tensor: Tensor, root: int) -> Handle:
-        return self._handle([dist.broadcast(tensor, group_src=root, group=self._group, async_op=True)], tensor)
+        raw = tensor.view(-1).view(torch.uint8)  # of any dtype, those unknown to the backend too
+        return self._handle([dist.broadcast(raw, group_src=root, group=self._group, async_op=True)], tensor)
 
     def barrier(self) -> None:
         dist.barrier(self._group)
@@ -97,7 +100,7 @@ class TorchCommunicator(Communicator):
         while free:
             if (buffer := free.pop()).numel() >= numel:
                 return buffer
-        return torch.empty(numel, dtype=dtype)
+        return flat_buffer(numel, dtype)
 
     @staticmethod
     def _handle(works: list[dist.Work | None], buffer: Tensor) -> Handle:

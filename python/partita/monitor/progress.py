@@ -37,7 +37,7 @@ class StepReporter:
         if self._silent:
             return
         if report.skipped:
-            logger.info(
+            logger.warning(
                 "step %d skipped: the gradients are not finite (norm %g); loss scale now %g, skipped so far: %d",
                 report.step,
                 report.grad_norm,

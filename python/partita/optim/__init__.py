@@ -10,7 +10,7 @@ from partita.optim.schedules import (
     WarmupLR,
     make_scheduler,
 )
-from partita.optim.sharded import ShardedOptimizer
+from partita.optim.sharded import ShardedOptimizer, require_supported
 from partita.optim.step_control import StepController
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "WarmupLR",
     "make_optimizer",
     "make_scheduler",
+    "require_supported",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ def why_not_elementwise(optimizer: Optimizer) -> str | None:
         pieces = [torch.cat(_run(optimizer, _halves(t), [_halves(g[i]) for g in grads])) for i, t in enumerate(start)]
     except Exception as error:
         return f"it fails on pieces of parameters ({type(error).__name__}: {error})"
+    if any(torch.equal(a, b) for a, b in zip(whole, start, strict=True)):
+        return "its step() does not reach the parameters in its param_groups"
     if not all(torch.equal(a, b) for a, b in zip(whole, together, strict=True)):
         return "its update of one parameter depends on the others"
     if not all(torch.equal(a.flatten(), b) for a, b in zip(whole, pieces, strict=True)):
@@ -47,8 +49,7 @@ def _run(optimizer: Optimizer, start: list[Tensor], grads: list[list[Tensor]]) -
     """The tensors after a step per row of `grads`, in every param group's setting one after the other."""
     tensors = [t.clone() for t in start]
     for group in optimizer.param_groups:
-        probe = copy.copy(optimizer)
-        probe.state = defaultdict(dict)
+        probe = _stateless_copy(optimizer)
         # A learning rate of zero (before a warm-up) would hide everything.
         probe.param_groups = [{**group, "lr": 0.01, "params": tensors}]
         for row in grads:
@@ -56,3 +57,13 @@ def _run(optimizer: Optimizer, start: list[Tensor], grads: list[list[Tensor]]) -
                 tensor.grad = grad.clone()
             probe.step()
     return [t.detach() for t in tensors]
+
+
+def _stateless_copy(optimizer: Optimizer) -> Optimizer:
+    """With all attributes (copy.copy keeps torch's only), but none of the hooks that users put on its step."""
+    probe = object.__new__(type(optimizer))
+    probe.__dict__.update({name: copy.copy(value) for name, value in vars(optimizer).items() if name != "step"})
+    probe.state = defaultdict(dict)
+    probe._optimizer_step_pre_hooks = OrderedDict()
+    probe._optimizer_step_post_hooks = OrderedDict()
+    return probe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -42,19 +43,24 @@ class FusedAdam(Optimizer):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"FusedAdam: {name} is {value}; it must be at least 0")
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"FusedAdam: betas are {betas}; both must be at least 0 and below 1")
         defaults = {
             "lr": lr,
-            "betas": tuple(betas),
+            "betas": tuple(betas) if isinstance(betas, list) else betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         super().__init__(params, defaults)
+        self._versions: dict[Tensor, int] = {}  # of 16-bit parameters when last seen
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's.
+
+        Raises:
+            ValueError: a value outside its range.
+        """
+        _check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -70,15 +76,33 @@ class FusedAdam(Optimizer):
                     self._update(parameter, native_group)
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but states stay float32 (torch casts them to the parameter's dtype) and are copies."""
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for i, parameter in zip(saved, parameters, strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and name != "step":
+                    self.state[parameter][name] = value.detach().to(parameter.device, torch.float32, copy=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._versions = {}
+
     def _update(self, parameter: Tensor, group: AdamGroup) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = 0
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter, dtype=torch.float32)
-            if parameter.dtype != torch.float32:
-                state["master"] = parameter.float()
-        state["step"] += 1
+        if parameter.dtype != torch.float32:
+            if "master" not in state:
+                state["master"] = parameter.detach().float()
+            elif self._versions.get(parameter) != parameter._version:
+                kernels.adopt_written(state["master"], parameter)
+            self._versions[parameter] = parameter._version  # the native update does not count
+        state["step"] = int(state["step"]) + 1
         control = torch.zeros(_core.StepControl.nbytes, dtype=torch.uint8)
         _core.StepControl(grad_norm=0.0, grad_scale=1.0, skip=False, step=state["step"]).write(control.data_ptr())
         kernels.adam(
@@ -91,6 +115,19 @@ class FusedAdam(Optimizer):
             groups=[group],
             control=control,
         )
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        if not _is_number(group[name], below=math.inf):
+            raise ValueError(f"FusedAdam: {name} is {group[name]!r}; it must be a finite number, at least 0")
+    betas = group["betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(_is_number(beta, below=1.0) for beta in betas):
+        raise ValueError(f"FusedAdam: betas are {betas!r}; they must be two numbers, at least 0 and below 1")
+
+
+def _is_number(value: Any, below: float) -> bool:
+    return isinstance(value, int | float | Tensor) and bool(0 <= value < below)
 
 
 def is_native(optimizer: Optimizer) -> bool:

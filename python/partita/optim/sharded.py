@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,26 @@ from partita.optim.fused_adam import is_native
 from partita.optim.step_control import StepController
 from partita.optim.updates import NativeAdam, ShardUpdate, TorchUpdate
 from partita.units import StagePolicy, Unit
+
+
+def require_supported(optimizer: Optimizer, policy: StagePolicy) -> None:
+    """Raises ValueError, naming the optimizer and the reason, unless the engine can run it in this stage."""
+    name = type(optimizer).__name__
+    if any(float(state.get("step", 1)) for state in optimizer.state.values()):
+        raise ValueError(f"{name} has state of earlier steps, which would be lost: give initialize() a fresh optimizer")
+    if is_native(optimizer):
+        return
+    arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    if any(a.default is a.empty and a.kind is not a.VAR_POSITIONAL and a.kind is not a.VAR_KEYWORD for a in arguments):
+        raise ValueError(
+            f"{name} cannot be used: its step() needs a closure that computes the loss again, and engine.step() has "
+            "none; use an optimizer such as AdamW or SGD"
+        )
+    if policy.shards_states and (reason := why_not_elementwise(optimizer)) is not None:
+        raise ValueError(
+            f"{name} cannot run over shards of parameters in ZeRO stage {policy.stage}: {reason}; use stage 0, or an "
+            "element-wise optimizer such as AdamW or SGD"
+        )
 
 
 class ShardedOptimizer(Optimizer):
@@ -45,18 +66,11 @@ class ShardedOptimizer(Optimizer):
             optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def _choose_update(self, inner: Optimizer) -> ShardUpdate:
-        if inner.state:
-            raise ValueError(
-                f"{type(inner).__name__} has state of earlier steps, which would be lost: give initialize() a "
-                "fresh optimizer"
-            )
         if is_native(inner):
             return NativeAdam(inner, self._units, self._controller)
-        if self._policy.shards_states and (reason := why_not_elementwise(inner)) is not None:
-            raise ValueError(
-                f"{type(inner).__name__} cannot run over shards of parameters in ZeRO stage {self._policy.stage}: "
-                f"{reason}; use stage 0, or an element-wise optimizer such as AdamW or SGD"
-            )
+        # Some (Adagrad) make their state when constructed, and again when it is missing: the shards take the place of
+        # the parameters that it belongs to.
+        inner.state.clear()
         return TorchUpdate(inner, self._units, self._controller)
 
     def run(self, *, mean: float, clip: float) -> None:

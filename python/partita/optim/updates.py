@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from partita import kernels
+from partita.memory import flat_buffer
 from partita.optim.fused_adam import adam_group
 from partita.optim.step_control import StepController
 from partita.units import ShardSlice, Unit
@@ -32,8 +33,8 @@ class NativeAdam(ShardUpdate):
     def __init__(self, optimizer: Optimizer, units: list[Unit], controller: StepController) -> None:
         self._optimizer = optimizer
         self._controller = controller
-        self.exp_avg = [torch.zeros_like(unit.master) for unit in units]
-        self.exp_avg_sq = [torch.zeros_like(unit.master) for unit in units]
+        self.exp_avg = [flat_buffer(len(unit.own), torch.float32) for unit in units]
+        self.exp_avg_sq = [flat_buffer(len(unit.own), torch.float32) for unit in units]
         self._groups = [adam_group(group) for group in optimizer.param_groups]
 
     def begin(self) -> None:

@@ -2,8 +2,8 @@
 
 from partita.units.layout import ShardSlice, UnitLayout
 from partita.units.policy import StagePolicy, stage_policy
-from partita.units.reducer import GradientReducer, ReductionSettings
-from partita.units.unit import GradState, Unit, build_units
+from partita.units.reducer import GradientReducer, ReductionSettings, has_reducer
+from partita.units.unit import GradState, Unit, build_units, require_on_cpu
 
 __all__ = [
     "GradState",
@@ -14,5 +14,7 @@ __all__ = [
     "Unit",
     "UnitLayout",
     "build_units",
+    "has_reducer",
+    "require_on_cpu",
     "stage_policy",
 ]

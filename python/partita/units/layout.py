@@ -20,6 +20,7 @@ class Slot:
 
     @property
     def numel(self) -> int:
+        """Elements of the parameter."""
         return prod(self.shape)
 
 
@@ -45,6 +46,7 @@ class ParameterInfo:
 
     @property
     def numel(self) -> int:
+        """Elements of the parameter."""
         return prod(self.shape)
 
 

@@ -13,10 +13,14 @@ from torch import Tensor
 from partita import kernels
 from partita._core import Bucketer, Span
 from partita.comm import Communicator, Handle
+from partita.memory import return_free_memory
 from partita.units.policy import StagePolicy
 from partita.units.unit import GradState, Unit
 
 STAGING_BUFFERS = 2
+# Enough that the transport never runs dry. More would not finish sooner, and what they hold for their duration would lie
+# between freed gradients and keep malloc from using that memory again.
+REDUCTIONS_IN_FLIGHT = 4
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class GradientReducer:
         self._settings = settings
         self._synchronise = synchronise
         self._after_backward = after_backward
+        self._first_backward = True
         self._reducing = False  # whether the backward under way reduces
         self._in_flight: deque[_InFlight] = deque()
         self._staging = _Staging(communicator, max((u.layout.numel for u in units), default=0))
@@ -116,6 +121,9 @@ class GradientReducer:
         if not self._bucketer.in_backward:
             return
         self._launch_all(*self._bucketer.finish())
+        if self._first_backward:  # it held all gradients until its end; later ones release them as they go
+            self._first_backward = False
+            return_free_memory()
         self._after_backward()
 
     def reduce_all(self) -> None:
@@ -200,6 +208,8 @@ class GradientReducer:
         return self._settings.communication_dtype or unit.reduced.dtype
 
     def _reduce(self, unit: Unit, buffer: Tensor, staging: Tensor | None) -> None:
+        while len(self._in_flight) >= REDUCTIONS_IN_FLIGHT:
+            self._complete_oldest()
         if self._policy.reduce_scatter:
             handle = self._communicator.reduce_scatter(buffer)
         else:
@@ -239,6 +249,13 @@ class GradientReducer:
         kernels.pack(buffer, spans, self._offsets[index], scale=self._settings.grad_factor, accumulate=accumulate)
         for parameter in unit.parameters:
             parameter.grad = None
+
+
+def has_reducer(parameter: Tensor) -> bool:
+    """Whether a reducer that is not closed consumes the gradients of this parameter."""
+    hooks = (parameter._post_accumulate_grad_hooks or {}).values()
+    functions = [getattr(getattr(hook, "func", None), "__func__", None) for hook in hooks]
+    return GradientReducer._accumulated in functions
 
 
 def _dense(grad: Tensor | None) -> Tensor | None:

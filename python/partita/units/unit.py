@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from partita import kernels
 from partita._core import Segments
 from partita.comm import Communicator
+from partita.memory import flat_buffer
 from partita.units.layout import ParameterInfo, UnitLayout, make_layout, plan_buckets
 from partita.units.policy import StagePolicy
 
@@ -54,8 +55,11 @@ class Unit:
             self.params = communicator.empty(layout.numel, dtype)
             kernels.cast(self.params, weights)
         # fp32; for fp32 parameters, this rank's part of them
-        self.master = self.part(weights) if dtype == torch.float32 else self.part(weights).clone()
+        self.master = self.part(weights)
+        if dtype != torch.float32:
+            self.master = flat_buffer(len(self.own), torch.float32).copy_(self.master)
         self.addresses = self._point_parameters_here()
+        self._versions = [parameter._version for parameter in parameters]  # the engine's own writes do not count
 
         # Accumulation dtype. `reduced`: the gradients of `own`, a view of `full_grads` where that exists.
         self.full_grads = communicator.empty(layout.numel, grad_dtype) if policy.keeps_full_grads else None
@@ -93,6 +97,19 @@ class Unit:
             "parameter with copy_() under torch.no_grad()"
         )
 
+    def adopt_written_parameters(self) -> None:
+        """Brings into the masters what others wrote into 16-bit parameters since the last step: loaded weights, say.
+
+        An element that still is its master rounded keeps the master's precision. Writes are seen by autograd's version
+        counters, so those through `.data` go unnoticed.
+        """
+        versions = [parameter._version for parameter in self.parameters]
+        if versions == self._versions:
+            return
+        self._versions = versions
+        if self.dtype != torch.float32:
+            kernels.adopt_written(self.master, self.part(self.params))
+
 
 def build_units(
     named: list[tuple[str, nn.Parameter, int]],
@@ -122,17 +139,22 @@ def build_units(
     return units
 
 
+def require_on_cpu(what: str, tensor: Tensor) -> None:
+    """Raises ValueError, naming `what`, for a tensor on another device."""
+    if not tensor.is_cpu:
+        raise ValueError(
+            f"{what} is on device '{tensor.device}': this version trains on the CPU; "
+            + ("give it values with to_empty() first" if tensor.is_meta else "move the model to 'cpu' first")
+        )
+
+
 def _info(name: str, parameter: nn.Parameter, group: int, compute_dtype: torch.dtype | None) -> ParameterInfo:
     if parameter.dtype not in kernels.DTYPES:
         raise TypeError(
             f"parameter '{name}' is {parameter.dtype}: Partita trains float32, float16 and bfloat16; convert the model "
             "before initialize(), or freeze the parameter"
         )
-    if not parameter.is_cpu:
-        raise ValueError(
-            f"parameter '{name}' is on device '{parameter.device}': this version trains on the CPU; "
-            + ("give it values with to_empty() first" if parameter.is_meta else "move the model to 'cpu' first")
-        )
+    require_on_cpu(f"parameter '{name}'", parameter)
     dtype = compute_dtype or parameter.dtype
     return ParameterInfo(name, tuple(parameter.shape), group, dtype.itemsize, str(dtype))
 

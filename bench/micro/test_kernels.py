@@ -1,0 +1,150 @@
+"""The native kernels against a copy of the same bytes and against the fastest others, in turns within one run.
+
+Each round times the copy and the peers in its set-up and ours as the benchmark, so that all see the same machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from partita import _core, kernels
+from torch import Tensor
+
+NUMEL = 40_000_000
+ROUNDS = 15
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SEGMENTS = _core.Segments([(0, NUMEL, 0)])
+Action = Callable[[], object]
+
+
+@pytest.fixture(params=[1, 2], ids=lambda n: f"{n}-threads")
+def threads(request: pytest.FixtureRequest) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def copy_of(bytes_moved: int) -> Action:
+    """A copy that reads and writes `bytes_moved` in all."""
+    source = torch.zeros(bytes_moved // 8, dtype=torch.float32)
+    destination = torch.empty_like(source)
+    return lambda: destination.copy_(source)
+
+
+def in_turns(benchmark: Any, bytes_moved: int, ours: Action, peers: dict[str, Action]) -> None:
+    """Times `ours` as the benchmark and the others before each round; rows go into the table at the end of the run."""
+    others = {"copy": copy_of(bytes_moved), **peers}
+    times: dict[str, list[float]] = {name: [] for name in others}
+
+    def set_up() -> None:
+        for name, action in others.items():
+            start = time.perf_counter()
+            action()
+            times[name].append(time.perf_counter() - start)
+
+    set_up()
+    ours()
+    for row in times.values():
+        row.clear()
+    benchmark.pedantic(ours, setup=set_up, rounds=ROUNDS)
+    benchmark.extra_info["bytes"] = bytes_moved
+    benchmark.extra_info["others"] = times
+
+
+def adam_states() -> tuple[Tensor, Tensor]:
+    return torch.zeros(NUMEL), torch.zeros(NUMEL)
+
+
+def torch_fused(dtype: torch.dtype) -> Action:
+    """torch's AdamW on one parameter; it has no master weights, so 16-bit parameters have 16-bit moments."""
+    parameter = torch.nn.Parameter(torch.zeros(NUMEL, dtype=dtype))
+    parameter.grad = torch.full_like(parameter, 1e-3)
+    return torch.optim.AdamW([parameter], fused=True).step
+
+
+def deepspeed_cpu_adam() -> Action | None:
+    """DeepSpeedCPUAdam, fp32; None when DeepSpeed is not installed or cannot compile its extension."""
+    try:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        parameter = torch.nn.Parameter(torch.zeros(NUMEL))
+        parameter.grad = torch.full_like(parameter, 1e-3)
+        step: Action = DeepSpeedCPUAdam([parameter]).step
+        step()
+    except Exception as error:
+        print(f"DeepSpeedCPUAdam is not to be had: {error}")
+        return None
+    return step
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adam(benchmark: Any, threads: int, dtype: str) -> None:
+    """28 bytes per parameter: fp32 4 x read + 3 x write; 16 bits: gradient, master, moments read, with weights written."""
+    grads = torch.full((NUMEL,), 1e-3, dtype=DTYPES[dtype])
+    master, (exp_avg, exp_avg_sq) = torch.zeros(NUMEL), adam_states()
+    params = None if dtype == "fp32" else torch.zeros(NUMEL, dtype=DTYPES[dtype])
+    control = torch.zeros(_core.StepControl.nbytes, dtype=torch.uint8)
+    _core.StepControl(grad_norm=1.0, grad_scale=1.0, skip=False, step=10).write(control.data_ptr())
+    group = _core.AdamGroup(1e-3, 0.9, 0.999, 1e-8, 0.01, True)
+
+    def ours() -> None:
+        kernels.adam(
+            grads=grads,
+            master=master,
+            exp_avg=exp_avg,
+            exp_avg_sq=exp_avg_sq,
+            params=params,
+            segments=SEGMENTS,
+            groups=[group],
+            control=control,
+        )
+
+    peers: dict[str, Action] = {}
+    if dtype == "fp32":
+        peers["torch fused AdamW"] = torch_fused(torch.float32)
+        if (peer := deepspeed_cpu_adam()) is not None:
+            peers["DeepSpeedCPUAdam"] = peer
+    in_turns(benchmark, 28 * NUMEL, ours, peers)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm(benchmark: Any, threads: int, dtype: str) -> None:
+    """Reads every element once."""
+    values = torch.full((NUMEL,), 1e-3, dtype=DTYPES[dtype])
+    total = torch.zeros(1, dtype=torch.float64)
+    in_turns(
+        benchmark,
+        NUMEL * values.element_size(),
+        lambda: kernels.add_sum_of_squares(total, values, SEGMENTS),
+        {"torch vector_norm": lambda: torch.linalg.vector_norm(values)},
+    )
+
+
+@pytest.mark.parametrize("accumulate", [False, True], ids=["write", "accumulate"])
+@pytest.mark.parametrize(("source", "destination"), [("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32")])
+def test_pack(benchmark: Any, threads: int, source: str, destination: str, accumulate: bool) -> None:
+    """100 tensors into a flat buffer: source read, destination written, and read too when accumulating."""
+    flat = torch.zeros(NUMEL, dtype=DTYPES[destination])
+    tensors = [torch.zeros(NUMEL // 100, dtype=DTYPES[source]) for _ in range(100)]
+    spans = [kernels.span(t) for t in tensors]
+    offsets = [i * (NUMEL // 100) for i in range(100)]
+    views = list(flat.split(NUMEL // 100))
+
+    def by_torch() -> None:
+        if accumulate:
+            torch._foreach_add_(views, [t.to(flat.dtype) for t in tensors])
+        else:
+            torch._foreach_copy_(views, tensors)
+
+    per_element = tensors[0].element_size() + flat.element_size() * (2 if accumulate else 1)
+    in_turns(
+        benchmark,
+        NUMEL * per_element,
+        lambda: kernels.pack(flat, spans, offsets, scale=1.0, accumulate=accumulate),
+        {"torch foreach": by_torch},
+    )

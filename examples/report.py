@@ -1,0 +1,107 @@
+"""What a training run leaves behind: a table of metrics, a picture of the losses, the weights."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from safetensors.torch import save_file
+from torch import Tensor
+
+BLUE, ORANGE, GREY = "#2a6fbb", "#d9541e", "#5f6368"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of metrics.csv; None where nothing was measured."""
+
+    step: int
+    loss: float | None  # nats per byte, mean over ranks and over the steps since the row before
+    val_loss: float | None  # nats per byte
+    bits_per_byte: float | None  # of the validation
+    tokens_per_s: float | None  # of all ranks, validation not counted
+    lr: float  # of the step that follows
+    grad_norm: float | None  # of the step's mean gradient, before clipping
+    loss_scale: float
+    skipped_steps: int
+
+
+class MetricsFile:
+    """Rows of a run, written as they come; `file` None keeps them in memory only."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.rows: list[Row] = []
+        self._stream = None if file is None else file.open("w", newline="", encoding="utf-8")
+        self._writer = self._stream and csv.DictWriter(self._stream, [field.name for field in fields(Row)])
+        if self._writer:
+            self._writer.writeheader()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._stream:
+            self._stream.close()
+
+    def add(self, row: Row) -> None:
+        """Floats are written so that they read back as the same number."""
+        self.rows.append(row)
+        if self._stream and self._writer:
+            self._writer.writerow(asdict(row))
+            self._stream.flush()
+
+
+def save_weights(state: Mapping[str, Tensor], file: Path, description: Mapping[str, str]) -> None:
+    """A state dict as safetensors; of tensors that share memory (tied weights) the first name is kept.
+
+    `safetensors.torch.load_model(model, file)` loads it strictly: a model with the same ties needs one of the names.
+    The other names and `description` go into the file's metadata.
+    """
+    kept: dict[int, str] = {}
+    tied = {}
+    for name, tensor in state.items():
+        first = kept.setdefault(tensor.data_ptr(), name)
+        if first != name:
+            tied[name] = first
+    save_file({name: state[name] for name in kept.values()}, file, {"format": "pt", **description, **tied})
+
+
+def to_bits(nats: Any) -> Any:
+    return nats / math.log(2)
+
+
+def to_nats(bits: Any) -> Any:
+    return bits * math.log(2)
+
+
+def plot_losses(rows: list[Row], title: str, file: Path) -> None:
+    """Training and validation loss over steps, in nats on the left and bits on the right."""
+    trained = [(row.step, row.loss) for row in rows if row.loss is not None]
+    held_out = [(row.step, row.val_loss) for row in rows if row.val_loss is not None]
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*zip(*trained, strict=True), color=BLUE, linewidth=1.4, label="training")
+    end = f"validation; at the end {held_out[-1][1]:.3f} nats = {to_bits(held_out[-1][1]):.3f} bits per byte"
+    axes.plot(*zip(*held_out, strict=True), color=ORANGE, linewidth=1.4, marker="o", markersize=4.5, label=end)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per byte)")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.margins(x=0.02)
+    finite = [loss for _, loss in trained + held_out if math.isfinite(loss)]
+    axes.set_ylim(bottom=math.floor(2 * min(finite, default=0)) / 2)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    bits = axes.secondary_yaxis("right", functions=(to_bits, to_nats))
+    bits.set_ylabel("bits per byte")
+    axes.spines["top"].set_visible(False)
+    axes.grid(color="#e3e5e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for axis in (axes, bits):
+        axis.tick_params(colors=GREY)
+    axes.legend(frameon=False, loc="upper right")
+    figure.savefig(file)

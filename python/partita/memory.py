@@ -1,0 +1,33 @@
+"""Host memory for flat buffers."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+
+def flat_buffer(numel: int, dtype: torch.dtype) -> Tensor:
+    """A zero-filled flat tensor in pages of its own.
+
+    Pages are committed when they are first touched, huge where the system grants it (a step walks through gigabytes,
+    and small pages cost it address translations), and go back to the system with the tensor. In malloc's heap,
+    long-lived buffers between short-lived gradients would keep the memory of both.
+    """
+    nbytes = numel * dtype.itemsize
+    if nbytes == 0:
+        return torch.empty(numel, dtype=dtype)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype)
+
+
+def return_free_memory() -> None:
+    """Gives malloc's free pages back to the system, where malloc can (glibc); elsewhere does nothing."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,67 @@
+"""What may not happen to a model while an engine trains it, and noticing that it did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from partita.units import Unit
+
+
+class ModelGuard:
+    """Checks before every update that it reaches the parameters that the model uses, and all that want to be
+    trained."""
+
+    def __init__(self, model: nn.Module, units: list[Unit], untrained: dict[str, nn.Parameter]) -> None:
+        self._model = model
+        self._units = units
+        self._frozen = [(name, p) for name, p in untrained.items() if not p.requires_grad]
+        self._trained = {p: slot.name for u in units for slot, p in zip(u.layout.slots, u.parameters, strict=True)}
+        self._known = {*self._trained, *untrained.values()}
+        self._registered = self._snapshot()
+
+    def check(self) -> None:
+        """Called when an update is due.
+
+        Raises:
+            RuntimeError: since initialize(), a parameter or its memory was replaced, or one was unfrozen or added;
+                names it.
+        """
+        for unit in self._units:
+            unit.check_parameters_in_place()
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise RuntimeError(
+                    f"parameter '{name}' was frozen at initialize() and requires gradients now: it has no optimizer "
+                    "state and would not be trained; freeze it again, or initialize() anew"
+                )
+        if any(_differ(owner, then) for owner, then in self._registered):
+            self._check_registered()
+            self._registered = self._snapshot()
+
+    def _check_registered(self) -> None:
+        """Modules may be wrapped or exchanged, as long as the parameters stay the same objects."""
+        present = {p: name for name, p in self._model.named_parameters()}
+        for parameter, name in self._trained.items():
+            if parameter not in present:
+                raise RuntimeError(
+                    f"parameter '{name}' is no longer in the model: it was replaced after initialize() (by assigning a "
+                    "module or parameter, load_state_dict(assign=True) or the like), so training no longer reaches the "
+                    "model; change the model before initialize(), and load weights without assign"
+                )
+        for parameter, name in present.items():
+            if parameter.requires_grad and parameter not in self._known:
+                raise RuntimeError(
+                    f"parameter '{name}' was added to the model after initialize() and would not be trained: freeze "
+                    "it, or change the model before initialize()"
+                )
+
+    def _snapshot(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """What each module has now, beside the dict in which the module keeps it."""
+        owners = [owner for module in self._model.modules() for owner in (module._modules, module._parameters)]
+        return [(owner, dict(owner)) for owner in owners]
+
+
+def _differ(now: dict[str, Any], then: dict[str, Any]) -> bool:
+    return len(now) != len(then) or any(now.get(name) is not value for name, value in then.items())

@@ -1,0 +1,153 @@
+"""Transports with bad manners: late, slow, talkative, and with garbage in their buffers."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import partita.engine
+import torch
+from partita.comm import Communicator, Handle, world_communicator
+from torch import Tensor
+
+
+@contextmanager
+def communicating_through(make: Callable[[Communicator], Any]) -> Iterator[Any]:
+    """Engines made in this block use `make(the real communicator)`."""
+    made = make(world_communicator())
+    with mock.patch.object(partita.engine, "world_communicator", lambda: made):
+        yield made
+
+
+class Wrapped(Communicator):
+    """Hands every collective to `start`, which subclasses change."""
+
+    def __init__(self, inner: Communicator) -> None:
+        self.inner = inner
+        self.rank, self.world_size = inner.rank, inner.world_size
+
+    def start(self, name: str, buffer: Tensor, collective: Callable[[], Handle]) -> Handle:
+        return collective()
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return self.inner.empty(numel, dtype)
+
+    def all_reduce(self, buffer: Tensor) -> Handle:
+        return self.start("all_reduce", buffer, partial(self.inner.all_reduce, buffer))
+
+    def reduce_scatter(self, buffer: Tensor) -> Handle:
+        return self.start("reduce_scatter", buffer, partial(self.inner.reduce_scatter, buffer))
+
+    def all_gather(self, buffer: Tensor) -> Handle:
+        return self.start("all_gather", buffer, partial(self.inner.all_gather, buffer))
+
+    def broadcast(self, tensor: Tensor, root: int) -> Handle:
+        return self.start("broadcast", tensor, partial(self.inner.broadcast, tensor, root))
+
+    def barrier(self) -> None:
+        self.inner.barrier()
+
+
+class _Late:
+    """A collective that runs after its launch; the buffer must be then what it was at the launch."""
+
+    def __init__(self, name: str, buffer: Tensor, collective: Callable[[], Handle]) -> None:
+        self._name, self._buffer, self._collective = name, buffer, collective
+        self._at_launch = _bytes(buffer).clone()
+
+    def run(self) -> None:
+        changed = int((_bytes(self._buffer) != self._at_launch).sum())
+        self._collective().wait()
+        if changed:
+            raise AssertionError(f"{changed} bytes of a buffer were rewritten while its {self._name} was under way")
+
+
+def _bytes(buffer: Tensor) -> Tensor:
+    return buffer.detach().reshape(-1).view(torch.uint8)
+
+
+class SlowCommunicator(Wrapped):
+    """Each collective takes a while, on a thread of its own."""
+
+    DELAY_S = 0.002
+
+    def __init__(self, inner: Communicator) -> None:
+        super().__init__(inner)
+        self._thread = ThreadPoolExecutor(max_workers=1)  # one, so that all ranks keep the order of launch
+
+    def start(self, name: str, buffer: Tensor, collective: Callable[[], Handle]) -> Handle:
+        late = _Late(name, buffer, collective)
+        return _Pending(self._thread.submit(self._run, late))
+
+    def _run(self, late: _Late) -> None:
+        time.sleep(self.DELAY_S)
+        late.run()
+
+
+class _Pending:
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        self._future.result()
+
+
+class WaitingCommunicator(Wrapped):
+    """No collective starts before somebody waits for it, or for a later one."""
+
+    def __init__(self, inner: Communicator) -> None:
+        super().__init__(inner)
+        self._queue: deque[_WhenWaited] = deque()
+
+    def start(self, name: str, buffer: Tensor, collective: Callable[[], Handle]) -> Handle:
+        handle = _WhenWaited(_Late(name, buffer, collective), self._queue)
+        self._queue.append(handle)
+        return handle
+
+
+class _WhenWaited:
+    def __init__(self, late: _Late, queue: deque[_WhenWaited]) -> None:
+        self._late, self._queue = late, queue
+
+    def wait(self) -> None:
+        while self in self._queue:
+            self._queue.popleft()._late.run()
+
+
+class RecordingCommunicator(Wrapped):
+    """Keeps a list of what happened: ("launch" or "wait", collective, dtype, elements), and what a test adds."""
+
+    def __init__(self, inner: Communicator) -> None:
+        super().__init__(inner)
+        self.events: list[tuple[Any, ...]] = []
+
+    def start(self, name: str, buffer: Tensor, collective: Callable[[], Handle]) -> Handle:
+        what = (name, buffer.dtype, buffer.numel())
+        self.events.append(("launch", *what))
+        return _Recorded(collective(), partial(self.events.append, ("wait", *what)))
+
+    def launches(self) -> list[tuple[str, torch.dtype]]:
+        """(collective, dtype) of all launches so far."""
+        return [event[1:3] for event in self.events if event[0] == "launch"]
+
+
+class _Recorded:
+    def __init__(self, handle: Handle, on_wait: Callable[[], None]) -> None:
+        self._handle, self._on_wait = handle, on_wait
+
+    def wait(self) -> None:
+        self._on_wait()
+        self._handle.wait()
+
+
+class GarbageCommunicator(Wrapped):
+    """Buffers come full of NaN, so whatever is read before it is written shows."""
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return self.inner.empty(numel, dtype).fill_(float("nan"))

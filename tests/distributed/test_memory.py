@@ -1,0 +1,74 @@
+"""Peak resident memory of the model states in every stage, against the bytes per parameter that the README states."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import partita
+import pytest
+import torch
+from ranks import RankPool
+from torch import nn
+
+WIDTH, LAYERS = 1024, 48
+STATES = {  # bytes per parameter on 2 ranks: parameters + gradients + optimizer states
+    ("fp32", 0): 4 + 4 + 8,
+    ("fp32", 1): 4 + 4 + 8 / 2,
+    ("fp32", 2): 4 + 4 / 2 + 8 / 2,
+    ("bf16", 0): 2 + 2 + 12,
+    ("bf16", 1): 2 + 2 + 12 / 2,
+    ("bf16", 2): 2 + 2 / 2 + 12 / 2,
+}
+
+
+def _resident_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def _train(engine: partita.Engine, dtype: torch.dtype, steps: int) -> None:
+    for _ in range(steps):
+        engine.backward(engine(torch.ones(1, engine.module[0].in_features, dtype=dtype)).float().square().mean())
+        engine.step()
+
+
+def _config(stage: int, precision: str) -> dict[str, object]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": WIDTH * WIDTH},
+        "steps_per_print": 0,
+        "bf16": {"enabled": precision == "bf16"},
+    }
+
+
+def _model(width: int, layers: int) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+
+
+def _peak_bytes_per_parameter(stage: int, precision: str) -> float:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    small = partita.Engine(model=_model(64, 2), config=_config(stage, precision))
+    _train(small, dtype, 2)  # what libraries allocate once is not the model's
+    small.destroy()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _resident_bytes("VmRSS")
+    engine = partita.Engine(model=_model(WIDTH, LAYERS), config=_config(stage, precision))
+    _train(engine, dtype, 3)
+    peak = _resident_bytes("VmHWM") - before
+    engine.destroy()
+    return peak / (LAYERS * WIDTH * WIDTH)
+
+
+@pytest.mark.parametrize(("precision", "stage"), STATES)
+def test_peak_memory_is_the_formula(precision, stage):
+    """F7's bound: 10 % above what the states need, two units of staging and all activations included."""
+    pool = RankPool(2)  # fresh processes: what an allocator kept from other tests would hide the peak
+    peaks = pool.run(_peak_bytes_per_parameter, stage, precision)
+    pool.close()
+    expected = STATES[precision, stage]
+    print(f"{precision} stage {stage}: {max(peaks):.2f} bytes per parameter, formula {expected:.2f}")
+    assert 0.9 * expected <= min(peaks)
+    assert max(peaks) <= 1.1 * expected

@@ -1,0 +1,170 @@
+"""The import direction and the borders of the source tree: section 2 of the design, promise 5."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "python" / "partita"
+
+# Lowest first: a module imports only from its own package and from what stands before it.
+LAYERS = (
+    "_core",
+    "kernels",
+    "config",
+    "memory",
+    "comm",
+    "units",
+    "optim",
+    "data",
+    "monitor",
+    "lifecycle",
+    "precision",
+    "batches",
+    "placement",
+    "model_guard",
+    "skip_guard",
+    "backward_watch",
+    "assembly",
+    "engine",
+    "__init__",
+)
+CONFIG_MAY_NOT_IMPORT = ("torch", "numpy", "partita._core", "partita.kernels")
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+NATIVE = sorted(p for folder in ("cpp", "cuda") for p in (ROOT / folder).rglob("*.*"))
+FRAMEWORK_HEADER = re.compile(r"torch|ATen|c10|THC?/")
+PYTHON_HEADER = re.compile(r"pybind11|Python\.h|numpy")
+
+
+def dotted(path: Path) -> str:
+    """partita.units.layout, or partita.units for a package's __init__."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def layer(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports(path: Path, *, at_import_only: bool = False) -> Iterator[str]:
+    """Full names of the modules that a file imports; `from package import module` names the module."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body if at_import_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                is_module = any(
+                    (PACKAGE.parent / full.replace(".", "/")).with_suffix(s).exists() for s in (".py", ".pyi", "")
+                )
+                yield full if is_module and full.startswith("partita") else str(node.module)
+
+
+def own_imports(path: Path) -> list[str]:
+    return [name for name in imports(path) if name.split(".")[0] == "partita"]
+
+
+def test_every_module_has_a_place_in_the_order():
+    assert {layer(dotted(path)) for path in MODULES} | {"_core"} == set(LAYERS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_a_module_imports_only_from_layers_before_its_own(path):
+    """Habit 1: the import direction."""
+    own = layer(dotted(path))
+    for name in own_imports(path):
+        imported = layer(name)
+        assert imported == own or LAYERS.index(imported) < LAYERS.index(own), (
+            f"{dotted(path)} ({own}) imports {name} ({imported}), which comes after it"
+        )
+
+
+def test_there_are_no_import_cycles():
+    """Also inside a package, where a module may import its neighbours but not its own __init__."""
+    graph = {dotted(path): set(own_imports(path)) - {dotted(path)} for path in MODULES}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names them
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_a_module_does_not_import_the_package_that_it_is_in(path):
+    package = dotted(path).rpartition(".")[0]
+    if path.name != "__init__.py":
+        assert package not in own_imports(path)
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "config").glob("*.py")), ids=dotted)
+def test_config_needs_neither_torch_nor_the_native_core(path):
+    """A config can be checked on a machine that cannot train."""
+    for name in imports(path):
+        assert not name.startswith(CONFIG_MAY_NOT_IMPORT), name
+
+
+def test_the_engine_imports_its_parts_by_their_packages():
+    """The engine composes packages; it does not reach into their modules."""
+    packages = {p.name for p in PACKAGE.iterdir() if p.is_dir()}
+    for name in own_imports(PACKAGE / "engine.py"):
+        assert name.count(".") == 1 or name.split(".")[1] not in packages, name
+
+
+# -- native sources
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def test_there_are_native_sources_to_look_at():
+    assert len(NATIVE) > 20
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_native_code_includes_no_header_of_torch(path):
+    """Promise 5: one build serves every torch version."""
+    assert [name for name in includes(path) if FRAMEWORK_HEADER.match(name)] == []
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_the_bindings_know_python(path):
+    """Promise 5: the core sees pointers, element counts and dtypes."""
+    if "bindings" not in path.parts:
+        assert [name for name in includes(path) if PYTHON_HEADER.match(name)] == []
+        assert not re.search(r"\bpybind11\b|\bPyObject\b", path.read_text())
+
+
+def test_the_build_links_nothing_of_torch():
+    """Promise 5."""
+    assert not re.search(r"find_package\(Torch|TORCH_|libtorch", (ROOT / "CMakeLists.txt").read_text())
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_callers_do_not_know_whether_there_is_cuda(path):
+    """Section 2: one of cuda/*.cu and cuda/no_cuda.cpp is linked; no #ifdef chooses."""
+    if path.suffix in (".cu", ".cuh"):
+        return
+    conditions = re.findall(r"^\s*#\s*(?:if|ifdef|ifndef|elif)\b.*", path.read_text(), re.MULTILINE)
+    assert [line for line in conditions if re.search(r"CUDA|NVCC|GPU", line)] == []
+
+
+def test_both_forms_of_the_cuda_switch_define_the_same_functions():
+    """A function that only one form has fails to link on the other kind of machine."""
+
+    def defined(paths: list[Path]) -> set[str]:
+        return {
+            m
+            for p in paths
+            for m in re.findall(r"^\w[\w:<>*& ]*?[ *&](\w+)\([^;]*\)\s*\{", p.read_text(), re.MULTILINE)
+        }
+
+    declared = set(re.findall(r"(\w+)\(.*?\);", (ROOT / "cpp/include/partita/cuda_device.h").read_text(), re.DOTALL))
+    assert declared <= defined([ROOT / "cuda/no_cuda.cpp"])
+    assert declared <= defined(sorted((ROOT / "cuda").glob("*.cu")))

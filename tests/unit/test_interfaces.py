@@ -1,0 +1,200 @@
+"""What the package offers: its frozen surface, docstrings and annotations, and the stub of the native module."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import partita
+import pytest
+from partita import _core
+
+PACKAGE = Path(partita.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+STUB = PACKAGE / "_core.pyi"
+
+PUBLIC_NAMES = [
+    "Config",
+    "ConfigError",
+    "Engine",
+    "FusedAdam",
+    "LifecycleError",
+    "__version__",
+    "default_config",
+    "init_distributed",
+    "initialize",
+]
+ENGINE_CALLS = [
+    "__call__",
+    "backward",
+    "destroy",
+    "device",
+    "eval",
+    "eval_batch",
+    "get_global_grad_norm",
+    "get_lr",
+    "global_rank",
+    "gradient_accumulation_steps",
+    "initialize",
+    "is_gradient_accumulation_boundary",
+    "local_rank",
+    "loss_scale",
+    "module_state_dict",
+    "no_sync",
+    "save_config",
+    "scale",
+    "set_gradient_accumulation_boundary",
+    "skipped_steps",
+    "step",
+    "token_mean",
+    "train",
+    "train_batch",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "world_size",
+    "zero_grad",
+]
+
+
+def dotted(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_the_public_names_are_these():
+    """A change of the surface is a decision, made here too."""
+    assert list(partita.__all__) == PUBLIC_NAMES
+    assert all(hasattr(partita, name) for name in PUBLIC_NAMES)
+
+
+def test_the_engine_has_these_calls():
+    """As above: the names that DeepSpeed's users know, and our own."""
+    own = [name for name in vars(partita.Engine) if not name.startswith("_") or name == "__call__"]
+    assert sorted(own) == ENGINE_CALLS
+
+
+# -- docstrings and annotations
+
+
+def public_definitions(path: Path) -> Iterator[tuple[str, Any]]:
+    """(qualified name, syntax node) of the public classes and functions of a module, methods included."""
+
+    def walk(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, Any]]:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                yield prefix + node.name, node
+                if isinstance(node, ast.ClassDef):
+                    yield from walk(node.body, f"{prefix}{node.name}.")
+
+    yield from walk(ast.parse(path.read_text()).body, "")
+
+
+def has_docstring(path: Path, name: str, node: Any) -> bool:
+    """Of its own; a method that overrides another may inherit it."""
+    if ast.get_docstring(node) or "." not in name:
+        return bool(ast.get_docstring(node))
+    owner_name, _, method = name.rpartition(".")
+    owner = getattr(importlib.import_module(dotted(path)), owner_name)
+    return any(inspect.getdoc(getattr(base, method, None)) for base in owner.__mro__[1:-1])
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_public_code_has_docstrings(path):
+    """Habit 7."""
+    assert ast.get_docstring(ast.parse(path.read_text())), "the module"
+    assert [name for name, node in public_definitions(path) if not has_docstring(path, name, node)] == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_every_function_is_fully_annotated(path):
+    """Habit 7, for private ones too."""
+    bare = []
+    tree = ast.parse(path.read_text())
+    methods = {f for c in ast.walk(tree) if isinstance(c, ast.ClassDef) for f in c.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            given = [*node.args.posonlyargs, *node.args.args]
+            if node in methods and not any(
+                isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list
+            ):
+                given = given[1:]
+            extra = [a for a in (node.args.vararg, node.args.kwarg) if a is not None]
+            if node.returns is None or any(a.annotation is None for a in [*given, *node.args.kwonlyargs, *extra]):
+                bare.append(node.name)
+    assert bare == []
+
+
+def test_the_types_are_shipped():
+    assert (PACKAGE / "py.typed").exists()
+
+
+# -- the stub of the native module
+
+
+def stub_of(body: list[ast.stmt]) -> dict[str, Any]:
+    """name -> parameter names of a function, 'property', or the stub of a class."""
+    found: dict[str, Any] = {}
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = stub_of(node.body)
+        elif isinstance(node, ast.FunctionDef):
+            is_property = any(isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list)
+            found[node.name] = "property" if is_property else [a.arg for a in node.args.args if a.arg != "self"]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found[node.target.id] = "property"
+    return found
+
+
+def parameter_names(function: Any) -> list[str]:
+    """From the signature in pybind11's docstring: `name(self: T, a: int, b: U) -> V`."""
+    signature = str(function.__doc__).strip().splitlines()[0]
+    inside = signature[signature.index("(") + 1 : signature.rindex(") ->")]
+    while (flat := re.sub(r"\[[^\[\]]*\]", "", inside)) != inside:
+        inside = flat  # subscripts of types hold commas
+    names = [part.split(":")[0].strip() for part in inside.split(",") if part.strip()]
+    return [name for name in names if name != "self"]
+
+
+def built_of(owner: Any) -> dict[str, Any]:
+    """The same of the built module."""
+    found: dict[str, Any] = {}
+    for name, value in vars(owner).items():
+        if name.startswith("_") and name != "__init__":
+            continue
+        if value is _core.DType:
+            continue  # an enum, compared by its members
+        if isinstance(value, type):
+            found[name] = built_of(value)
+        elif isinstance(value, property) or "property" in type(value).__name__:
+            found[name] = "property"
+        elif name != "__init__" or "wrapper" not in type(value).__name__:  # a class without a constructor
+            found[name] = parameter_names(getattr(owner, name))
+    return found
+
+
+def test_the_stub_matches_the_built_module_in_both_directions():
+    """Habit 14: names, methods, properties, parameter names and their order."""
+    stub = stub_of(ast.parse(STUB.read_text()).body)
+    built = built_of(_core)
+    del stub["DType"]
+    assert stub.keys() == built.keys()
+    for name in stub:
+        assert stub[name] == built[name], name
+
+
+def test_the_enum_of_the_stub_matches():
+    """Habit 14: members and values."""
+    node = next(n for n in ast.parse(STUB.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "DType")
+    stub = {a.targets[0].id: a.value.value for a in node.body if isinstance(a, ast.Assign)}  # type: ignore[attr-defined]
+    assert stub == {name: int(value) for name, value in _core.DType.__members__.items()}
+
+
+def test_every_dtype_of_the_core_has_a_torch_dtype():
+    from partita import kernels
+
+    assert set(kernels.DTYPES.values()) == set(_core.DType.__members__.values())
