@@ -12,7 +12,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     if not rows:
         return
     write = terminalreporter.write_line
-    terminalreporter.section("ours against the copy of the same bytes and the peers (medians; ratio below 1: ours is faster)")
+    terminalreporter.section(
+        "ours against the copy of the same bytes and the peers (medians; ratio below 1: ours is faster)"
+    )
     for bench in rows:
         ours, bytes_moved = list(bench.stats.data), bench.extra_info["bytes"]
         cells = [f"{bench.name:44} {median(ours) * 1e3:8.2f} ms {bytes_moved / median(ours) / 1e9:7.1f} GB/s"]

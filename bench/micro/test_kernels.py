@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from partita import _core, kernels
+from partita.memory import flat_buffer
 from torch import Tensor
 
 NUMEL = 40_000_000
@@ -31,8 +32,8 @@ def threads(request: pytest.FixtureRequest) -> Any:
 
 def copy_of(bytes_moved: int) -> Action:
     """A copy that reads and writes `bytes_moved` in all."""
-    source = torch.zeros(bytes_moved // 8, dtype=torch.float32)
-    destination = torch.empty_like(source)
+    source = flat_buffer(bytes_moved // 8, torch.float32).zero_()
+    destination = flat_buffer(bytes_moved // 8, torch.float32).zero_()
     return lambda: destination.copy_(source)
 
 
@@ -56,15 +57,25 @@ def in_turns(benchmark: Any, bytes_moved: int, ours: Action, peers: dict[str, Ac
     benchmark.extra_info["others"] = times
 
 
-def adam_states() -> tuple[Tensor, Tensor]:
-    return torch.zeros(NUMEL), torch.zeros(NUMEL)
+def filled(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A flat buffer as the engine has them."""
+    return flat_buffer(NUMEL, dtype).fill_(value)
 
 
-def torch_fused(dtype: torch.dtype) -> Action:
-    """torch's AdamW on one parameter; it has no master weights, so 16-bit parameters have 16-bit moments."""
-    parameter = torch.nn.Parameter(torch.zeros(NUMEL, dtype=dtype))
+def torch_fused() -> Action:
+    """torch's AdamW on one fp32 parameter, in memory that torch allocates."""
+    parameter = torch.nn.Parameter(torch.zeros(NUMEL))
     parameter.grad = torch.full_like(parameter, 1e-3)
     return torch.optim.AdamW([parameter], fused=True).step
+
+
+def torch_fused_in_flat_buffers() -> Action:
+    """The same in the memory that ours has."""
+    parameter = torch.nn.Parameter(filled(0.0))
+    parameter.grad = filled(1e-3)
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    optimizer.state[parameter] = {"step": torch.tensor(10.0), "exp_avg": filled(0.0), "exp_avg_sq": filled(0.0)}
+    return optimizer.step
 
 
 def deepspeed_cpu_adam() -> Action | None:
@@ -85,9 +96,9 @@ def deepspeed_cpu_adam() -> Action | None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_adam(benchmark: Any, threads: int, dtype: str) -> None:
     """28 bytes per parameter: fp32 4 x read + 3 x write; 16 bits: gradient, master, moments read, with weights written."""
-    grads = torch.full((NUMEL,), 1e-3, dtype=DTYPES[dtype])
-    master, (exp_avg, exp_avg_sq) = torch.zeros(NUMEL), adam_states()
-    params = None if dtype == "fp32" else torch.zeros(NUMEL, dtype=DTYPES[dtype])
+    grads = filled(1e-3, DTYPES[dtype])
+    master, exp_avg, exp_avg_sq = filled(0.0), filled(0.0), filled(0.0)
+    params = None if dtype == "fp32" else filled(0.0, DTYPES[dtype])
     control = torch.zeros(_core.StepControl.nbytes, dtype=torch.uint8)
     _core.StepControl(grad_norm=1.0, grad_scale=1.0, skip=False, step=10).write(control.data_ptr())
     group = _core.AdamGroup(1e-3, 0.9, 0.999, 1e-8, 0.01, True)
@@ -106,7 +117,8 @@ def test_adam(benchmark: Any, threads: int, dtype: str) -> None:
 
     peers: dict[str, Action] = {}
     if dtype == "fp32":
-        peers["torch fused AdamW"] = torch_fused(torch.float32)
+        peers["torch fused AdamW"] = torch_fused()
+        peers["the same in our memory"] = torch_fused_in_flat_buffers()
         if (peer := deepspeed_cpu_adam()) is not None:
             peers["DeepSpeedCPUAdam"] = peer
     in_turns(benchmark, 28 * NUMEL, ours, peers)
@@ -115,7 +127,7 @@ def test_adam(benchmark: Any, threads: int, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm(benchmark: Any, threads: int, dtype: str) -> None:
     """Reads every element once."""
-    values = torch.full((NUMEL,), 1e-3, dtype=DTYPES[dtype])
+    values = filled(1e-3, DTYPES[dtype])
     total = torch.zeros(1, dtype=torch.float64)
     in_turns(
         benchmark,
@@ -129,7 +141,7 @@ def test_norm(benchmark: Any, threads: int, dtype: str) -> None:
 @pytest.mark.parametrize(("source", "destination"), [("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32")])
 def test_pack(benchmark: Any, threads: int, source: str, destination: str, accumulate: bool) -> None:
     """100 tensors into a flat buffer: source read, destination written, and read too when accumulating."""
-    flat = torch.zeros(NUMEL, dtype=DTYPES[destination])
+    flat = filled(0.0, DTYPES[destination])
     tensors = [torch.zeros(NUMEL // 100, dtype=DTYPES[source]) for _ in range(100)]
     spans = [kernels.span(t) for t in tensors]
     offsets = [i * (NUMEL // 100) for i in range(100)]

@@ -67,7 +67,7 @@ def train(
     config: dict[str, Any], steps: int = 10, model: nn.Module | None = None
 ) -> tuple[list[float], dict[str, Tensor], list[float]]:
     """Losses of this rank, final weights and gradient norms of `steps` steps on this rank's parts of the global batches."""
-    engine = partita.Engine(model=model or make_model(), config=config)
+    engine = partita.Engine(make_model() if model is None else model, config=config)
     losses, norms = [], []
     for step in range(steps):
         batch = global_batch(step, engine.train_batch_size())

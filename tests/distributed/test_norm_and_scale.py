@@ -15,6 +15,14 @@ from torch import nn
 
 STAGES = (0, 1, 2)
 SGD = {"type": "SGD", "params": {"lr": 0.5, "momentum": 0.5}}  # unlike Adam it shows a wrong factor on all gradients
+SETTINGS: dict[str, dict[str, Any]] = {
+    **PRECISIONS,
+    "autocast": {"torch_autocast": {"enabled": True, "dtype": "float16"}, "fp16": {"initial_scale_power": 8}},
+    "prescaled": {"prescale_gradients": True},
+    "predivided": {"prescale_gradients": True, "gradient_predivide_factor": 4.0, "bf16": {"enabled": True}},
+    "accumulated": {"gradient_accumulation_steps": 4, "fp16": {"enabled": True, "initial_scale_power": 8}},
+    "all-reduced": {"zero_optimization": {"stage": 2, "reduce_scatter": False, "reduce_bucket_size": 40}},
+}
 
 # What happens to (scale, hysteresis, good steps) in steps that overflow (x) or not (.); DeepSpeed's rules:
 # an overflow uses up hysteresis, then halves the scale; `loss_scale_window` good steps in a row double it.
@@ -27,8 +35,18 @@ SCALE_TABLE: dict[str, tuple[dict[str, Any], str, list[tuple[float, int, int]]]]
     "a window of good steps doubles the scale and restores the hysteresis": (
         {"initial_scale_power": 4, "loss_scale_window": 3},
         "x...xx...x",
-        [(16, 1, 0), (16, 1, 1), (16, 1, 2), (32, 2, 0), (32, 1, 0)]
-        + [(16, 1, 0), (16, 1, 1), (16, 1, 2), (32, 2, 0), (32, 1, 0)],
+        [
+            (16, 1, 0),
+            (16, 1, 1),
+            (16, 1, 2),
+            (32, 2, 0),
+            (32, 1, 0),
+            (16, 1, 0),
+            (16, 1, 1),
+            (16, 1, 2),
+            (32, 2, 0),
+            (32, 1, 0),
+        ],
     ),
     "an overflow starts the window anew": (
         {"initial_scale_power": 4, "loss_scale_window": 2, "hysteresis": 1},
@@ -128,11 +146,11 @@ def _clipped(config: dict[str, Any], steps: int) -> tuple[dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("clip", [0.25, 1e6])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_gradients_are_unscaled_then_clipped_as_in_torch(ranks, stage, precision, clip):
+def test_gradients_are_unscaled_then_clipped_as_in_torch(ranks, stage, kind, clip):
     """N4, N5: the norm is that before clipping, without the loss scale."""
-    results = ranks(2).run(_clipped, config_for(stage, precision, optimizer=SGD, gradient_clipping=clip), 5)
+    results = ranks(2).run(_clipped, config_for(stage, optimizer=SGD, gradient_clipping=clip, **SETTINGS[kind]), 5)
     expected, expected_norms = plain(_sgd, [dictate(step) for step in range(5)], clip=clip)
     assert_follows(merged([r[0] for r in results]), expected)
     for _, norms, _ in results:

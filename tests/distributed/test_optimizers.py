@@ -7,7 +7,18 @@ from typing import Any
 import partita
 import pytest
 import torch
-from dictated import PRECISIONS, SHAPES, Dictated, assert_follows, config_for, dictate, masters, merged, plain, take_step
+from dictated import (
+    PRECISIONS,
+    SHAPES,
+    Dictated,
+    assert_follows,
+    config_for,
+    dictate,
+    masters,
+    merged,
+    plain,
+    take_step,
+)
 from partita.config import ConfigError
 from torch import Tensor, nn
 

@@ -24,7 +24,7 @@ WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 50, "warmup_min_lr"
 
 def _snapshot(engine: partita.Engine) -> dict[str, Tensor]:
     """Every byte that a step may change: parameters, masters, moments (padding too)."""
-    tensors = {name: p for name, p in engine.module.named_parameters()}
+    tensors = dict(engine.module.named_parameters())
     for i, unit in enumerate(engine._units):
         tensors |= {f"params {i}": unit.params, f"master {i}": unit.master}
     update = engine._sharded._update

@@ -45,7 +45,7 @@ class Coupled(Optimizer):
 
 
 class Lion(Optimizer):
-    """Element-wise, with settings of its own outside the param groups, and a counter of its steps (Chen et al. 2023)."""
+    """Element-wise (Chen et al. 2023), with settings of its own outside the param groups and a counter of its steps."""
 
     def __init__(self, params: Any, lr: float = 0.01, betas: tuple[float, float] = (0.9, 0.99)) -> None:
         super().__init__(params, {"lr": lr})
@@ -216,7 +216,7 @@ def test_an_optimizer_of_whole_tensors_is_refused_above_stage_0(stage, make, rea
     model = Dictated({"a": (5, 7), "e": (6, 3)})
     optimizer = make(model.parameters())
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=f"^{type(optimizer).__name__} .*stage {stage}: .*{reason}.*use stage 0"):
+    with pytest.raises(ValueError, match=rf"^{type(optimizer).__name__} .*stage {stage}: .*{reason}.*use stage 0"):
         partita.Engine(model=model, optimizer=optimizer, config=config_for(stage, "bf16"))
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -226,7 +226,7 @@ def test_an_optimizer_of_whole_tensors_is_refused_above_stage_0(stage, make, rea
 def test_an_optimizer_that_needs_a_closure_is_refused(stage):
     """O7: LBFGS in any stage, as engine.step() has no closure to give."""
     model = Dictated()
-    with pytest.raises(ValueError, match="^LBFGS .*closure"):
+    with pytest.raises(ValueError, match=r"^LBFGS .*closure"):
         partita.Engine(model=model, optimizer=torch.optim.LBFGS(model.parameters()), config=config_for(stage))
 
 
@@ -263,7 +263,7 @@ def test_state_of_earlier_steps_is_refused(name, stage):
     optimizer = make(model.parameters(), **options)
     model(dictate(0)).backward()
     optimizer.step()
-    with pytest.raises(ValueError, match=f"^{make.__name__} has state of earlier steps.*fresh"):
+    with pytest.raises(ValueError, match=rf"^{make.__name__} has state of earlier steps.*fresh"):
         partita.Engine(model=model, optimizer=optimizer, config=config_for(stage))
 
 

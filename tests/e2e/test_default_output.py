@@ -27,7 +27,7 @@ def run(name, steps, **changes):
     mark(name)
     engine, *_ = partita.initialize(model, config=config)
     for step in range(steps):
-        loss = engine(torch.ones(2, 4)).mean()
+        loss = engine(torch.ones(2, 4).to(model[0].weight.dtype)).mean()
         engine.backward(loss)
         engine.step()
         if step == 0:
