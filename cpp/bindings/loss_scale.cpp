@@ -1,5 +1,6 @@
-#include "bindings.h"
 #include "partita/loss_scale.h"
+
+#include "bindings.h"
 
 namespace partita::bindings {
 
@@ -9,7 +10,8 @@ namespace {
 template <class T>
 void def_memory(py::class_<T>& type) {
     type.def_property_readonly_static("nbytes", [](const py::object&) { return sizeof(T); })
-        .def_static("read", [](std::uintptr_t address) { return *pointer<T>(address); }, py::arg("address"))
+        .def_static(
+            "read", [](std::uintptr_t address) { return *pointer<T>(address); }, py::arg("address"))
         .def("write", [](const T& self, std::uintptr_t address) { *pointer<T>(address) = self; }, py::arg("address"));
 }
 

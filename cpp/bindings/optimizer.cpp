@@ -14,7 +14,8 @@ void register_optimizer(py::module_& m) {
         "adam",
         [](Span grads, Span master, Span exp_avg, Span exp_avg_sq, Span params, const Segments& segments,
            const std::vector<AdamGroup>& groups, std::uintptr_t control, int threads) {
-            adam({grads, master, exp_avg, exp_avg_sq, params}, segments, groups, pointer<StepControl>(control), threads);
+            adam({grads, master, exp_avg, exp_avg_sq, params}, segments, groups, pointer<StepControl>(control),
+                 threads);
         },
         py::arg("grads"), py::arg("master"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("params"),
         py::arg("segments"), py::arg("groups"), py::arg("control"), py::arg("threads"),

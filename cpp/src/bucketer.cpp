@@ -16,8 +16,8 @@ Bucketer::Bucketer(std::vector<std::int32_t> unit_of, std::int32_t units)
     if (units < 0) throw std::invalid_argument("the number of units must not be negative: " + std::to_string(units));
     for (std::size_t p = 0; p < unit_of_.size(); ++p) {
         if (unit_of_[p] < 0 || unit_of_[p] >= units) {
-            throw std::invalid_argument("parameter " + std::to_string(p) + " names unit " + std::to_string(unit_of_[p]) +
-                                        " of " + std::to_string(units));
+            throw std::invalid_argument("parameter " + std::to_string(p) + " names unit " +
+                                        std::to_string(unit_of_[p]) + " of " + std::to_string(units));
         }
         ++missing_at_start_[static_cast<std::size_t>(unit_of_[p])];
     }

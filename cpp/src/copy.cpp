@@ -38,8 +38,8 @@ class Work {
     void add(Span to, Span from) {
         for (std::int64_t done = 0; done < to.numel; done += block_numel) {
             const std::int64_t count = std::min(block_numel, to.numel - done);
-            pieces_.push_back({to.part(done, count), from.data == nullptr ? Span{nullptr, count, from.dtype}
-                                                                          : from.part(done, count)});
+            pieces_.push_back({to.part(done, count),
+                               from.data == nullptr ? Span{nullptr, count, from.dtype} : from.part(done, count)});
         }
         numel_ += to.numel;
     }

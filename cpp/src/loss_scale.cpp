@@ -15,7 +15,8 @@ void require(bool holds, const char* what) {
 }  // namespace
 
 LossScaler::LossScaler(const Config& config) : config_(config) {
-    require(std::isfinite(config.initial_scale) && config.initial_scale > 0, "initial_scale must be positive and finite");
+    require(std::isfinite(config.initial_scale) && config.initial_scale > 0,
+            "initial_scale must be positive and finite");
     if (!config.dynamic) return;
     require(config.minimum > 0, "minimum must be positive");
     require(config.minimum <= config.initial_scale, "minimum must not exceed initial_scale");
@@ -58,8 +59,8 @@ void LossScaler::update(LossScaleState& state, bool overflow) const {
     state.scale = std::max(state.scale / config_.factor, config_.minimum);
 }
 
-void loss_scale_update(StepControl* control, LossScaleState* state, const LossScaler& scaler, const double* sum_of_squares,
-                       double mean, double clip) {
+void loss_scale_update(StepControl* control, LossScaleState* state, const LossScaler& scaler,
+                       const double* sum_of_squares, double mean, double clip) {
     const double unscale = mean / state->scale;
     control->grad_norm = std::sqrt(*sum_of_squares) * unscale;
     control->skip = std::isfinite(*sum_of_squares) ? 0 : 1;

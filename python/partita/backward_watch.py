@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum, auto
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ class Scaled(Enum):
 
     NOT_YET = auto()
     AT_LOSS = auto()  # engine.scale(), for every gradient
-    AT_OUTPUT = auto()  # the single output of one forward
+    AT_OUTPUT = auto()  # the only output that the loss depends on
 
 
 class BackwardWatch:
@@ -28,9 +27,9 @@ class BackwardWatch:
     `engine.backward(loss)` scales the loss and ends the backward itself. For a plain `loss.backward()`, hooks on the
     outputs of the forward do both: the first gradient that arrives asks autograd for a call at the end of the whole
     backward (a parameter's hook could run inside a reentrant checkpoint, whose end is not the end), and the gradient
-    of a single output is multiplied by the loss scale, which does the same as scaling the loss. With several outputs,
-    of one forward or of two, one may have been computed from another and its gradient be scaled already: then only the
-    caller can scale.
+    of the output is multiplied by the loss scale, which does the same as scaling the loss. When gradients arrive at
+    several outputs, of one forward or of two, one may have been computed from another and its gradient be scaled
+    already: then only the caller can scale.
     """
 
     def __init__(self, loss_scale: Callable[[], float], finish_backward: Callable[[], None]) -> None:
@@ -52,7 +51,7 @@ class BackwardWatch:
     def watch(self, outputs: list[Tensor]) -> None:
         """Called with the outputs of a forward that may be followed by a backward."""
         for output in outputs:
-            output.register_hook(partial(self._gradient_arrives, len(outputs)))  # type: ignore[no-untyped-call]
+            output.register_hook(self._gradient_arrives)  # type: ignore[no-untyped-call]
 
     def backward_ended(self) -> None:
         """The last backward has ended, one way or another; the next one starts with nothing scaled."""
@@ -65,17 +64,21 @@ class BackwardWatch:
         if self._scaled is Scaled.NOT_YET and self._loss_scale() != 1.0:
             raise RuntimeError(UNSCALED)
 
-    def _scaled_loss_arrives(self, _grad: Tensor) -> None:
+    def loss_is_scaled(self) -> None:
+        """The loss scale entered at the loss, whether or not its gradient went through any of the hooks."""
         self._scaled = Scaled.AT_LOSS
 
-    def _gradient_arrives(self, outputs_of_forward: int, grad: Tensor) -> Tensor | None:
+    def _scaled_loss_arrives(self, _grad: Tensor) -> None:
+        self.loss_is_scaled()
+
+    def _gradient_arrives(self, grad: Tensor) -> Tensor | None:
         if not self._end_is_queued:
             self._end_is_queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         if self._scaled is Scaled.AT_LOSS or (scale := self._loss_scale()) == 1.0:
             return None
-        if self._scaled is Scaled.AT_OUTPUT or outputs_of_forward != 1:
-            raise RuntimeError(f"{UNSCALED} (the model gave several outputs, and only the loss is the same for all)")
+        if self._scaled is Scaled.AT_OUTPUT:
+            raise RuntimeError(f"{UNSCALED} (the loss depends on several outputs of the model)")
         self._scaled = Scaled.AT_OUTPUT
         return grad * scale
 

@@ -159,9 +159,13 @@ class Engine:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"engine.backward() needs a scalar loss, not a {what}: reduce it with .mean() or .sum()")
+        self._phase = Phase.FORWARD
         with self._timers.phase("backward"):
             self.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             self._reducer.finish_backward()
+            if self._phase is Phase.FORWARD:  # this loss reaches no parameter, but those of other ranks may
+                self._backwards.loss_is_scaled()
+                self._reducer.reduce_zeros()
         self._backwards.backward_ended()
         self._phase = Phase.BACKWARD
         return loss

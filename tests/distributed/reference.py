@@ -29,7 +29,7 @@ MicroBatch = Callable[[Callable[..., Any], Callable[..., Any], int, int], None]
 
 @dataclass(frozen=True)
 class Training:
-    """What to train: `micro_batch(forward, backward, step, index)` runs one micro-batch, `index` counts over all ranks."""
+    """What to train: `micro_batch(forward, backward, step, index)` runs one; `index` counts over all ranks."""
 
     make: Callable[[], nn.Module]
     micro_batch: MicroBatch
@@ -52,6 +52,10 @@ def tokens_of(step: int, index: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 * step + index)
     tokens = torch.randint(0, 11, (2, 2, 6), generator=generator)
     return tokens[0], tokens[1]
+
+
+def numbers(step: int, index: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * step + index))
 
 
 def one_backward(forward: Any, backward: Any, step: int, index: int) -> None:
@@ -115,7 +119,7 @@ def train_plain(training: Training, micro_batches: int, dtype: torch.dtype | Non
     return Outcome({name: value.detach().clone() for name, value in model.state_dict().items()}, norms)
 
 
-# A 16-bit parameter may fall on the other side of a rounding boundary; a lost or doubled gradient is a hundred times more.
+# A 16-bit parameter may fall on the other side of a rounding boundary; a lost gradient is a hundred times more.
 TOLERANCES = {"fp32": (1e-4, 1e-5), "bf16": (2e-2, 1e-2), "fp16": (3e-3, 2e-3)}
 
 

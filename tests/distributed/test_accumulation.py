@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -48,7 +49,7 @@ def only_one(chosen: int, forward: Any, backward: Any, step: int, index: int) ->
 @pytest.mark.parametrize("accumulation", [1, 2, 5])
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_micro_batch_on_one_rank_is_enough(ranks, stage, accumulation, precision):
-    """G4. Only the last micro-batch of rank 1 has a gradient that is not zero; in fp32 also only the first of rank 0."""
+    """G4. Only the last micro-batch of rank 1 has a non-zero gradient; in fp32 also only the first of rank 0."""
     config = sgd_config(stage=stage, gradient_accumulation_steps=accumulation, **PRECISIONS[precision])
     count = 2 * accumulation
     for chosen in {count - 1, 0} if precision == "fp32" else {count - 1}:
@@ -197,6 +198,10 @@ def test_tiny_gradients_are_not_lost_in_the_sum(ranks, stage, no_sync):
     assert ranks(2).run(_tiny_gradients, stage, 256, no_sync) == [(1 + 255 * TINY) / 256] * 2
 
 
+# Which of five micro-batches are in a no_sync block.
+WITHOUT_SYNC = {"boundary": (), "all but the last": range(4), "all": range(5), "all after a reduction": (2, 3, 4)}
+
+
 def _by_hand(stage: int, backward: str, how: str) -> Outcome:
     """Steps of five micro-batches that no config announces: divided by 1, so each has a fifth of the loss."""
     engine = partita.Engine(model=make_model(), config=sgd_config(stage=stage))
@@ -205,21 +210,11 @@ def _by_hand(stage: int, backward: str, how: str) -> Outcome:
     for step in range(3):
         for i in range(5):
             last = i == 4
-            index = i * engine.world_size + engine.global_rank
             if how == "boundary":
                 engine.set_gradient_accumulation_boundary(last)
                 assert engine.is_gradient_accumulation_boundary() == last
-            if how == "no_sync" and not last:
-                with engine.no_sync():
-                    run_backward(engine(*tokens_of(step, index)) / 5)
-            elif how == "no_sync throughout":
-                with engine.no_sync():
-                    run_backward(engine(*tokens_of(step, index)) / 5)
-            elif how == "no_sync after a reduction" and i > 1:
-                with engine.no_sync():
-                    run_backward(engine(*tokens_of(step, index)) / 5)
-            else:
-                run_backward(engine(*tokens_of(step, index)) / 5)
+            with engine.no_sync() if i in WITHOUT_SYNC[how] else nullcontext():
+                run_backward(engine(*tokens_of(step, i * engine.world_size + engine.global_rank)) / 5)
             if how == "boundary" or last:
                 engine.step()
         norms.append(engine.get_global_grad_norm())
@@ -236,7 +231,7 @@ def test_boundaries_set_by_hand(ranks, stage, backward):
     assert_equal_runs(ranks(2).run(_by_hand, stage, backward, "boundary"), train_plain(ODD_MODEL, 10))
 
 
-@pytest.mark.parametrize("how", ["no_sync", "no_sync throughout", "no_sync after a reduction"])
+@pytest.mark.parametrize("how", ["all but the last", "all", "all after a reduction"])
 @pytest.mark.parametrize("backward", ["engine.backward", "loss.backward"])
 @pytest.mark.parametrize("stage", [0, 1])
 def test_no_sync_defers_but_loses_nothing(ranks, stage, backward, how):
@@ -247,7 +242,7 @@ def test_no_sync_defers_but_loses_nothing(ranks, stage, backward, how):
 def test_no_sync_is_refused_in_stage_2(ranks):
     """There is no room for gradients that are not reduced."""
     with pytest.raises(AssertionError, match=r"no_sync\(\) needs full gradients on every rank"):
-        ranks(2).run(_by_hand, 2, "engine.backward", "no_sync")
+        ranks(2).run(_by_hand, 2, "engine.backward", "all")
 
 
 def _dropped(stage: int) -> Outcome:

@@ -9,7 +9,16 @@ import partita
 import pytest
 import torch
 from communicators import RecordingCommunicator, SlowCommunicator, WaitingCommunicator, communicating_through
-from reference import ODD_MODEL, Training, assert_equal_runs, assert_same_runs, sgd_config, train_in_engine, train_plain
+from reference import (
+    ODD_MODEL,
+    Training,
+    assert_equal_runs,
+    assert_same_runs,
+    numbers,
+    sgd_config,
+    train_in_engine,
+    train_plain,
+)
 from torch import Tensor, nn
 
 STAGES = (0, 1, 2)
@@ -29,12 +38,8 @@ class Chain(nn.Module):
         return self.layers(x).square().mean()
 
 
-def chain_input(step: int, index: int) -> Tensor:
-    return torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1000 * step + index))
-
-
 def chain_micro_batch(forward: Any, backward: Any, step: int, index: int) -> None:
-    backward(forward(chain_input(step, index)))
+    backward(forward(numbers(step, index, 3, WIDTH)))
 
 
 CHAIN = Training(Chain, chain_micro_batch)
@@ -72,7 +77,7 @@ def _trace(config: dict[str, Any], steps: int) -> list[list[tuple[Any, ...]]]:
         traces = []
         for step in range(steps):
             for i in range(engine.gradient_accumulation_steps()):
-                loss = engine(chain_input(step, i))
+                loss = engine(numbers(step, i, 3, WIDTH))
                 recorder.events.clear()
                 engine.backward(loss)
                 traces.append(list(recorder.events))
@@ -120,7 +125,7 @@ def _launches_per_step(config: dict[str, Any], steps: int) -> list[dict[str, int
         for step in range(steps):
             recorder.events.clear()
             for i in range(engine.gradient_accumulation_steps()):
-                engine.backward(engine(chain_input(step, i)))
+                engine.backward(engine(numbers(step, i, 3, WIDTH)))
                 engine.step()
             names = [name for name, _ in recorder.launches()]
             counts.append({name: names.count(name) for name in set(names)})
@@ -135,7 +140,7 @@ BUCKETS |= {2 * WIDTH**2: 3, 2 * WIDTH**2 + 1: 3, 5 * WIDTH**2: 2, 10**9: 1}
 @pytest.mark.parametrize("bucket", BUCKETS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_collectives_per_step_are_as_planned(ranks, stage, bucket):
-    """G7. One per unit (and micro-batch in stage 2), one for the norm, one per unit to gather: the same in every step."""
+    """G7. One per unit (in stage 2 and micro-batch), one for the norm, one per unit to gather; the same in all steps."""
     units, accumulation = BUCKETS[bucket], 2
     planned = {
         0: {"all_reduce": units + 1},

@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 STAGES = (0, 1, 2)
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-
 # -- F2: a bare machine
 
 BARE_PROGRAM = """
@@ -125,6 +124,32 @@ def test_a_thousand_small_parameters_train_as_with_ddp(ranks):
                 torch.testing.assert_close(
                     value, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
                 )
+
+
+# -- F9: buffers
+
+BUFFER_DTYPES = ("float64", "float16", "float8_e4m3fn", "complex64", "bool", "uint8", "int16", "int64")
+
+
+def buffers_after_initialize() -> dict[str, Tensor]:
+    """Ranks begin with different values, in one and in no dimension."""
+    import torch.distributed as dist
+
+    model = nn.Linear(2, 1)
+    for name in BUFFER_DTYPES:
+        value = torch.full((3,), float(1 - dist.get_rank())).to(getattr(torch, name))
+        model.register_buffer(name, value)
+        model.register_buffer(f"scalar_{name}", value[0].clone())
+    partita.Engine(model, config={"optimizer": {"type": "AdamW"}, "steps_per_print": 0}).destroy()
+    return {name: buffer.to(torch.complex64).real for name, buffer in model.named_buffers()}
+
+
+def test_buffers_of_every_dtype_take_the_values_of_rank_0(ranks):
+    """F9: types that the transport cannot add can still be sent."""
+    for buffers in ranks(2).run(buffers_after_initialize):
+        assert len(buffers) == 2 * len(BUFFER_DTYPES)
+        for name, value in buffers.items():
+            assert torch.equal(value, torch.ones_like(value)), name
 
 
 # -- F5: engines side by side

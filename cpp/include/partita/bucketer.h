@@ -9,9 +9,9 @@ namespace partita {
 // Units are launched in the order of their index, whatever order gradients arrive in, so that all ranks issue the same
 // collectives in the same order.
 //
-// A parameter's gradient may be accumulated several times in one backward (shared weights under reentrant checkpointing).
-// How often is learned: the first backward launches nothing before its end; later ones launch a unit when each of its
-// parameters was accumulated as often as in any backward before, and at least once.
+// A parameter's gradient may be accumulated several times in one backward (shared weights under reentrant
+// checkpointing). How often is learned: the first backward launches nothing before its end; later ones launch a unit
+// when each of its parameters was accumulated as often as in any backward before, and at least once.
 class Bucketer {
   public:
     struct Range {

@@ -1,7 +1,7 @@
 // Dynamic loss scaling, and what one optimizer step needs to know about its gradients.
 //
-// The structs live in memory that the caller provides (on a GPU: device memory), so that deciding whether to skip a step
-// needs no host.
+// The structs live in memory that the caller provides (on a GPU: device memory), so that deciding whether to skip a
+// step needs no host.
 #pragma once
 
 #include <cstdint>
@@ -19,10 +19,10 @@ struct LossScaleState {
 };
 
 struct StepControl {
-    double grad_norm;    // of the mean gradient before clipping; not finite when the step is skipped
-    float grad_scale;    // what a stored gradient is multiplied by: 1 / loss scale x mean x clip factor
-    std::int32_t skip;   // 1: leave parameters and states as they are
-    std::int64_t step;   // number of this update, from 1 on; bias correction reads it
+    double grad_norm;   // of the mean gradient before clipping; not finite when the step is skipped
+    float grad_scale;   // what a stored gradient is multiplied by: 1 / loss scale x mean x clip factor
+    std::int32_t skip;  // 1: leave parameters and states as they are
+    std::int64_t step;  // number of this update, from 1 on; bias correction reads it
 };
 
 class LossScaler {
@@ -33,8 +33,8 @@ class LossScaler {
         double minimum = 1.0;
         double maximum = 16777216.0;  // 2^24
         double factor = 2.0;
-        std::int32_t window = 1000;     // steps without overflow after which the scale grows
-        std::int32_t hysteresis = 2;    // overflows tolerated before the scale shrinks
+        std::int32_t window = 1000;           // steps without overflow after which the scale grows
+        std::int32_t hysteresis = 2;          // overflows tolerated before the scale shrinks
         bool consecutive_hysteresis = false;  // true: every good step restores the hysteresis
     };
 
@@ -42,8 +42,8 @@ class LossScaler {
     explicit LossScaler(const Config& config);
 
     LossScaleState initial() const;
-    // The transition after one step. An overflow uses up hysteresis, then divides the scale; `window` good steps in a row
-    // multiply it and restore the hysteresis.
+    // The transition after one step. An overflow uses up hysteresis, then divides the scale; `window` good steps in a
+    // row multiply it and restore the hysteresis.
     void update(LossScaleState& state, bool overflow) const;
 
     const Config& config() const { return config_; }
@@ -52,11 +52,12 @@ class LossScaler {
     Config config_;
 };
 
-// Turns the sum of squares of the stored (summed, scaled) gradients into the step's control block, and advances the state.
+// Turns the sum of squares of the stored (summed, scaled) gradients into the step's control block, and advances the
+// state.
 //   mean         what makes the stored sum a mean: 1 / (ranks x micro-batches)
 //   clip         largest norm of the mean gradient; 0: no clipping. Factor min(1, clip / (norm + 1e-6)), as
 //                torch.nn.utils.clip_grad_norm_
-void loss_scale_update(StepControl* control, LossScaleState* state, const LossScaler& scaler, const double* sum_of_squares,
-                       double mean, double clip);
+void loss_scale_update(StepControl* control, LossScaleState* state, const LossScaler& scaler,
+                       const double* sum_of_squares, double mean, double clip);
 
 }  // namespace partita

@@ -7,8 +7,8 @@ namespace partita {
 
 // Adds the sum of squares of the segments of `values` to `*sum_of_squares`, in fp64 and in one pass.
 //
-// The square of the largest fp32 number is far below the largest fp64 number, so the sum is infinite or NaN exactly when
-// an element is: it is its own overflow flag.
+// The square of the largest fp32 number is far below the largest fp64 number, so the sum is infinite or NaN exactly
+// when an element is: it is its own overflow flag.
 void norm(double* sum_of_squares, Span values, const Segments& segments, int threads);
 
 }  // namespace partita

@@ -1,5 +1,5 @@
-// Conversions of 16-bit floats bit by bit, rounding to nearest, ties to even. Not for the files that are compiled for one
-// processor level: the linker could take their instance of an inline function for all.
+// Conversions of 16-bit floats bit by bit, rounding to nearest, ties to even. Not for the files that are compiled for
+// one processor level: the linker could take their instance of an inline function for all.
 #pragma once
 
 #include <cstdint>

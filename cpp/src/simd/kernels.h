@@ -1,4 +1,5 @@
-// Single-threaded loops over contiguous memory, one set per processor level. Callers split the work and choose the level.
+// Single-threaded loops over contiguous memory, one set per processor level. Callers split the work and choose the
+// level.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +12,14 @@ namespace partita {
 // Adam's per-element constants, worked out once per group and step.
 struct AdamFactors {
     float grad_scale;
-    float l2;             // weight decay that joins the gradient
-    float keep;           // what decoupled decay leaves of the weight
+    float l2;    // weight decay that joins the gradient
+    float keep;  // what decoupled decay leaves of the weight
     float one_minus_beta1;
     float beta2;
     float one_minus_beta2;
     float inverse_sqrt_correction2;
     float eps;
-    float step_size;      // lr / first bias correction
+    float step_size;  // lr / first bias correction
 };
 
 struct AdamRange {
@@ -38,7 +39,7 @@ struct Kernels {
     Convert copy[dtype_count][dtype_count];        // [from][to]: to = from * scale
     Convert accumulate[dtype_count][dtype_count];  // [from][to]: to += from * scale
     SumOfSquares sum_of_squares[dtype_count];
-    Adam adam[dtype_count][dtype_count];           // [grads][params]
+    Adam adam[dtype_count][dtype_count];  // [grads][params]
 };
 
 constexpr int index(DType dtype) { return static_cast<int>(dtype); }

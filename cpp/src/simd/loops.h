@@ -1,8 +1,8 @@
 // The loops themselves, written once over a vector type V and instantiated by one source file per processor level.
 //
 // V holds V::width floats and has load, store (for float, f16, bf16), fma, arithmetic operators, sqrt, and a Squares
-// accumulator in fp64. The last, incomplete vector goes through a zero-padded copy, so an element's result never depends
-// on where in a buffer it stands: shards of any size give the bits that the whole buffer would give.
+// accumulator in fp64. The last, incomplete vector goes through a zero-padded copy, so an element's result never
+// depends on where in a buffer it stands: shards of any size give the bits that the whole buffer would give.
 #pragma once
 
 #include <cstring>

@@ -4,6 +4,7 @@ from partita.config.batch_sizes import BatchSizes, resolve_batch_sizes
 from partita.config.errors import ConfigError
 from partita.config.load import load_config
 from partita.config.models import Config
+from partita.config.nearest import suggest
 from partita.config.save import default_config, save_config
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "load_config",
     "resolve_batch_sizes",
     "save_config",
+    "suggest",
 ]

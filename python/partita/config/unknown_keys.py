@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-
 from partita.config.deepspeed_keys import DEEPSPEED_ONLY_KEYS
 from partita.config.fields import Section
+from partita.config.nearest import nearest
 from partita.config.sections import all_sections, join
 
 
@@ -19,8 +18,6 @@ def explain_unknown_key(path: str, key: object, section: type[Section]) -> str:
     if 0 < len(homes) <= 2:  # 'enabled' or 'type' are at home in many places, which helps nobody
         return f"unknown key here; did you mean {' or '.join(repr(home) for home in homes)}?"
 
-    by_lower_case = {name.lower(): name for name in section.model_fields}
-    near = difflib.get_close_matches(str(key).lower(), by_lower_case, n=1)
-    if near:
-        return f"unknown key; did you mean {by_lower_case[near[0]]!r}?"
+    if (meant := nearest(str(key), section.model_fields)) is not None:
+        return f"unknown key; did you mean {meant!r}?"
     return f"unknown key; valid keys {f'of {path}' if path else 'here'} are {', '.join(section.model_fields)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from partita.config import suggest
 from partita.optim.fused_adam import FusedAdam
 
 NATIVE = {"Adam": False, "AdamW": True}  # name -> decoupled weight decay
@@ -27,7 +27,7 @@ def make_optimizer(type_name: str, params: Mapping[str, Any], parameters: Any) -
     names = {name.lower(): name for name in (*NATIVE, *_torch_optimizers())}
     name = names.get(type_name.lower())
     if name is None:
-        raise ValueError(f"optimizer.type: unknown optimizer '{type_name}'{_nearest(type_name, names.values())}")
+        raise ValueError(f"optimizer.type: unknown optimizer '{type_name}'{suggest(type_name, names.values())}")
     options = dict(params)
     make: type[Optimizer]
     if name in NATIVE:
@@ -38,7 +38,7 @@ def make_optimizer(type_name: str, params: Mapping[str, Any], parameters: Any) -
         valid = set(inspect.signature(make).parameters) - {"params"}
     for key in options:
         if key not in valid:
-            raise ValueError(f"optimizer.params: {name} has no argument '{key}'{_nearest(key, sorted(valid))}")
+            raise ValueError(f"optimizer.params: {name} has no argument '{key}'{suggest(key, sorted(valid))}")
     if name in NATIVE:
         options["decoupled_weight_decay"] = NATIVE[name]
     try:
@@ -53,11 +53,3 @@ def _torch_optimizers() -> dict[str, type[Optimizer]]:
         for name, value in vars(torch.optim).items()
         if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
     }
-
-
-def _nearest(name: str, valid: Any) -> str:
-    options = list(valid)
-    close = difflib.get_close_matches(name.lower(), [v.lower() for v in options], n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean '{next(v for v in options if v.lower() == close[0])}'?"
-    return f"; valid are {', '.join(options)}"

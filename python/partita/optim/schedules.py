@@ -11,15 +11,16 @@ DeepSpeed's warm-up schedules count from -1: before the first ``step()`` they si
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from partita.config import suggest
 
 PerGroup = float | Sequence[float]
 """One number for all param groups, or a list with one number for each."""
@@ -378,21 +379,13 @@ def make_scheduler(type_name: str, params: Mapping[str, Any], optimizer: Optimiz
     """
     types = scheduler_types()
     if type_name not in types:
-        raise ValueError(f"scheduler type {type_name!r} is unknown{_suggestion(type_name, types)}")
+        raise ValueError(f"scheduler type {type_name!r} is unknown{suggest(type_name, types)}")
     signature = inspect.signature(types[type_name]).parameters
     valid = [name for name in signature if name != "optimizer"]
     for name in params:
         if name not in valid:
-            raise ValueError(
-                f"{type_name} has no parameter {name!r}{_suggestion(name, valid)}; it has {', '.join(valid)}"
-            )
+            raise ValueError(f"{type_name} has no parameter {name!r}{suggest(name, valid)}")
     missing = [name for name in valid if signature[name].default is inspect.Parameter.empty and name not in params]
     if missing:
         raise ValueError(f"{type_name} needs the parameter {missing[0]!r} in the scheduler's params")
     return types[type_name](optimizer=optimizer, **params)
-
-
-def _suggestion(name: str, valid: Iterable[str]) -> str:
-    by_lower = {each.lower(): each for each in valid}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)
-    return f"; did you mean {by_lower[near[0]]!r}?" if near else ""

@@ -18,8 +18,8 @@ from partita.units.policy import StagePolicy
 from partita.units.unit import GradState, Unit
 
 STAGING_BUFFERS = 2
-# Enough that the transport never runs dry. More would not finish sooner, and what they hold for their duration would lie
-# between freed gradients and keep malloc from using that memory again.
+# Enough that the transport never runs dry. More would not finish sooner, and what they hold for their duration would
+# lie between freed gradients and keep malloc from using that memory again.
 REDUCTIONS_IN_FLIGHT = 4
 
 
@@ -125,6 +125,11 @@ class GradientReducer:
             self._first_backward = False
             return_free_memory()
         self._after_backward()
+
+    def reduce_zeros(self) -> None:
+        """A backward without any gradient on this rank: the others wait for its part in their collectives."""
+        self.begin_backward()
+        self.finish_backward()
 
     def reduce_all(self) -> None:
         """Returns when `Unit.reduced` holds the sum over ranks of all gradients since the last reset."""
