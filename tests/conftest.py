@@ -1,13 +1,8 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path[:0] = [str(Path(__file__).parent / "distributed"), str(Path(__file__).parents[1] / "examples")]
-
 from ranks import RankPool
 
 

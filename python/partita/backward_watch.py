@@ -1,42 +1,27 @@
-"""Noticing a backward that the engine did not start, and making sure that its loss is scaled once."""
+"""Noticing a backward that the engine did not start, and whether its loss was scaled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum, auto
 
 import torch
 from torch import Tensor
 
-UNSCALED = (
-    "loss.backward() in float16 without the loss scale: call engine.backward(loss), or engine.scale(loss).backward()"
-)
-
-
-class Scaled(Enum):
-    """Where the loss scale entered the backward under way."""
-
-    NOT_YET = auto()
-    AT_LOSS = auto()  # engine.scale(), for every gradient
-    AT_OUTPUT = auto()  # the only output that the loss depends on
-
 
 class BackwardWatch:
-    """Sees gradients enter the model's outputs.
+    """Follows one backward at a time, from the first gradient to the last.
 
-    `engine.backward(loss)` scales the loss and ends the backward itself. For a plain `loss.backward()`, hooks on the
-    outputs of the forward do both: the first gradient that arrives asks autograd for a call at the end of the whole
-    backward (a parameter's hook could run inside a reentrant checkpoint, whose end is not the end), and the gradient
-    of the output is multiplied by the loss scale, which does the same as scaling the loss. When gradients arrive at
-    several outputs, of one forward or of two, one may have been computed from another and its gradient be scaled
-    already: then only the caller can scale.
+    `engine.backward(loss)` scales the loss and ends the backward itself. For a plain `loss.backward()`, a hook on the
+    outputs of the forward asks autograd for a call at the end of the whole backward (a parameter's hook could run
+    inside a reentrant checkpoint, whose end is not the end). Its gradients lack the loss scale, and are multiplied by
+    it as they are packed. That is exact for every loss; only the protection against underflow on the way there is lost.
     """
 
     def __init__(self, loss_scale: Callable[[], float], finish_backward: Callable[[], None]) -> None:
         self._loss_scale = loss_scale
         self._finish_backward = finish_backward
         self._end_is_queued = False
-        self._scaled = Scaled.NOT_YET
+        self._loss_is_scaled = False
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the loss scale, in float32 unless the scale is 1."""
@@ -53,34 +38,22 @@ class BackwardWatch:
         for output in outputs:
             output.register_hook(self._gradient_arrives)  # type: ignore[no-untyped-call]
 
+    def missing_scale(self) -> float:
+        """What the gradients of the backward under way must be multiplied by to be those of the scaled loss."""
+        return 1.0 if self._loss_is_scaled else self._loss_scale()
+
     def backward_ended(self) -> None:
         """The last backward has ended, one way or another; the next one starts with nothing scaled."""
         self._end_is_queued = False
-        self._scaled = Scaled.NOT_YET
-
-    def require_scaled(self) -> None:
-        """Called when parameters receive gradients; raises RuntimeError if the loss scale would be missing from
-        them."""
-        if self._scaled is Scaled.NOT_YET and self._loss_scale() != 1.0:
-            raise RuntimeError(UNSCALED)
-
-    def loss_is_scaled(self) -> None:
-        """The loss scale entered at the loss, whether or not its gradient went through any of the hooks."""
-        self._scaled = Scaled.AT_LOSS
+        self._loss_is_scaled = False
 
     def _scaled_loss_arrives(self, _grad: Tensor) -> None:
-        self.loss_is_scaled()
+        self._loss_is_scaled = True
 
-    def _gradient_arrives(self, grad: Tensor) -> Tensor | None:
+    def _gradient_arrives(self, _grad: Tensor) -> None:
         if not self._end_is_queued:
             self._end_is_queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
-        if self._scaled is Scaled.AT_LOSS or (scale := self._loss_scale()) == 1.0:
-            return None
-        if self._scaled is Scaled.AT_OUTPUT:
-            raise RuntimeError(f"{UNSCALED} (the loss depends on several outputs of the model)")
-        self._scaled = Scaled.AT_OUTPUT
-        return grad * scale
 
     def _end(self) -> None:
         self.backward_ended()

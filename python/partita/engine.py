@@ -26,7 +26,7 @@ from partita.optim import ShardedOptimizer, StepController, require_supported
 from partita.placement import clone_state_dict, optimized_parameters, place_untrained, untrained_parameters
 from partita.precision import loss_scaler_of, precision_of
 from partita.skip_guard import SkipGuard
-from partita.units import GradientReducer, ReductionSettings, build_units, stage_policy
+from partita.units import BackwardPlan, GradientReducer, ReductionSettings, build_units, stage_policy
 
 logger = logging.getLogger("partita")
 
@@ -116,7 +116,7 @@ class Engine:
             self._communicator,
             policy,
             ReductionSettings(precision.communication, 1.0 / predivide, zero.overlap_comm),
-            synchronise=self._begin_backward,
+            plan_backward=self._plan_backward,
             after_backward=self._end_backward,
         )
         self._backwards = BackwardWatch(lambda: self.loss_scale, self._reducer.finish_backward)
@@ -164,7 +164,6 @@ class Engine:
             self.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             self._reducer.finish_backward()
             if self._phase is Phase.FORWARD:  # this loss reaches no parameter, but those of other ranks may
-                self._backwards.loss_is_scaled()
                 self._reducer.reduce_zeros()
         self._backwards.backward_ended()
         self._phase = Phase.BACKWARD
@@ -284,6 +283,8 @@ class Engine:
         """
         total = torch.tensor([float(tokens_in_step)], dtype=torch.float64)
         self._communicator.all_reduce(total).wait()
+        if not total.item():
+            raise ValueError("token_mean(): no rank has a valid token in this step")
         return loss_sum * (self._batch.accumulation * self._communicator.world_size / total.item())
 
     # -- what a run is asked
@@ -375,9 +376,9 @@ class Engine:
     def _autocast_context(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._autocast is None else torch.autocast("cpu", self._autocast)
 
-    def _begin_backward(self) -> bool:
-        self._backwards.require_scaled()
-        return self.is_gradient_accumulation_boundary() and not self._no_sync
+    def _plan_backward(self) -> BackwardPlan:
+        reduces = self.is_gradient_accumulation_boundary() and not self._no_sync
+        return BackwardPlan(reduces, self._backwards.missing_scale())
 
     def _end_backward(self) -> None:
         self._phase = Phase.BACKWARD

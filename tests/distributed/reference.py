@@ -62,6 +62,11 @@ def one_backward(forward: Any, backward: Any, step: int, index: int) -> None:
     backward(forward(*tokens_of(step, index)))
 
 
+def three_backwards(forward: Any, backward: Any, step: int, index: int) -> None:
+    for i in range(3):
+        backward(forward(*tokens_of(step, index + 100 * i)))
+
+
 ODD_MODEL = Training(make_model, one_backward)
 
 
@@ -92,12 +97,15 @@ def backward_of(engine: partita.Engine, kind: str) -> Callable[..., Any]:
     return lambda loss, **kwargs: loss.backward(**kwargs)
 
 
-def train_plain(training: Training, micro_batches: int, dtype: torch.dtype | None = None) -> Outcome:
-    """All micro-batches on one process; gradients averaged in fp32, fp32 masters. 16-bit losses are scaled by 256."""
+def train_plain(
+    training: Training, micro_batches: int, dtype: torch.dtype | None = None, named: dict[str, Any] = SGD
+) -> Outcome:
+    """All micro-batches on one process; gradients averaged in fp32, fp32 masters. float16 losses are scaled by
+    256. `named` is the optimizer as the config names it."""
     model = training.make()
     trained = [p for p in model.parameters() if p.requires_grad]
     masters = [p.detach().float().clone() for p in trained]
-    optimizer = torch.optim.SGD(masters, **SGD["params"])
+    optimizer = getattr(torch.optim, named["type"])(masters, **named["params"])
     if dtype is not None:
         for p in model.parameters():
             p.data = p.data.to(dtype)

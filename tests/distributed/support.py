@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import partita
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-import partita
 
 
 class OddModel(nn.Module):

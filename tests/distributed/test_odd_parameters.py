@@ -52,7 +52,7 @@ def vectors(*sizes: int) -> Training:
     return Training(partial(Vectors, sizes), partial(vectors_micro_batch, sizes))
 
 
-@pytest.mark.parametrize("sizes", [(1,), (1, 2, 3), (7, 1, 5, 11), (97, 1, 64)], ids=str)
+@pytest.mark.parametrize("sizes", [(1,), (7, 1, 5, 11), (97, 1, 64)], ids=str)
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("stage", STAGES)
 def test_sizes_that_ranks_do_not_divide(ranks, stage, world_size, sizes):
@@ -99,16 +99,14 @@ def test_padding_never_reaches_a_result(ranks, stage, optimizer, precision):
 
 
 @pytest.mark.parametrize("sizes", [(0, 5, 3), (5, 0, 3), (5, 3, 0), (0, 0, 5, 0), (5, 0, 0)], ids=str)
-@pytest.mark.parametrize("bucket", [1, 300])
+@pytest.mark.parametrize(("bucket", "optimizer"), [(1, SGD), (300, ADAM)], ids=["alone", "together"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_parameters_without_elements(ranks, stage, bucket, sizes):
+def test_parameters_without_elements(ranks, stage, bucket, optimizer, sizes):
     """G9. First, in the middle, last; in a unit with others and alone."""
     training = vectors(*sizes)
-    for optimizer in (SGD, ADAM):
-        config = base_config(stage=stage, reduce_bucket_size=bucket, optimizer=optimizer, gradient_accumulation_steps=2)
-        runs = ranks(2).run(train_in_engine, training, config)
-        if optimizer is SGD:
-            assert_equal_runs(runs, train_plain(training, 4))
+    config = base_config(stage=stage, reduce_bucket_size=bucket, optimizer=optimizer, gradient_accumulation_steps=2)
+    runs = ranks(2).run(train_in_engine, training, config)
+    assert_equal_runs(runs, train_plain(training, 4, named=optimizer))
 
 
 class Branches(nn.Module):

@@ -27,7 +27,9 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_stages_have_the_same_bits_on_two_ranks(ranks, precision, clip):
     """Promise 1. With one micro-batch the order of all sums is the same in all stages."""
-    runs = {s: ranks(2).run(train, base_config(stage=s, gradient_clipping=clip, **PRECISIONS[precision])) for s in STAGES}
+    runs = {
+        s: ranks(2).run(train, base_config(stage=s, gradient_clipping=clip, **PRECISIONS[precision])) for s in STAGES
+    }
     for stage in (1, 2):
         for rank in range(2):
             assert runs[stage][rank][0] == runs[0][rank][0]

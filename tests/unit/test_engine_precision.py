@@ -138,20 +138,19 @@ def test_losses_scaled_early_are_scaled_once():
 
 
 @pytest.mark.parametrize("outputs", ["of one forward", "of two forwards"])
-def test_plain_backward_in_fp16_through_several_outputs_raises_and_says_what_to_do(outputs):
-    """Promise 7: one output could have been computed from another, whose gradient is scaled already."""
-    engine = Engine(seeded(PredictsTwo if outputs == "of one forward" else Predicts), config=config(**FP16))
+def test_plain_backward_in_fp16_through_several_outputs_is_scaled_once(outputs):
+    """N4: although one of them is computed from the other."""
+    model = PredictsTwo if outputs == "of one forward" else Predicts
+    engine = Engine(seeded(model), config=config(**FP16))
 
-    def loss() -> Tensor:
-        both = engine(inputs()) if outputs == "of one forward" else (engine(inputs()), engine(inputs(1)))
+    def loss(module: Any) -> Tensor:
+        both = module(inputs()) if outputs == "of one forward" else (module(inputs()), module(inputs(1)))
         return squares(both[0]) + squares(both[1])
 
-    with pytest.raises(RuntimeError, match=r"engine\.backward\(loss\).*engine\.scale\(loss\)\.backward\(\)"):
-        loss().backward()
-    engine.zero_grad()
-    engine.backward(loss())  # what the message says
+    loss(engine).backward()
     engine.step()
-    assert engine.skipped_steps == 0
+    expected = grad_norm_of(seeded(model).half(), lambda m: [loss(m)])
+    assert engine.get_global_grad_norm() == pytest.approx(expected, rel=0.02)
 
 
 def test_plain_backward_in_fp16_through_one_of_several_outputs_is_scaled_once():
@@ -163,14 +162,8 @@ def test_plain_backward_in_fp16_through_one_of_several_outputs_is_scaled_once():
     assert engine.get_global_grad_norm() == pytest.approx(expected, rel=0.02)
 
 
-UNDECIDED = pytest.mark.xfail(
-    strict=True, reason="a gradient at an output does not say whether the whole loss is scaled"
-)
-
-
-@UNDECIDED
 def test_plain_backward_in_fp16_scales_what_bypasses_the_output_too():
-    """N4: a penalty on the weights beside the output, which takes no scale today."""
+    """N4: a penalty on the weights beside the output."""
     engine = Engine(seeded(Predicts), config=config(**FP16))
     (squares(engine(inputs())) + squares(engine.module.first.weight)).backward()
     engine.step()
@@ -178,9 +171,8 @@ def test_plain_backward_in_fp16_scales_what_bypasses_the_output_too():
     assert engine.get_global_grad_norm() == pytest.approx(expected, rel=0.02)
 
 
-@UNDECIDED
 def test_a_scaled_loss_through_a_second_fp16_engine_is_scaled_once():
-    """F5: the second engine's output scales the gradient again today."""
+    """F5: the second engine's output adds no scale of its own."""
     first, second = engines = [Engine(seeded(Predicts, seed), config=config(**FP16)) for seed in range(2)]
     first.backward(squares(second(first(inputs()).expand(-1, 4))))
     first.step()
@@ -189,9 +181,8 @@ def test_a_scaled_loss_through_a_second_fp16_engine_is_scaled_once():
     assert first.get_global_grad_norm() == pytest.approx(expected, rel=0.02)
 
 
-@UNDECIDED
 def test_gradients_for_inputs_are_not_scaled_in_fp16():
-    """A gradient penalty: torch.autograd.grad() through the output returns a scaled gradient today."""
+    """A gradient penalty: torch.autograd.grad() through the output."""
     engine = Engine(seeded(Predicts), config=config(**FP16))
     x = inputs().requires_grad_()
     (through_engine,) = torch.autograd.grad(engine(x).sum(), x)
@@ -199,16 +190,18 @@ def test_gradients_for_inputs_are_not_scaled_in_fp16():
     torch.testing.assert_close(through_engine, through_module)
 
 
-def test_plain_backward_through_outputs_that_hide_in_an_object_raises():
-    """Promise 7: hooks cannot be put on what pytree does not find."""
+def test_plain_backward_in_fp16_through_outputs_that_hide_in_an_object_is_scaled_once():
+    """N4: no hook can be put on what pytree does not find, so step() is what ends such a backward."""
 
     class Hidden(Regression):
         def forward(self, x: Tensor) -> Any:
             return iter([self.predict(x)])
 
     engine = Engine(seeded(Hidden), config=config(**FP16))
-    with pytest.raises(RuntimeError, match=r"without the loss scale.*engine\.backward"):
-        squares(next(engine(inputs()))).backward()
+    squares(next(engine(inputs()))).backward()
+    engine.step()
+    expected = grad_norm_of(seeded(Hidden).half(), lambda m: [squares(next(m(inputs())))])
+    assert engine.get_global_grad_norm() == pytest.approx(expected, rel=0.02)
 
 
 def test_in_fp32_plain_backward_may_go_through_anything():

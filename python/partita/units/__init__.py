@@ -2,10 +2,11 @@
 
 from partita.units.layout import ShardSlice, UnitLayout
 from partita.units.policy import StagePolicy, stage_policy
-from partita.units.reducer import GradientReducer, ReductionSettings, has_reducer
+from partita.units.reducer import BackwardPlan, GradientReducer, ReductionSettings, has_reducer
 from partita.units.unit import GradState, Unit, build_units, require_on_cpu
 
 __all__ = [
+    "BackwardPlan",
     "GradState",
     "GradientReducer",
     "ReductionSettings",

@@ -37,6 +37,17 @@ class ReductionSettings:
     overlap: bool = True
 
 
+@dataclass(frozen=True)
+class BackwardPlan:
+    """What becomes of the gradients of one backward.
+
+    reduces: they are reduced over ranks (a boundary), or only accumulated. `factor`: what they are multiplied by.
+    """
+
+    reduces: bool
+    factor: float
+
+
 class _Staging:
     """Full gradient buffers for units that have none of their own, two per dtype, allocated when first needed."""
 
@@ -66,7 +77,7 @@ class _InFlight:
 class GradientReducer:
     """Watches the parameters of the units; see `Bucketer` for when a unit is launched.
 
-    `synchronise` is asked once per backward whether its gradients are reduced (a boundary) or only accumulated.
+    `plan_backward` is asked once per backward, when its first gradient arrives.
 
     [Note: several backwards]
     A unit's first reduction of a step happens in its own full buffer where it has one. When more gradients come
@@ -81,7 +92,7 @@ class GradientReducer:
         policy: StagePolicy,
         settings: ReductionSettings,
         *,
-        synchronise: Callable[[], bool],
+        plan_backward: Callable[[], BackwardPlan],
         after_backward: Callable[[], None],
     ) -> None:
         self.units = units
@@ -90,10 +101,10 @@ class GradientReducer:
         self._communicator = communicator
         self._policy = policy
         self._settings = settings
-        self._synchronise = synchronise
+        self._plan_backward = plan_backward
         self._after_backward = after_backward
         self._first_backward = True
-        self._reducing = False  # whether the backward under way reduces
+        self._plan = BackwardPlan(reduces=False, factor=1.0)  # of the backward under way
         self._in_flight: deque[_InFlight] = deque()
         self._staging = _Staging(communicator, max((u.layout.numel for u in units), default=0))
         self._offsets = [unit.offsets() for unit in units]
@@ -166,7 +177,7 @@ class GradientReducer:
     def begin_backward(self) -> None:
         """Gradients are about to arrive; called by the first of them if by nobody else."""
         self._wait()  # gradients of another backward may be under way in the buffers that this one writes
-        self._reducing = self._synchronise()
+        self._plan = self._plan_backward()
         self._bucketer.begin_backward(self._settings.overlap)
 
     def _accumulated(self, index: int, _parameter: Tensor) -> None:
@@ -193,7 +204,7 @@ class GradientReducer:
         if unit.full_grads is not None and unit.grad_state is not GradState.REDUCED:
             self._pack(index, unit.full_grads, accumulate=unit.grad_state is GradState.LOCAL)
             unit.grad_state = GradState.LOCAL
-            if self._reducing:
+            if self._plan.reduces:
                 self._reduce_local(unit, unit.full_grads)
         else:
             staging = self._take_staging(self._communication_dtype(unit))
@@ -251,7 +262,8 @@ class GradientReducer:
             Span(0, slot.numel, zeros) if g is None else kernels.span(g)
             for g, slot in zip(grads, unit.layout.slots, strict=True)
         ]
-        kernels.pack(buffer, spans, self._offsets[index], scale=self._settings.grad_factor, accumulate=accumulate)
+        factor = self._settings.grad_factor * self._plan.factor
+        kernels.pack(buffer, spans, self._offsets[index], scale=factor, accumulate=accumulate)
         for parameter in unit.parameters:
             parameter.grad = None
 
