@@ -65,7 +65,7 @@ def base_config(**changes: Any) -> dict[str, Any]:
 def train(
     config: dict[str, Any], steps: int = 10, model: nn.Module | None = None
 ) -> tuple[list[float], dict[str, Tensor], list[float]]:
-    """Losses of this rank, final weights and gradient norms of `steps` steps on this rank's parts of the global batches."""
+    """Losses of this rank, final weights and gradient norms of `steps` steps on this rank's parts of global batches."""
     engine = partita.Engine(make_model() if model is None else model, config=config)
     losses, norms = [], []
     for step in range(steps):

@@ -35,7 +35,11 @@ class OptimizerConfig(Section):
     """The optimizer that `initialize()` builds when it is given none."""
 
     type: str = Field(min_length=1, description="Name of the optimizer, such as `AdamW`.")
-    params: Params = Field(default={}, description="Its arguments, such as `lr`, `betas`, `weight_decay`.")
+    params: Params = Field(
+        default={},
+        description="Its arguments, such as `lr`. `Adam` and `AdamW` take `lr` (0.001), `betas` (0.9, 0.999), "
+        "`eps` (1e-8) and `weight_decay` (0, as in DeepSpeed).",
+    )
 
 
 class SchedulerConfig(Section):

@@ -99,6 +99,16 @@ class ShardedOptimizer(Optimizer):
             "call engine.step() instead of optimizer.step(): the engine reduces and scales gradients first"
         )
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while this is constructed.
+
+        Raises:
+            RuntimeError: later, when a new group would not be trained.
+        """
+        if getattr(self, "param_groups", None):
+            raise RuntimeError("a param group added after initialize() would not be trained: add it before")
+        super().add_param_group(param_group)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Does nothing: gradients are consumed by `engine.step()`."""
 
