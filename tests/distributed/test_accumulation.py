@@ -103,7 +103,7 @@ def test_every_way_to_call_backward_is_the_same(ranks, backward, precision):
 
 @pytest.mark.parametrize(
     ("backward", "micro_batch"),
-    product(["engine.backward", "engine.scale", "loss.backward"], MANY),
+    list(product(["engine.backward", "engine.scale", "loss.backward"], MANY)),
 )
 def test_every_loss_is_scaled_once(ranks, backward, micro_batch):
     """G5. In fp16, in every way to call backward, for each backward of a micro-batch."""

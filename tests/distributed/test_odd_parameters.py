@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 STAGES = (0, 1, 2)
-ADAM = {"type": "AdamW", "params": {"lr": 0.01}}
+ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
 
 
 class Vectors(nn.Module):
@@ -235,3 +235,41 @@ def test_reentrant_checkpointing_in_16_bits(ranks, precision, backward):
     config = sgd_config(stage=1, **PRECISIONS[precision])
     runs = ranks(2).run(train_in_engine, checkpointed(True), config, None, backward)
     assert_equal_runs(runs, train_plain(checkpointed(None), 2, DTYPES[precision]), precision)
+
+
+class Repeated(nn.Module):
+    """A layer in as many reentrant checkpoints as is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor, times: int) -> Tensor:
+        for _ in range(times):
+            x = torch.tanh(checkpoint(self.layer, x, use_reentrant=True))
+        return x.square().mean()
+
+
+def repeated_micro_batch(times: tuple[int, ...], forward: Any, backward: Any, step: int, index: int) -> None:
+    backward(forward(numbers(step, index, 3, 5).requires_grad_(), times[step]))
+
+
+def repeated(*times: int) -> Training:
+    return Training(Repeated, partial(repeated_micro_batch, times), steps=len(times))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_fewer_reentrant_uses_than_before_are_right(ranks, stage):
+    """G12. The number of uses is a maximum that was seen, not one that every backward must reach."""
+    runs = ranks(2).run(train_in_engine, repeated(3, 1, 2, 0, 3), sgd_config(stage=stage, reduce_bucket_size=1))
+    assert_equal_runs(runs, train_plain(repeated(3, 1, 2, 0, 3), 2))
+
+
+def test_more_reentrant_uses_than_before_are_refused_by_name(ranks):
+    """G12. The gradient is under way already; without overlap it is not."""
+    config = sgd_config(stage=1, reduce_bucket_size=1, overlap_comm=False)
+    assert_equal_runs(ranks(2).run(train_in_engine, repeated(1, 3), config), train_plain(repeated(1, 3), 2))
+    config = sgd_config(stage=1, reduce_bucket_size=1)
+    with pytest.raises(AssertionError, match=r"parameter 'layer\.(weight|bias)' received another gradient"):
+        ranks(2).run(train_in_engine, repeated(1, 3), config)
