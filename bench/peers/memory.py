@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from report import print_table, write_json
+from report import print_table, settings_of, write_json
 
 # What torchrun tells its workers, which must not reach the runs started from one of them.
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
@@ -24,7 +24,7 @@ def print_memory(arguments: argparse.Namespace, script: str) -> None:
     states_mib = next(iter(results.values()))["parameters"] * 4 / 2**20
     print(f"peak resident memory of the fullest rank over torch's own; the weights in fp32 are {states_mib:.0f} MiB\n")
     print_table(["engine", "peak MiB", "x weights", "shared MiB at the end", "note"], rows)
-    write_json(arguments.json, {"arguments": vars(arguments), "memory": results})
+    write_json(arguments.json, {"arguments": settings_of(arguments), "memory": results})
 
 
 def _cells(name: str, result: dict[str, Any]) -> list[str]:

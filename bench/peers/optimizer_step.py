@@ -22,7 +22,7 @@ from environment import Ranks  # isort: skip  (it sets up the process for torch)
 import torch
 from engines import ENGINES, Engine
 from measure import Pool, Timings, add_common_arguments, fits_in_memory, take_turns
-from report import print_ratios, print_table, ratio, spread, write_json
+from report import print_ratios, print_table, ratio, settings_of, spread, write_json
 from workload import Task, count, vectors
 
 DEFAULT_ENGINES = ["alone", *(f"{library}{stage}" for library in ("deepspeed", "partita") for stage in (0, 1, 2))]
@@ -110,7 +110,7 @@ def main() -> None:
               f"DeepSpeed's Adam: {arguments.deepspeed_adam}\n")  # fmt: skip
         print_times(timings, task, bandwidth, ranks.world_size)
         print_warnings(timings, task.dtype)
-        result = {"arguments": vars(arguments), "parameters": task.numel, "ranks": ranks.world_size}
+        result = {"arguments": settings_of(arguments), "parameters": task.numel, "ranks": ranks.world_size}
         result |= {"ms": timings.times, "losses": timings.losses, "missing": timings.missing}
         write_json(arguments.json, result | {"copy_bytes_per_ms": timer.bandwidths})
     ranks.close()

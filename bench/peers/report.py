@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -54,6 +55,11 @@ def setting() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("torch", "deepspeed", "partita")},
     }
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the run was asked for, without the path that its result goes to."""
+    return {name: value for name, value in vars(arguments).items() if name != "json"}
 
 
 def write_json(path: Path | None, result: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ import torch
 from engines import ENGINES, Engine
 from measure import Pool, Timings, add_common_arguments, fits_in_memory, take_turns
 from memory import print_memory
-from report import print_ratios, print_table, ratio, spread, write_json
+from report import print_ratios, print_table, ratio, settings_of, spread, write_json
 from torch import nn
 from workload import Batch, Task, count, gpt, gpt_batch, tiny, tiny_batch
 
@@ -124,7 +124,7 @@ def measure(arguments: argparse.Namespace) -> None:
               f"DeepSpeed's Adam: {arguments.deepspeed_adam}\n")  # fmt: skip
         print_times(timings, expected)
         print_warnings(timings.losses, expected, LOSS_TOLERANCE[arguments.dtype])
-        result = {"arguments": vars(arguments), "parameters": task.numel, "ranks": ranks.world_size}
+        result = {"arguments": settings_of(arguments), "parameters": task.numel, "ranks": ranks.world_size}
         result |= {"ms": timings.times, "losses": timings.losses, "missing": timings.missing}
         result |= {"reference_loss": expected, "peak_mib": peak_mib, "shared_mib": shared_mib}
         write_json(arguments.json, result)
