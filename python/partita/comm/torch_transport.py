@@ -15,6 +15,7 @@ from partita.memory import flat_buffer
 
 # Reduce-scatters of gloo that may be under way at once: each holds received slices of its buffer's size.
 GLOO_REDUCE_SCATTERS_IN_FLIGHT = 2
+REDUCE_SCATTER_TAG = 0x5A52  # apart from what the program itself sends between ranks
 
 
 class WorkHandle:
@@ -83,8 +84,8 @@ class TorchCommunicator(Communicator):
         received = self._take_received(slices[0].numel() * (self.world_size - 1), buffer.dtype)
         peers = [r for r in range(self.world_size) if r != self.rank]
         incoming = dict(zip(peers, received[: slices[0].numel() * len(peers)].chunk(len(peers)), strict=True))
-        works = [dist.irecv(incoming[r], group_src=r, group=self._group) for r in peers]
-        works += [dist.isend(slices[r], group_dst=r, group=self._group) for r in peers]
+        works = [dist.irecv(incoming[r], group_src=r, group=self._group, tag=REDUCE_SCATTER_TAG) for r in peers]
+        works += [dist.isend(slices[r], group_dst=r, group=self._group, tag=REDUCE_SCATTER_TAG) for r in peers]
 
         def add_in_rank_order() -> None:
             own = slices[self.rank]
