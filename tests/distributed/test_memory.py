@@ -10,7 +10,7 @@ import torch
 from ranks import RankPool
 from torch import nn
 
-WIDTH, LAYERS = 1024, 64
+WIDTH, LAYERS = 1024, 96
 STATES = {  # bytes per parameter on 2 ranks: parameters + gradients + optimizer states
     ("fp32", 0): 4 + 4 + 8,
     ("fp32", 1): 4 + 4 + 8 / 2,

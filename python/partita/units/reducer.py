@@ -118,11 +118,6 @@ class GradientReducer:
             for i, p in enumerate(parameters)
         ]
 
-    @property
-    def in_backward(self) -> bool:
-        """Gradients have arrived whose backward is not finished."""
-        return self._bucketer.in_backward
-
     def parameter_name(self, index: int) -> str:
         """The name of a parameter by its place in the launch order."""
         return self._names[index]
