@@ -11,14 +11,10 @@ class StagePolicy:
 
     stage: int
     shards_states: bool  # master weights and moments exist for this rank's shard only
-    keeps_full_grads: bool  # the full gradient buffer outlives its reduction, to accumulate micro-batches
+    # The full gradient buffer outlives its reduction, to accumulate micro-batches; without, each of them is reduced.
+    keeps_full_grads: bool
     reduces_to_shard: bool  # this rank needs its slice of the reduced gradients only
     reduce_scatter: bool  # how they are reduced when the slice is enough: reduce-scatter, or all-reduce
-
-    @property
-    def reduces_every_micro_batch(self) -> bool:
-        """Without a full buffer to wait in, gradients are reduced as they come."""
-        return not self.keeps_full_grads
 
 
 def stage_policy(stage: int, *, reduce_scatter: bool = True) -> StagePolicy:
