@@ -63,8 +63,13 @@ def _peak_bytes_per_parameter(stage: int, precision: str) -> float:
 
 
 @pytest.mark.parametrize(("precision", "stage"), STATES)
-def test_peak_memory_is_the_formula(precision, stage):
-    """F7's bound: 10 % above what the states need, two units of staging and all activations included."""
+def test_peak_memory_is_the_formula(precision, stage, monkeypatch):
+    """F7's bound: 10 % above what the states need, two units of staging and all activations included.
+
+    Without torch's flight recorder: it keeps a few small blocks per collective of gloo, for 2,000 collectives. Where
+    those land in malloc's heap is a matter of timing, and some gradients' freed memory then fits no other gradient.
+    """
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "0")
     pool = RankPool(2)  # fresh processes: what an allocator kept from other tests would hide the peak
     peaks = pool.run(_peak_bytes_per_parameter, stage, precision)
     pool.close()
