@@ -22,5 +22,6 @@ void register_optimizer(py::module_& m);
 void register_loss_scale(py::module_& m);
 void register_bucketer(py::module_& m);
 void register_platform(py::module_& m);
+void register_shared_memory(py::module_& m);
 
 }  // namespace partita::bindings

@@ -9,4 +9,5 @@ PYBIND11_MODULE(_core, m) {
     register_optimizer(m);
     register_bucketer(m);
     register_platform(m);
+    register_shared_memory(m);
 }

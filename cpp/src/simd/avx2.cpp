@@ -36,6 +36,10 @@ struct Avx2 {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
     }
     static Avx2 fma(Avx2 a, Avx2 b, Avx2 c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
+    // The instruction gives its second operand when either is a NaN.
+    static Avx2 max(Avx2 a, Avx2 b) {
+        return {_mm256_blendv_ps(_mm256_max_ps(a.x, b.x), a.x, _mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q))};
+    }
     Avx2 sqrt() const { return {_mm256_sqrt_ps(x)}; }
     friend Avx2 operator+(Avx2 a, Avx2 b) { return {_mm256_add_ps(a.x, b.x)}; }
     friend Avx2 operator-(Avx2 a, Avx2 b) { return {_mm256_sub_ps(a.x, b.x)}; }

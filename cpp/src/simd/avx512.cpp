@@ -39,6 +39,10 @@ struct Avx512 {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(result));
     }
     static Avx512 fma(Avx512 a, Avx512 b, Avx512 c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
+    // The instruction gives its second operand when either is a NaN.
+    static Avx512 max(Avx512 a, Avx512 b) {
+        return {_mm512_mask_mov_ps(_mm512_max_ps(a.x, b.x), _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q), a.x)};
+    }
     Avx512 sqrt() const { return {_mm512_sqrt_ps(x)}; }
     friend Avx512 operator+(Avx512 a, Avx512 b) { return {_mm512_add_ps(a.x, b.x)}; }
     friend Avx512 operator-(Avx512 a, Avx512 b) { return {_mm512_sub_ps(a.x, b.x)}; }

@@ -34,11 +34,16 @@ struct AdamRange {
 struct Kernels {
     using Convert = void (*)(void* to, const void* from, std::int64_t numel, float scale);
     using SumOfSquares = double (*)(const void* values, std::int64_t numel);
+    // to[i] = reduction over the sources s of from[s][begin + i], times factor
+    using Reduce = void (*)(void* to, const void* const* from, int sources, std::int64_t begin, std::int64_t numel,
+                            float factor);
     using Adam = void (*)(const AdamRange& range, const AdamFactors& factors);
 
     Convert copy[dtype_count][dtype_count];        // [from][to]: to = from * scale
     Convert accumulate[dtype_count][dtype_count];  // [from][to]: to += from * scale
     SumOfSquares sum_of_squares[dtype_count];
+    Reduce sum[dtype_count];
+    Reduce max[dtype_count];
     Adam adam[dtype_count][dtype_count];  // [grads][params]
 };
 

@@ -1,8 +1,9 @@
 // The loops themselves, written once over a vector type V and instantiated by one source file per processor level.
 //
-// V holds V::width floats and has load, store (for float, f16, bf16), fma, arithmetic operators, sqrt, and a Squares
-// accumulator in fp64. The last, incomplete vector goes through a zero-padded copy, so an element's result never
-// depends on where in a buffer it stands: shards of any size give the bits that the whole buffer would give.
+// V holds V::width floats and has load, store (for float, f16, bf16), fma, arithmetic operators, sqrt, max (a NaN
+// wins), and a Squares accumulator in fp64. The last, incomplete vector goes through a zero-padded copy, so an
+// element's result never depends on where in a buffer it stands: shards of any size give the bits that the whole buffer
+// would give.
 #pragma once
 
 #include <cstring>
@@ -58,6 +59,42 @@ double sum_of_squares(const void* bytes, std::int64_t numel) {
         a.add(V::load(Padded<V, T>(values + i, rest).values));
     }
     return a.total() + b.total();
+}
+
+template <class V, bool maximum>
+V combine(V total, V value) {
+    if constexpr (maximum) return V::max(total, value);
+    return total + value;
+}
+
+template <class V, class T, bool maximum>
+void reduce(void* to_bytes, const void* const* from, int sources, std::int64_t begin, std::int64_t numel, float scale) {
+    constexpr int together = 4;  // vectors per turn, so that loads of several sources are in flight
+    T* to = static_cast<T*>(to_bytes);
+    const V factor = V::broadcast(scale);
+    const auto source = [&](int s) { return static_cast<const T*>(from[s]) + begin; };
+    std::int64_t i = 0;
+    for (; i + together * V::width <= numel; i += together * V::width) {
+        V total[together];
+        for (int v = 0; v < together; ++v) total[v] = V::load(source(0) + i + v * V::width);
+        for (int s = 1; s < sources; ++s) {
+            const T* values = source(s) + i;
+            for (int v = 0; v < together; ++v) {
+                total[v] = combine<V, maximum>(total[v], V::load(values + v * V::width));
+            }
+        }
+        for (int v = 0; v < together; ++v) (total[v] * factor).store(to + i + v * V::width);
+    }
+    for (; i < numel; i += V::width) {
+        const std::int64_t rest = numel - i < V::width ? numel - i : V::width;
+        V total = V::load(Padded<V, T>(source(0) + i, rest).values);
+        for (int s = 1; s < sources; ++s) {
+            total = combine<V, maximum>(total, V::load(Padded<V, T>(source(s) + i, rest).values));
+        }
+        Padded<V, T> result;
+        (total * factor).store(result.values);
+        result.write(to + i, rest);
+    }
 }
 
 template <class V>
@@ -128,6 +165,8 @@ void fill_row(Kernels& k) {
     fill_pair<V, From, f16>(k);
     fill_pair<V, From, bf16>(k);
     k.sum_of_squares[index(dtype_of<From>::value)] = sum_of_squares<V, From>;
+    k.sum[index(dtype_of<From>::value)] = reduce<V, From, false>;
+    k.max[index(dtype_of<From>::value)] = reduce<V, From, true>;
 }
 
 template <class V>

@@ -21,6 +21,7 @@ struct Scalar {
         from_float(*to, x);
     }
     static Scalar fma(Scalar a, Scalar b, Scalar c) { return {std::fma(a.x, b.x, c.x)}; }
+    static Scalar max(Scalar a, Scalar b) { return {std::isnan(a.x) || a.x > b.x ? a.x : b.x}; }
     Scalar sqrt() const { return {std::sqrt(x)}; }
     friend Scalar operator+(Scalar a, Scalar b) { return {a.x + b.x}; }
     friend Scalar operator-(Scalar a, Scalar b) { return {a.x - b.x}; }

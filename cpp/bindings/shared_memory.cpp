@@ -1,0 +1,125 @@
+#include "bindings.h"
+#include "partita/reduce.h"
+#include "partita/shared_memory/group.h"
+
+namespace partita::bindings {
+
+namespace {
+
+using release = py::call_guard<py::gil_scoped_release>;
+
+std::chrono::milliseconds milliseconds(double seconds) {
+    return std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1000));
+}
+
+// The core's types are opaque; Python holds them by these.
+struct OperationHandle {
+    std::shared_ptr<Operation> operation;
+};
+struct TransferHandle {
+    std::shared_ptr<Transfer> transfer;
+};
+
+Token token_of(const std::string& bytes) {
+    Token token{};
+    if (bytes.size() != token.size()) throw py::value_error("a token has " + std::to_string(token.size()) + " bytes");
+    std::copy(bytes.begin(), bytes.end(), token.begin());
+    return token;
+}
+
+void register_requests(py::module_& m) {
+    py::register_exception<CommunicationError>(m, "CommunicationError", PyExc_RuntimeError);
+    py::enum_<Element>(m, "Element")
+        .value("f32", Element::f32)
+        .value("f16", Element::f16)
+        .value("bf16", Element::bf16)
+        .value("f64", Element::f64)
+        .value("byte", Element::byte);
+    py::enum_<Collective>(m, "Collective")
+        .value("barrier", Collective::barrier)
+        .value("all_reduce", Collective::all_reduce)
+        .value("reduce_scatter", Collective::reduce_scatter)
+        .value("all_gather", Collective::all_gather)
+        .value("broadcast", Collective::broadcast);
+    py::enum_<Reduction>(m, "Reduction")
+        .value("sum", Reduction::sum)
+        .value("average", Reduction::average)
+        .value("max", Reduction::max);
+    m.def(
+        "reduce",
+        [](Span to, const std::vector<Span>& sources, Reduction reduction, int threads) {
+            std::vector<const void*> addresses;
+            for (const Span& source : sources) {
+                if (source.numel != to.numel || source.dtype != to.dtype) {
+                    throw std::invalid_argument("all spans of a reduction have the same size and type");
+                }
+                addresses.push_back(source.data);
+            }
+            reduce(to, addresses.data(), static_cast<int>(addresses.size()), reduction, threads);
+        },
+        py::arg("to"), py::arg("sources"), py::arg("reduction"), py::arg("threads"), release());
+}
+
+void register_group(py::module_& m) {
+    py::class_<Listener>(m, "Listener").def(py::init<>()).def_property_readonly("address", [](const Listener& l) {
+        return py::bytes(l.address());
+    });
+    py::class_<Allocation, std::shared_ptr<Allocation>>(m, "SharedBuffer", py::buffer_protocol())
+        .def_buffer([](Allocation& a) { return py::buffer_info(a.data(), a.bytes()); });
+    py::class_<OperationHandle>(m, "Operation");
+    py::class_<TransferHandle>(m, "Transfer");
+
+    py::class_<Group>(m, "SharedMemoryGroup")
+        .def(py::init([](const Listener& listener, int rank, const std::vector<std::string>& addresses,
+                         const std::string& token, double timeout_seconds, int threads) {
+                 const Token parsed = token_of(token);
+                 const py::gil_scoped_release released;
+                 const std::int64_t bytes = Arena::default_capacity_bytes(static_cast<int>(addresses.size()));
+                 const auto timeout = milliseconds(timeout_seconds);
+                 return std::make_unique<Group>(join(listener, rank, addresses, parsed, bytes, timeout), timeout,
+                                                threads);
+             }),
+             py::arg("listener"), py::arg("rank"), py::arg("addresses"), py::arg("token"), py::arg("timeout_seconds"),
+             py::arg("threads"))
+        .def_property_readonly("rank", &Group::rank)
+        .def_property_readonly("world_size", &Group::world_size)
+        .def_property_readonly("committed_bytes", &Group::committed_bytes)
+        .def("allocate", &Group::allocate, py::arg("nbytes"))
+        .def(
+            "launch",
+            [](Group& g, Collective collective, std::uintptr_t address, std::int64_t numel, Element element,
+               Reduction reduction, int root) {
+                return OperationHandle{g.launch({collective, element, reduction, root, numel}, pointer<void>(address))};
+            },
+            py::arg("collective"), py::arg("address"), py::arg("numel"), py::arg("element"),
+            py::arg("reduction") = Reduction::sum, py::arg("root") = 0, release())
+        .def(
+            "send",
+            [](Group& g, std::uintptr_t address, std::int64_t numel, Element element, int to) {
+                return TransferHandle{g.send(pointer<void>(address), element, numel, to)};
+            },
+            py::arg("address"), py::arg("numel"), py::arg("element"), py::arg("to"), release())
+        .def(
+            "receive",
+            [](Group& g, std::uintptr_t address, std::int64_t numel, Element element, int from) {
+                return TransferHandle{g.receive(pointer<void>(address), element, numel, from)};
+            },
+            py::arg("address"), py::arg("numel"), py::arg("element"), py::arg("source"), release())
+        .def(
+            "wait", [](Group& g, const OperationHandle& handle) { g.wait(*handle.operation); }, py::arg("operation"),
+            release())
+        .def(
+            "wait", [](Group& g, const TransferHandle& handle) { g.wait(*handle.transfer); }, py::arg("transfer"),
+            release())
+        .def("barrier", &Group::barrier, release())
+        .def("close", &Group::close, release());
+}
+
+}  // namespace
+
+void register_shared_memory(py::module_& m) {
+    register_requests(m);
+    register_group(m);
+}
+
+}  // namespace partita::bindings

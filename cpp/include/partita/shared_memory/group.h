@@ -1,0 +1,64 @@
+// Collectives over memory that all ranks of one host can read.
+//
+// [Note: how a collective runs]
+// All ranks launch the same collectives in the same order; number k of each rank belongs together. A launch announces
+// the collective in the control memory: what it is, and where this rank's buffer lies (small values travel in the
+// announcement itself). From then on peers can read it. The rest is done once per rank, by the communication thread or
+// by whoever waits first: when all have announced number k, each rank computes its own part straight out of its peers'
+// memory, in rank order, so a result never depends on timing. Three counters per rank say how far it is: `posted`,
+// `reduced` (its part of an all-reduce is ready to be gathered), `finished` (it no longer reads its peers). Nothing
+// else synchronises, and nobody writes into another rank's buffers.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+
+#include "partita/shared_memory/membership.h"
+#include "partita/shared_memory/request.h"
+
+namespace partita {
+
+class Operation;
+class Transfer;
+
+class Group {
+  public:
+    // `timeout`: how long a rank may be waited for. `threads`: that reduce or copy one large buffer together.
+    Group(Membership membership, std::chrono::milliseconds timeout, int threads);
+    ~Group();
+
+    int rank() const;
+    int world_size() const;
+    // Memory in which collectives work in place.
+    std::shared_ptr<Allocation> allocate(std::int64_t bytes);
+    // Physical memory of this rank's allocations.
+    std::int64_t committed_bytes() const;
+
+    // Starts a collective on `data`. In memory of allocate() it works in place: the buffer must not be touched before
+    // wait(). Other memory is copied here, and written by wait(). Throws std::invalid_argument for a request that makes
+    // no sense, CommunicationError when the group has failed.
+    std::shared_ptr<Operation> launch(const Request& request, void* data);
+    // Returns when the result is in the buffer and no peer reads it any more; a second call returns at once. Throws
+    // CommunicationError.
+    void wait(Operation& operation);
+    // Returns when all ranks have called it.
+    void barrier();
+
+    // Between two ranks, in the order of the calls. The data of a send may change after its wait(), which returns at
+    // once for memory that is not of allocate(), and otherwise when the receiver has waited. A receive happens in its
+    // wait(), after those before it from the same rank; one that is dropped without is read and forgotten.
+    std::shared_ptr<Transfer> send(const void* data, Element element, std::int64_t numel, int to);
+    std::shared_ptr<Transfer> receive(void* data, Element element, std::int64_t numel, int from);
+    void wait(Transfer& transfer);
+
+    // Leaves the group: peers that still wait for this rank get an error, and so does every further call here. Memory
+    // of allocate() stays valid.
+    void close();
+
+  private:
+    class State;
+    std::unique_ptr<State> state_;
+};
+
+}  // namespace partita

@@ -1,0 +1,170 @@
+#include "shared_memory/peers.h"
+
+#include <poll.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+namespace partita {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr auto spin_time = std::chrono::microseconds(20);
+constexpr auto look_around_every = std::chrono::milliseconds(50);
+
+void relax() {
+#ifdef PARTITA_X86
+    __builtin_ia32_pause();
+#endif
+}
+
+template <class Reached>
+bool spin(const Reached& reached) {
+    const auto end = Clock::now() + spin_time;
+    do {
+        for (int i = 0; i < 16; ++i) {
+            if (reached()) return true;
+            relax();
+        }
+    } while (Clock::now() < end);
+    return false;
+}
+
+std::string seconds(std::chrono::milliseconds duration) {
+    std::string text = std::to_string(static_cast<double>(duration.count()) / 1000);
+    text.erase(text.find_last_not_of('0') + 1);
+    if (text.back() == '.') text.pop_back();
+    return text + " s";
+}
+
+}  // namespace
+
+Peers::Peers(Control control, int rank, const std::vector<Member>& members, std::chrono::milliseconds timeout)
+    : control_(control), rank_(rank), timeout_(timeout), process_(getpid()) {
+    for (const Member& member : members) {
+        processes_.push_back(member.process);
+        const long fd = member.process > 0 ? syscall(SYS_pidfd_open, member.process, 0) : -1;
+        watches_.emplace_back(static_cast<int>(fd));
+    }
+}
+
+bool Peers::all_reached(Signal RankState::* signal, std::uint32_t target) const {
+    for (int r = 0; r < world_size(); ++r) {
+        if (!(control_.state(r).*signal).reached(target)) return false;
+    }
+    return true;
+}
+
+void Peers::await_all(Signal RankState::* signal, std::uint32_t target, const Describe& describe) {
+    if (spin([&] { return all_reached(signal, target); })) return;
+    std::vector<Awaited> missing;
+    for (int r = 0; r < world_size(); ++r) missing.push_back({r, &(control_.state(r).*signal)});
+    await(std::move(missing), target, describe);
+}
+
+void Peers::await(int rank, Signal& signal, std::uint32_t target, const Describe& describe) {
+    if (spin([&] { return signal.reached(target); })) return;
+    await({{rank, &signal}}, target, describe);
+}
+
+void Peers::await(std::vector<Awaited> missing, std::uint32_t target, const Describe& describe) {
+    const auto deadline = Clock::now() + timeout_;
+    for (;;) {
+        require_usable();
+        // Read before the counters are: who has raised its counter and died or left since is not missing.
+        const bool timed_out = Clock::now() >= deadline;
+        std::vector<std::string> reasons;
+        for (const Awaited& awaited : missing) reasons.push_back(why_missing(awaited.rank, timed_out));
+        for (std::size_t i = missing.size(); i-- > 0;) {
+            if (missing[i].signal->reached(target)) {
+                missing.erase(missing.begin() + static_cast<std::ptrdiff_t>(i));
+                reasons.erase(reasons.begin() + static_cast<std::ptrdiff_t>(i));
+            }
+        }
+        if (missing.empty()) return;
+        const auto reason = std::find_if(reasons.begin(), reasons.end(), [](const auto& r) { return !r.empty(); });
+        if (reason != reasons.end()) {
+            fail(describe() + " on rank " + std::to_string(rank_) + ": " + *reason);
+            require_usable();
+        }
+        missing.front().signal->sleep(target, look_around_every);
+    }
+}
+
+// Empty while there is hope.
+std::string Peers::why_missing(int rank, bool timed_out) {
+    const std::string who = "rank " + std::to_string(rank);
+    const std::string process = " (process " + std::to_string(processes_[static_cast<std::size_t>(rank)]) + ")";
+    const RankState& state = control_.state(rank);
+    const Standing standing = state.standing.load();
+    if (standing == Standing::failed) return who + " gave up: " + std::string(state.reason);
+    if (standing == Standing::left) return who + process + " has left the group";
+    if (has_died(rank)) return who + process + " died";
+    if (timed_out) {
+        return who + process + " did not take part within " + seconds(timeout_) +
+               ": it hangs, is stopped, or took another path; raise comm.timeout_seconds if it may be busy that long";
+    }
+    return "";
+}
+
+bool Peers::has_died(int rank) const {
+    const int watch = watches_[static_cast<std::size_t>(rank)].get();
+    if (watch >= 0) {
+        pollfd state{watch, POLLIN, 0};
+        return poll(&state, 1, 0) > 0;
+    }
+    const int process = processes_[static_cast<std::size_t>(rank)];
+    return process > 0 && kill(process, 0) != 0 && errno == ESRCH;
+}
+
+void Peers::require_usable() {
+    if (forked()) {
+        throw CommunicationError("rank " + std::to_string(rank_) + " is process " + std::to_string(process_) +
+                                 ": its forked child " + std::to_string(getpid()) + " is no member of the group");
+    }
+    if (failed_) {
+        const std::lock_guard lock(mutex_);
+        throw CommunicationError(failure_);
+    }
+    if (leaving_) throw CommunicationError("rank " + std::to_string(rank_) + " has closed its group");
+}
+
+void Peers::fail(const std::string& reason) {
+    {
+        const std::lock_guard lock(mutex_);
+        if (failed_ || leaving_) return;
+        failure_ = reason;
+        RankState& state = own();
+        const std::size_t length = std::min(reason.size(), sizeof state.reason - 1);
+        std::memcpy(state.reason, reason.data(), length);
+        state.standing = Standing::failed;
+        failed_ = true;
+    }
+    wake_sleepers(rank_);
+}
+
+void Peers::leave() {
+    if (leaving_.exchange(true)) return;
+    Standing expected = Standing::member;
+    own().standing.compare_exchange_strong(expected, Standing::left);
+    for (int r = 0; r < world_size(); ++r) wake_sleepers(r);  // the peers, and threads of this process
+}
+
+bool Peers::forked() const { return getpid() != process_; }
+
+// Everything that somebody may sleep on until this rank raises it, or that this rank's threads may sleep on.
+void Peers::wake_sleepers(int rank) {
+    RankState& state = control_.state(rank);
+    for (Signal* signal : {&state.posted, &state.reduced, &state.finished}) signal->wake();
+    for (int r = 0; r < world_size(); ++r) {
+        control_.channel(rank, r).sent.wake();
+        control_.channel(r, rank).taken.wake();
+    }
+}
+
+}  // namespace partita

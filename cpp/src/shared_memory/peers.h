@@ -1,0 +1,69 @@
+// Waiting for other ranks, and what becomes of a group when one of them does not come.
+//
+// [Note: failures]
+// Who waits for a rank's counter also watches the process behind it. When that process has died, has left the group or
+// lets the timeout pass, the group has failed on this rank: this and every further call throws CommunicationError, and
+// the reason stands where the peers find it, so that they do not wait for this rank either.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <functional>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "partita/shared_memory/membership.h"
+#include "shared_memory/control.h"
+
+namespace partita {
+
+using Describe = std::function<std::string()>;  // what a rank was doing when it had to wait
+
+class Peers {
+  public:
+    Peers(Control control, int rank, const std::vector<Member>& members, std::chrono::milliseconds timeout);
+
+    int rank() const { return rank_; }
+    int world_size() const { return control_.world_size(); }
+    const Control& control() const { return control_; }
+    RankState& own() const { return control_.state(rank_); }
+
+    bool all_reached(Signal RankState::* signal, std::uint32_t target) const;
+    // Returns when all ranks have raised the signal that far; throws CommunicationError when one will not.
+    void await_all(Signal RankState::* signal, std::uint32_t target, const Describe& describe);
+    // The same for one signal, which belongs to `rank`.
+    void await(int rank, Signal& signal, std::uint32_t target, const Describe& describe);
+
+    // Throws CommunicationError if the group has failed or was closed, or this is a forked child of the member.
+    void require_usable();
+    // The group has failed on this rank for this reason (unless it has before); tells the peers.
+    void fail(const std::string& reason);
+    // This rank leaves; whoever waits, here or elsewhere, looks around.
+    void leave();
+    bool forked() const;
+
+  private:
+    struct Awaited {
+        int rank;
+        Signal* signal;
+    };
+
+    void await(std::vector<Awaited> missing, std::uint32_t target, const Describe& describe);
+    std::string why_missing(int rank, bool timed_out);
+    bool has_died(int rank) const;
+    void wake_sleepers(int rank);
+
+    Control control_;
+    int rank_;
+    std::chrono::milliseconds timeout_;
+    int process_;                          // this one
+    std::vector<int> processes_;           // by rank; 0: not visible from here
+    std::vector<FileDescriptor> watches_;  // pidfds by rank; invalid where the system has none
+    std::atomic<bool> leaving_{false};
+    std::atomic<bool> failed_{false};
+    std::mutex mutex_;
+    std::string failure_;
+};
+
+}  // namespace partita
