@@ -12,12 +12,14 @@ std::chrono::milliseconds milliseconds(double seconds) {
     return std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1000));
 }
 
-// The core's types are opaque; Python holds them by these.
-struct OperationHandle {
-    std::shared_ptr<Operation> operation;
-};
-struct TransferHandle {
-    std::shared_ptr<Transfer> transfer;
+using GroupPointer = std::shared_ptr<Group>;
+
+// What Python holds of a collective, or of a send or receive.
+template <class Work>
+struct Pending {
+    GroupPointer group;
+    std::shared_ptr<Work> work;
+    void wait() const { group->wait(*work); }
 };
 
 Token token_of(const std::string& bytes) {
@@ -66,17 +68,17 @@ void register_group(py::module_& m) {
     });
     py::class_<Allocation, std::shared_ptr<Allocation>>(m, "SharedBuffer", py::buffer_protocol())
         .def_buffer([](Allocation& a) { return py::buffer_info(a.data(), a.bytes()); });
-    py::class_<OperationHandle>(m, "Operation");
-    py::class_<TransferHandle>(m, "Transfer");
+    py::class_<Pending<Operation>>(m, "Operation").def("wait", &Pending<Operation>::wait, release());
+    py::class_<Pending<Transfer>>(m, "Transfer").def("wait", &Pending<Transfer>::wait, release());
 
-    py::class_<Group>(m, "SharedMemoryGroup")
+    py::class_<Group, GroupPointer>(m, "SharedMemoryGroup")
         .def(py::init([](const Listener& listener, int rank, const std::vector<std::string>& addresses,
                          const std::string& token, double timeout_seconds, int threads) {
                  const Token parsed = token_of(token);
                  const py::gil_scoped_release released;
                  const std::int64_t bytes = Arena::default_capacity_bytes(static_cast<int>(addresses.size()));
                  const auto timeout = milliseconds(timeout_seconds);
-                 return std::make_unique<Group>(join(listener, rank, addresses, parsed, bytes, timeout), timeout,
+                 return std::make_shared<Group>(join(listener, rank, addresses, parsed, bytes, timeout), timeout,
                                                 threads);
              }),
              py::arg("listener"), py::arg("rank"), py::arg("addresses"), py::arg("token"), py::arg("timeout_seconds"),
@@ -87,30 +89,25 @@ void register_group(py::module_& m) {
         .def("allocate", &Group::allocate, py::arg("nbytes"))
         .def(
             "launch",
-            [](Group& g, Collective collective, std::uintptr_t address, std::int64_t numel, Element element,
-               Reduction reduction, int root) {
-                return OperationHandle{g.launch({collective, element, reduction, root, numel}, pointer<void>(address))};
+            [](const GroupPointer& g, Collective collective, std::uintptr_t address, std::int64_t numel,
+               Element element, Reduction reduction, int root) {
+                return Pending<Operation>{
+                    g, g->launch({collective, element, reduction, root, numel}, pointer<void>(address))};
             },
             py::arg("collective"), py::arg("address"), py::arg("numel"), py::arg("element"),
             py::arg("reduction") = Reduction::sum, py::arg("root") = 0, release())
         .def(
             "send",
-            [](Group& g, std::uintptr_t address, std::int64_t numel, Element element, int to) {
-                return TransferHandle{g.send(pointer<void>(address), element, numel, to)};
+            [](const GroupPointer& g, std::uintptr_t address, std::int64_t numel, Element element, int to) {
+                return Pending<Transfer>{g, g->send(pointer<void>(address), element, numel, to)};
             },
             py::arg("address"), py::arg("numel"), py::arg("element"), py::arg("to"), release())
         .def(
             "receive",
-            [](Group& g, std::uintptr_t address, std::int64_t numel, Element element, int from) {
-                return TransferHandle{g.receive(pointer<void>(address), element, numel, from)};
+            [](const GroupPointer& g, std::uintptr_t address, std::int64_t numel, Element element, int from) {
+                return Pending<Transfer>{g, g->receive(pointer<void>(address), element, numel, from)};
             },
             py::arg("address"), py::arg("numel"), py::arg("element"), py::arg("source"), release())
-        .def(
-            "wait", [](Group& g, const OperationHandle& handle) { g.wait(*handle.operation); }, py::arg("operation"),
-            release())
-        .def(
-            "wait", [](Group& g, const TransferHandle& handle) { g.wait(*handle.transfer); }, py::arg("transfer"),
-            release())
         .def("barrier", &Group::barrier, release())
         .def("close", &Group::close, release());
 }

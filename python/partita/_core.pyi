@@ -2,6 +2,8 @@
 
 import enum
 
+from typing_extensions import Buffer
+
 class DType(enum.Enum):
     f32 = 0
     f16 = 1
@@ -122,3 +124,82 @@ def loss_scale_update(
 def cpu_level() -> str: ...
 def built_with_cuda() -> bool: ...
 def cuda_device_count() -> int: ...
+
+class CommunicationError(RuntimeError):
+    """A group of ranks no longer works; the message names the rank at fault and the collective."""
+
+class Element(enum.Enum):
+    f32 = 0
+    f16 = 1
+    bf16 = 2
+    f64 = 3
+    byte = 4
+
+class Collective(enum.Enum):
+    barrier = 0
+    all_reduce = 1
+    reduce_scatter = 2
+    all_gather = 3
+    broadcast = 4
+
+class Reduction(enum.Enum):
+    """What becomes of the ranks' values."""
+
+    sum = 0
+    average = 1
+    max = 2
+
+def reduce(to: Span, sources: list[Span], reduction: Reduction, threads: int) -> None: ...
+
+class Listener:
+    """A rank's open door, until all ranks of its group have met."""
+
+    def __init__(self) -> None: ...
+    @property
+    def address(self) -> bytes: ...
+
+class SharedBuffer(Buffer):
+    """Memory that all ranks of a group can read; freed with the object."""
+
+class Operation:
+    """A collective under way."""
+
+    def wait(self) -> None: ...
+
+class Transfer:
+    """A send or a receive under way."""
+
+    def wait(self) -> None: ...
+
+class SharedMemoryGroup:
+    """The ranks of one host."""
+
+    def __init__(
+        self,
+        listener: Listener,
+        rank: int,
+        addresses: list[bytes],
+        token: bytes,
+        timeout_seconds: float,
+        threads: int,
+    ) -> None: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def committed_bytes(self) -> int: ...
+    def allocate(self, nbytes: int) -> SharedBuffer: ...
+    def launch(
+        self,
+        collective: Collective,
+        address: int,
+        numel: int,
+        element: Element,
+        reduction: Reduction = ...,
+        root: int = ...,
+    ) -> Operation: ...
+    def send(self, address: int, numel: int, element: Element, to: int) -> Transfer: ...
+    def receive(self, address: int, numel: int, element: Element, source: int) -> Transfer: ...
+    def barrier(self) -> None: ...
+    def close(self) -> None: ...

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -70,7 +71,8 @@ class Engine:
     ) -> None:
         loaded = load_config(config)
         init_distributed()
-        self._communicator = world_communicator()
+        comm = loaded.comm
+        self._communicator = world_communicator(comm.transport, timedelta(seconds=comm.timeout_seconds))
         show_log_on(self._communicator.rank)
         self.config, self._batch = with_batch_sizes(loaded, self._communicator.world_size)
         self.module = model
@@ -349,9 +351,12 @@ class Engine:
 
     def destroy(self) -> None:
         """Lets go of the model: hooks are removed, buffers are freed with the last parameter that lies in them."""
+        if self._phase is Phase.DESTROYED:
+            return
         self._reducer.close()
         self._units.clear()
         self._sharded = self.optimizer = self.lr_scheduler = None
+        self._communicator.close()
         self._phase = Phase.DESTROYED
 
     # -- parts

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from partita import _core
-from partita._core import AdamGroup, Segments, Span
+from partita._core import AdamGroup, Reduction, Segments, Span
 
 DTYPES = {torch.float32: _core.DType.f32, torch.float16: _core.DType.f16, torch.bfloat16: _core.DType.bf16}
 NO_PARAMS = Span(0, 0, _core.DType.f32)
@@ -22,10 +22,15 @@ def span(tensor: Tensor, name: str = "tensor") -> Span:
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None:
         raise TypeError(f"{name} is {tensor.dtype}: the native core computes in float32, float16 and bfloat16")
-    return Span(_address(tensor, name), tensor.numel(), dtype)
+    return Span(address(tensor, name), tensor.numel(), dtype)
 
 
-def _address(tensor: Tensor, name: str) -> int:
+def address(tensor: Tensor, name: str = "tensor") -> int:
+    """Where a contiguous CPU tensor begins; `name` is for the errors.
+
+    Raises:
+        ValueError: another device, or not contiguous.
+    """
     if not tensor.is_cpu:
         raise ValueError(f"{name} is on device '{tensor.device}': this version of the native core computes on the CPU")
     if not tensor.is_contiguous():
@@ -47,11 +52,18 @@ def cast(destination: Tensor, source: Tensor, *, scale: float = 1.0, accumulate:
     _core.cast(target, origin, scale, accumulate, torch.get_num_threads())
 
 
+def reduce(destination: Tensor, sources: list[Tensor], reduction: Reduction) -> None:
+    """The reduction of tensors of one size and dtype, in their order, in fp32, rounded once; `destination` may be one
+    of them."""
+    spans = [span(source, f"source {i}") for i, source in enumerate(sources)]
+    _core.reduce(span(destination, "destination"), spans, reduction, torch.get_num_threads())
+
+
 def add_sum_of_squares(total: Tensor, values: Tensor, segments: Segments) -> None:
     """Adds the sum of squares of the segments of `values` to `total` (float64, one element)."""
     if total.dtype != torch.float64 or total.numel() != 1:
         raise TypeError(f"the sum is kept in one float64, not in {total.numel()} x {total.dtype}")
-    _core.norm(_address(total, "total"), span(values, "values"), segments, torch.get_num_threads())
+    _core.norm(address(total, "total"), span(values, "values"), segments, torch.get_num_threads())
 
 
 def adopt_written(master: Tensor, params: Tensor) -> None:
@@ -95,6 +107,6 @@ def adam(
         spans.get("params", NO_PARAMS),
         segments,
         groups,
-        _address(control, "control"),
+        address(control, "control"),
         torch.get_num_threads(),
     )

@@ -13,7 +13,7 @@ from unittest import mock
 
 import partita.engine
 import torch
-from partita.comm import Communicator, Handle, world_communicator
+from partita.comm import Communicator, Handle, Reduction, world_communicator
 from torch import Tensor
 
 
@@ -21,7 +21,7 @@ from torch import Tensor
 def communicating_through(make: Callable[[Communicator], Any]) -> Iterator[Any]:
     """Engines made in this block use `make(the real communicator)`."""
     made = make(world_communicator())
-    with mock.patch.object(partita.engine, "world_communicator", lambda: made):
+    with mock.patch.object(partita.engine, "world_communicator", lambda *_: made):
         yield made
 
 
@@ -38,11 +38,11 @@ class Wrapped(Communicator):
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         return self.inner.empty(numel, dtype)
 
-    def all_reduce(self, buffer: Tensor) -> Handle:
-        return self.start("all_reduce", buffer, partial(self.inner.all_reduce, buffer))
+    def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
+        return self.start("all_reduce", buffer, partial(self.inner.all_reduce, buffer, reduction))
 
-    def reduce_scatter(self, buffer: Tensor) -> Handle:
-        return self.start("reduce_scatter", buffer, partial(self.inner.reduce_scatter, buffer))
+    def reduce_scatter(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
+        return self.start("reduce_scatter", buffer, partial(self.inner.reduce_scatter, buffer, reduction))
 
     def all_gather(self, buffer: Tensor) -> Handle:
         return self.start("all_gather", buffer, partial(self.inner.all_gather, buffer))
@@ -50,8 +50,17 @@ class Wrapped(Communicator):
     def broadcast(self, tensor: Tensor, root: int) -> Handle:
         return self.start("broadcast", tensor, partial(self.inner.broadcast, tensor, root))
 
+    def send(self, tensor: Tensor, destination: int) -> Handle:
+        return self.start("send", tensor, partial(self.inner.send, tensor, destination))
+
+    def recv(self, tensor: Tensor, source: int) -> Handle:
+        return self.start("recv", tensor, partial(self.inner.recv, tensor, source))
+
     def barrier(self) -> None:
         self.inner.barrier()
+
+    def close(self) -> None:
+        """Several engines share the transport of a test."""
 
 
 class _Late:

@@ -46,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
     },
     "gradient_clipping": 0.0,
     "communication_data_type": None,
+    "comm": {"transport": "auto", "timeout_seconds": 30.0},
     "data_types": {"grad_accum_dtype": None, "buffer_dtype": None},
     "prescale_gradients": False,
     "gradient_predivide_factor": 1.0,

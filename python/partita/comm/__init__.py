@@ -1,7 +1,22 @@
 """Communicators: the ranks of a job and how bytes move between them."""
 
+from partita._core import CommunicationError, Reduction
 from partita.comm.communicator import Communicator, Handle, SingleProcess
-from partita.comm.setup import init_distributed, world_communicator
+from partita.comm.hierarchical import HierarchicalCommunicator
+from partita.comm.setup import communicator_of, init_distributed, world_communicator
+from partita.comm.shared_memory import SharedMemoryCommunicator
 from partita.comm.torch_transport import TorchCommunicator
 
-__all__ = ["Communicator", "Handle", "SingleProcess", "TorchCommunicator", "init_distributed", "world_communicator"]
+__all__ = [
+    "CommunicationError",
+    "Communicator",
+    "Handle",
+    "HierarchicalCommunicator",
+    "Reduction",
+    "SharedMemoryCommunicator",
+    "SingleProcess",
+    "TorchCommunicator",
+    "communicator_of",
+    "init_distributed",
+    "world_communicator",
+]

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from partita._core import Reduction
 from partita.memory import flat_buffer
 
 
@@ -28,6 +29,8 @@ class Done:
 class Communicator(ABC):
     """The ranks of one group. All of them must issue the same collectives in the same order.
 
+    A collective may run after its call and reads and writes the buffer until its handle has been waited for.
+
     A buffer's elements are divided evenly: the slice of rank r is [r * n, (r + 1) * n), with n = numel / world_size.
     """
 
@@ -39,17 +42,33 @@ class Communicator(ABC):
         return flat_buffer(numel, dtype)
 
     def slice_of(self, buffer: Tensor) -> Tensor:
-        """This rank's slice of a buffer, as a view."""
-        numel = buffer.numel() // self.world_size
-        return buffer[self.rank * numel : (self.rank + 1) * numel]
+        """This rank's slice of a buffer, as a view.
+
+        Raises:
+            ValueError: the buffer does not divide evenly.
+        """
+        return self.slices(buffer)[self.rank]
+
+    def slices(self, buffer: Tensor) -> list[Tensor]:
+        """The slices of a buffer by rank, as views.
+
+        Raises:
+            ValueError: the buffer does not divide evenly.
+        """
+        numel, rest = divmod(buffer.numel(), self.world_size)
+        if rest:
+            raise ValueError(
+                f"a buffer of {buffer.numel()} elements does not divide evenly among {self.world_size} ranks"
+            )
+        return [buffer[r * numel : (r + 1) * numel] for r in range(self.world_size)]
 
     @abstractmethod
-    def all_reduce(self, buffer: Tensor) -> Handle:
-        """Every rank's buffer becomes the sum of all ranks' buffers."""
+    def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
+        """Every rank's buffer becomes the reduction of all ranks' buffers."""
 
     @abstractmethod
-    def reduce_scatter(self, buffer: Tensor) -> Handle:
-        """This rank's slice becomes the sum of all ranks' buffers there; the rest becomes undefined."""
+    def reduce_scatter(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
+        """This rank's slice becomes the reduction of all ranks' buffers there; the rest becomes undefined."""
 
     @abstractmethod
     def all_gather(self, buffer: Tensor) -> Handle:
@@ -60,8 +79,23 @@ class Communicator(ABC):
         """A contiguous tensor of any dtype becomes rank `root`'s."""
 
     @abstractmethod
+    def send(self, tensor: Tensor, destination: int) -> Handle:
+        """Sends a contiguous tensor of any dtype; it may change after the wait, which may last until the receiver's.
+
+        Sends from one rank to another are received in their order.
+        """
+
+    @abstractmethod
+    def recv(self, tensor: Tensor, source: int) -> Handle:
+        """A contiguous tensor becomes what rank `source` sends, which has its dtype and number of elements."""
+
+    @abstractmethod
     def barrier(self) -> None:
         """Returns when all ranks have called it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leaves the group: nothing can be called any more. Buffers stay valid."""
 
 
 class SingleProcess(Communicator):
@@ -70,10 +104,10 @@ class SingleProcess(Communicator):
     rank = 0
     world_size = 1
 
-    def all_reduce(self, buffer: Tensor) -> Handle:
+    def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
         return Done()
 
-    def reduce_scatter(self, buffer: Tensor) -> Handle:
+    def reduce_scatter(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
         return Done()
 
     def all_gather(self, buffer: Tensor) -> Handle:
@@ -82,5 +116,14 @@ class SingleProcess(Communicator):
     def broadcast(self, tensor: Tensor, root: int) -> Handle:
         return Done()
 
+    def send(self, tensor: Tensor, destination: int) -> Handle:
+        raise ValueError(f"send() to rank {destination}: this process is alone")
+
+    def recv(self, tensor: Tensor, source: int) -> Handle:
+        raise ValueError(f"recv() from rank {source}: this process is alone")
+
     def barrier(self) -> None:
+        return
+
+    def close(self) -> None:
         return

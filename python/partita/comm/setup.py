@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from datetime import timedelta
 
@@ -11,7 +12,12 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from partita import _core
 from partita.comm.communicator import Communicator, SingleProcess
+from partita.comm.hierarchical import HierarchicalCommunicator
+from partita.comm.hosts import Contact, exchange_contacts, ranks_by_host, this_host
+from partita.comm.shared_memory import SharedMemoryCommunicator
 from partita.comm.torch_transport import TorchCommunicator
+
+logger = logging.getLogger("partita")
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -24,8 +30,7 @@ def init_distributed(backend: str | None = None, timeout: timedelta = timedelta(
 
     Args:
         backend: "nccl", "gloo", or another that torch.distributed knows; None: NCCL when this build has CUDA kernels
-        and
-            a GPU is there, otherwise gloo.
+            and a GPU is there, otherwise gloo.
         timeout: how long a collective waits for a rank before it raises.
 
     Raises:
@@ -47,9 +52,81 @@ def init_distributed(backend: str | None = None, timeout: timedelta = timedelta(
         )
 
 
-def world_communicator() -> Communicator:
-    """The communicator of all ranks of the default process group."""
+def world_communicator(transport: str = "auto", timeout: timedelta = timedelta(seconds=30)) -> Communicator:
+    """The communicator of all ranks of the default process group; see `communicator_of`."""
     group = dist.group.WORLD
     if group is None:
         raise RuntimeError("no process group: call init_distributed() first")
-    return SingleProcess() if dist.get_world_size(group) == 1 else TorchCommunicator(group)
+    return communicator_of(group, transport, timeout)
+
+
+def communicator_of(
+    group: dist.ProcessGroup, transport: str, timeout: timedelta, host: str | None = None
+) -> Communicator:
+    """How the ranks of a process group communicate. A collective.
+
+    Args:
+        transport: "torch": through the process group. "shared_memory": through memory inside a host, through the
+            process group between hosts. "auto": shared memory where it can be had.
+        timeout: how long shared memory waits for a rank; the process group has its own.
+        host: equal on the ranks that share memory; None: found out.
+
+    Raises:
+        RuntimeError: "shared_memory" is asked for and cannot be had; says why.
+    """
+    if dist.get_world_size(group) == 1:
+        return SingleProcess()
+    if transport == "torch":
+        return TorchCommunicator(group)
+    try:
+        return _over_shared_memory(group, timeout, host or this_host())
+    except _UnavailableError as error:
+        if transport == "shared_memory":
+            raise RuntimeError(f'comm.transport is "shared_memory", but {error}') from error
+        if error.is_a_failure:
+            logger.warning("%s; going on over torch.distributed", error)
+        return TorchCommunicator(group)
+
+
+class _UnavailableError(Exception):
+    """Raised on all ranks together."""
+
+    def __init__(self, reason: str, *, is_a_failure: bool) -> None:
+        super().__init__(reason)
+        self.is_a_failure = is_a_failure
+
+
+def _over_shared_memory(group: dist.ProcessGroup, timeout: timedelta, host: str) -> Communicator:
+    if dist.get_backend(group) == "nccl":
+        raise _UnavailableError("the ranks compute on GPUs", is_a_failure=False)
+    rank = dist.get_rank(group)
+    listener = _core.Listener()
+    contacts = exchange_contacts(group, host, listener.address)
+    hosts = ranks_by_host(contacts)
+    if len(hosts) == len(contacts):
+        raise _UnavailableError("no two ranks share a host", is_a_failure=False)
+    ranks = next(ranks for ranks in hosts if rank in ranks)
+    inside = _join(group, listener, ranks.index(rank), [contacts[r] for r in ranks], timeout)
+    if len(hosts) == 1:
+        return inside
+    leaders = dist.new_group([dist.get_global_rank(group, ranks[0]) for ranks in hosts])
+    between = TorchCommunicator(leaders) if rank == ranks[0] else None
+    return HierarchicalCommunicator(rank, hosts, inside, between, TorchCommunicator(group))
+
+
+def _join(
+    group: dist.ProcessGroup, listener: _core.Listener, rank: int, contacts: list[Contact], timeout: timedelta
+) -> Communicator:
+    """The ranks of this host over shared memory, if that works on every host."""
+    made, reason = None, "another rank could not join a group over shared memory"
+    try:
+        addresses, token = [contact.address for contact in contacts], contacts[0].token
+        threads = torch.get_num_threads()
+        made = _core.SharedMemoryGroup(listener, rank, addresses, token, timeout.total_seconds(), threads)
+    except (RuntimeError, MemoryError) as error:
+        reason = f"shared memory between processes does not work here: {error}"
+    everywhere = torch.tensor(int(made is not None))
+    dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=group)
+    if made is None or not everywhere.item():
+        raise _UnavailableError(reason, is_a_failure=True)
+    return SharedMemoryCommunicator(made)

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from partita import kernels
+from partita._core import Reduction
 from partita.comm.communicator import Communicator, Handle
 from partita.memory import flat_buffer
 
 # Reduce-scatters of gloo that may be under way at once: each holds received slices of its buffer's size.
 GLOO_REDUCE_SCATTERS_IN_FLIGHT = 2
-REDUCE_SCATTER_TAG = 0x5A52  # apart from what the program itself sends between ranks
+# Apart from what the program itself sends between ranks.
+REDUCE_SCATTER_TAG = 0x5A52
+SEND_TAG = 0x5A53
+OPERATIONS = {
+    Reduction.sum: dist.ReduceOp.SUM,
+    Reduction.average: dist.ReduceOp.SUM,  # divided afterwards: gloo has no average
+    Reduction.max: dist.ReduceOp.MAX,
+}
 
 
 class WorkHandle:
@@ -53,46 +62,57 @@ class TorchCommunicator(Communicator):
         self._reducing: deque[WorkHandle] = deque()
         self._received: dict[torch.dtype, list[Tensor]] = {}  # buffers free for the next reduce-scatter
 
-    def all_reduce(self, buffer: Tensor) -> Handle:
-        return self._handle([dist.all_reduce(buffer, group=self._group, async_op=True)], buffer)
+    def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
+        work = dist.all_reduce(buffer, OPERATIONS[reduction], group=self._group, async_op=True)
+        return self._handle([work], buffer, self._division(buffer, reduction))
 
-    def reduce_scatter(self, buffer: Tensor) -> Handle:
+    def reduce_scatter(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
+        own = self.slice_of(buffer)
         if self._gloo:
-            return self._gloo_reduce_scatter(buffer)
+            return self._gloo_reduce_scatter(buffer, reduction)
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        return self._handle([reduce_scatter(self.slice_of(buffer), buffer, group=self._group, async_op=True)], buffer)
+        work = reduce_scatter(own, buffer, OPERATIONS[reduction], group=self._group, async_op=True)
+        return self._handle([work], buffer, self._division(own, reduction))
 
     def all_gather(self, buffer: Tensor) -> Handle:
+        slices = self.slices(buffer)
         if self._gloo:
-            slices = enumerate(buffer.chunk(self.world_size))
-            works = [dist.broadcast(s, group_src=r, group=self._group, async_op=True) for r, s in slices]
+            works = [dist.broadcast(s, group_src=r, group=self._group, async_op=True) for r, s in enumerate(slices)]
             return self._handle(works, buffer)
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return self._handle([all_gather(buffer, self.slice_of(buffer), group=self._group, async_op=True)], buffer)
+        return self._handle([all_gather(buffer, slices[self.rank], group=self._group, async_op=True)], buffer)
 
     def broadcast(self, tensor: Tensor, root: int) -> Handle:
-        raw = tensor.view(-1).view(torch.uint8)  # of any dtype, those unknown to the backend too
-        return self._handle([dist.broadcast(raw, group_src=root, group=self._group, async_op=True)], tensor)
+        return self._handle([dist.broadcast(_raw(tensor), group_src=root, group=self._group, async_op=True)], tensor)
+
+    def send(self, tensor: Tensor, destination: int) -> Handle:
+        return self._handle([dist.isend(_raw(tensor), group=self._group, tag=SEND_TAG, group_dst=destination)], tensor)
+
+    def recv(self, tensor: Tensor, source: int) -> Handle:
+        return self._handle([dist.irecv(_raw(tensor), group=self._group, tag=SEND_TAG, group_src=source)], tensor)
 
     def barrier(self) -> None:
         dist.barrier(self._group)
 
-    def _gloo_reduce_scatter(self, buffer: Tensor) -> Handle:
+    def close(self) -> None:
+        """The process group is not ours to end."""
+
+    def _gloo_reduce_scatter(self, buffer: Tensor, reduction: Reduction) -> Handle:
         while len(self._reducing) >= GLOO_REDUCE_SCATTERS_IN_FLIGHT:
             self._reducing.popleft().wait()
-        slices = buffer.chunk(self.world_size)
+        slices = self.slices(buffer)
         received = self._take_received(slices[0].numel() * (self.world_size - 1), buffer.dtype)
         peers = [r for r in range(self.world_size) if r != self.rank]
         incoming = dict(zip(peers, received[: slices[0].numel() * len(peers)].chunk(len(peers)), strict=True))
         works = [dist.irecv(incoming[r], group_src=r, group=self._group, tag=REDUCE_SCATTER_TAG) for r in peers]
         works += [dist.isend(slices[r], group_dst=r, group=self._group, tag=REDUCE_SCATTER_TAG) for r in peers]
 
-        def add_in_rank_order() -> None:
+        def reduce_in_rank_order() -> None:
             own = slices[self.rank]
-            _sum_into(own, [incoming.get(r, own) for r in range(self.world_size)])
+            kernels.reduce(own, [incoming.get(r, own) for r in range(self.world_size)], reduction)
             self._received.setdefault(buffer.dtype, []).append(received)
 
-        handle = WorkHandle([w for w in works if w is not None], buffer, add_in_rank_order)
+        handle = WorkHandle([w for w in works if w is not None], buffer, reduce_in_rank_order)
         self._reducing.append(handle)
         return handle
 
@@ -103,17 +123,19 @@ class TorchCommunicator(Communicator):
                 return buffer
         return flat_buffer(numel, dtype)
 
+    def _division(self, result: Tensor, reduction: Reduction) -> Callable[[], None] | None:
+        """What an average still needs."""
+        return partial(_divide, result, self.world_size) if reduction == Reduction.average else None
+
     @staticmethod
-    def _handle(works: list[dist.Work | None], buffer: Tensor) -> Handle:
-        return WorkHandle([w for w in works if w is not None], buffer)
+    def _handle(works: list[dist.Work | None], buffer: Tensor, finish: Callable[[], None] | None = None) -> Handle:
+        return WorkHandle([w for w in works if w is not None], buffer, finish)
 
 
-def _sum_into(destination: Tensor, terms: list[Tensor]) -> None:
-    """The sum of `terms`, left to right in fp32, rounded once; `destination` may be one of them."""
-    if len(terms) == 2:  # one addition, whose order does not matter and which is rounded once in any case
-        kernels.cast(destination, terms[0] if terms[1] is destination else terms[1], accumulate=True)
-        return
-    total = terms[0].float() if terms[0].dtype != torch.float32 else terms[0].clone()
-    for term in terms[1:]:
-        kernels.cast(total, term, accumulate=True)
-    kernels.cast(destination, total)
+def _divide(result: Tensor, divisor: int) -> None:
+    result /= divisor
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor: of any dtype, those unknown to the backend too."""
+    return tensor.view(-1).view(torch.uint8)

@@ -70,6 +70,9 @@ AutocastName = Annotated[
 ]
 """A floating-point type for autocast, where torch's spelling is the canonical one."""
 
+TransportName = Literal["auto", "shared_memory", "torch"]
+"""What carries the bytes between ranks."""
+
 ElementCount = Annotated[int, Field(ge=1), BeforeValidator(_whole_number)]
 """A number of tensor elements; 5e8 is as good as 500000000."""
 

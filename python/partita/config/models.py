@@ -16,6 +16,7 @@ from partita.config.fields import (
     Params,
     PositiveInt,
     Section,
+    TransportName,
 )
 
 
@@ -117,6 +118,22 @@ class ZeroConfig(Section):
     )
 
 
+class CommConfig(Section):
+    """How bytes move between ranks."""
+
+    transport: TransportName = Field(
+        "auto",
+        description="`auto`: through shared memory between CPU processes of one host, through torch.distributed "
+        "elsewhere; `shared_memory`: the same, and an error where no two ranks can share memory; `torch`: always "
+        "through torch.distributed.",
+    )
+    timeout_seconds: Annotated[float, Field(gt=0)] = Field(
+        30.0,
+        description="How long shared memory waits for a rank before it raises. A rank that died is noticed at once. "
+        "torch.distributed has its own, see `init_distributed()`.",
+    )
+
+
 class DataTypesConfig(Section):
     """Number formats other than that of the computation."""
 
@@ -156,6 +173,7 @@ class Config(Section):
     communication_data_type: FloatName | None = Field(
         None, description="Type in which gradients are reduced; null takes the type they are accumulated in."
     )
+    comm: Annotated[CommConfig, OwnKey()] = Field(CommConfig(), description="See [comm](#comm).")
     data_types: DataTypesConfig = Field(DataTypesConfig(), description="See [data_types](#data_types).")
     prescale_gradients: bool = Field(
         False, description="Divide gradients before they are summed over ranks instead of after."

@@ -1,0 +1,156 @@
+"""Several hosts: shared memory inside each, torch.distributed between their first ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from partita._core import Reduction
+from partita.comm.communicator import Communicator, Handle
+
+
+class FutureHandle:
+    """A collective on the communication thread."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        """Returns when it is done; raises what it raised."""
+        self._future.result()
+
+
+class HierarchicalCommunicator(Communicator):
+    """Each collective is one inside the hosts, one between their leaders, and one inside the hosts again.
+
+    The leader of a host is its lowest rank. Results are the same on all ranks; 16-bit sums are rounded once per host
+    and once between hosts. Collectives run on a thread, in the order of their calls.
+
+    Args:
+        rank: of this process among all.
+        hosts: the ranks of each host, in order.
+        inside: the ranks of this host, in order.
+        between: the leaders, in the order of `hosts`; None on the others.
+        everyone: all ranks, for what two ranks of different hosts send each other.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        hosts: list[list[int]],
+        inside: Communicator,
+        between: Communicator | None,
+        everyone: Communicator,
+    ) -> None:
+        self.rank = rank
+        self.world_size = sum(map(len, hosts))
+        self._hosts = hosts
+        self._host = next(i for i, ranks in enumerate(hosts) if rank in ranks)
+        self._inside, self._between, self._everyone = inside, between, everyone
+        per_host = len(hosts[0])
+        in_order = [r for ranks in hosts for r in ranks] == list(range(self.world_size))
+        # The slices of a host's ranks lie together, in equal sections of a buffer.
+        self._has_sections = in_order and all(len(ranks) == per_host for ranks in hosts)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="partita-hosts")
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return self._inside.empty(numel, dtype)
+
+    def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
+        return self._run(self._all_reduce, buffer, reduction)
+
+    def reduce_scatter(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
+        self.slice_of(buffer)
+        return self._run(self._reduce_scatter if self._has_sections else self._all_reduce, buffer, reduction)
+
+    def all_gather(self, buffer: Tensor) -> Handle:
+        self.slice_of(buffer)
+        return self._run(self._all_gather if self._has_sections else self._gather_slices, buffer)
+
+    def broadcast(self, tensor: Tensor, root: int) -> Handle:
+        if not 0 <= root < self.world_size:
+            raise ValueError(f"broadcast from rank {root}: the group has the ranks 0 to {self.world_size - 1}")
+        return self._run(self._broadcast, tensor, root)
+
+    def send(self, tensor: Tensor, destination: int) -> Handle:
+        if destination in self._hosts[self._host]:
+            return self._inside.send(tensor, self._hosts[self._host].index(destination))
+        return self._everyone.send(tensor, destination)
+
+    def recv(self, tensor: Tensor, source: int) -> Handle:
+        if source in self._hosts[self._host]:
+            return self._inside.recv(tensor, self._hosts[self._host].index(source))
+        return self._everyone.recv(tensor, source)
+
+    def barrier(self) -> None:
+        self._run(self._barrier).wait()
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._inside.close()
+
+    def _run(self, function: Callable[..., None], *args: object) -> Handle:
+        return FutureHandle(self._thread.submit(partial(function, *args)))
+
+    def _section(self, buffer: Tensor) -> Tensor:
+        """The slices of this host's ranks."""
+        return buffer.chunk(len(self._hosts))[self._host]
+
+    def _all_reduce(self, buffer: Tensor, reduction: Reduction) -> None:
+        self._inside.all_reduce(buffer, _partial(reduction)).wait()
+        if self._between is not None:
+            self._between.all_reduce(buffer, _partial(reduction)).wait()
+            self._divide(buffer, reduction)
+        self._inside.broadcast(buffer, 0).wait()
+
+    def _reduce_scatter(self, buffer: Tensor, reduction: Reduction) -> None:
+        self._inside.all_reduce(buffer, _partial(reduction)).wait()
+        section = self._section(buffer)
+        if self._between is not None:
+            self._between.reduce_scatter(buffer, _partial(reduction)).wait()
+            self._divide(section, reduction)
+        self._inside.broadcast(section, 0).wait()
+
+    def _all_gather(self, buffer: Tensor) -> None:
+        self._inside.all_gather(self._section(buffer)).wait()
+        if self._between is not None:
+            self._between.all_gather(buffer).wait()
+        self._inside.broadcast(buffer, 0).wait()
+
+    def _gather_slices(self, buffer: Tensor) -> None:
+        slices = self.slices(buffer)
+        for i, rank in enumerate(self._hosts[self._host]):
+            self._inside.broadcast(slices[rank], i).wait()
+        if self._between is not None:
+            for host, ranks in enumerate(self._hosts):
+                for rank in ranks:
+                    self._between.broadcast(slices[rank], host).wait()
+        self._inside.broadcast(buffer, 0).wait()
+
+    def _broadcast(self, tensor: Tensor, root: int) -> None:
+        host = next(i for i, ranks in enumerate(self._hosts) if root in ranks)
+        if host == self._host:
+            self._inside.broadcast(tensor, self._hosts[host].index(root)).wait()
+        if self._between is not None:
+            self._between.broadcast(tensor, host).wait()
+        if host != self._host:
+            self._inside.broadcast(tensor, 0).wait()
+
+    def _barrier(self) -> None:
+        self._inside.barrier()
+        if self._between is not None:
+            self._between.barrier()
+        self._inside.barrier()
+
+    def _divide(self, result: Tensor, reduction: Reduction) -> None:
+        if reduction == Reduction.average:
+            result /= self.world_size
+
+
+def _partial(reduction: Reduction) -> Reduction:
+    """What hosts compute of it; an average is a sum that is divided at the end."""
+    return Reduction.max if reduction == Reduction.max else Reduction.sum

@@ -1,0 +1,64 @@
+"""Which ranks share a host, and how they find each other there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+DIGEST_BYTES = 32
+TOKEN_BYTES = 16
+LONGEST_ADDRESS = 108  # of a Unix socket
+
+
+def this_host() -> str:
+    """Equal on two processes when they can share memory: one kernel, the same namespaces, the same user."""
+    if sys.platform != "linux":
+        return f"{os.uname().nodename} process {os.getpid()}"  # no shared memory here: a host for itself
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    namespaces = [str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("net", "pid", "user")]
+    return " ".join([boot, *namespaces, str(os.geteuid())])
+
+
+@dataclass(frozen=True)
+class Contact:
+    """What a rank tells all others: its host, where it listens there, and a token in case it is the host's first."""
+
+    host: bytes
+    address: bytes
+    token: bytes
+
+    def pack(self) -> torch.Tensor:
+        """As uint8, of the same size for every contact."""
+        raw = self.host + self.token + bytes([len(self.address)]) + self.address.ljust(LONGEST_ADDRESS, b"\0")
+        return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+
+    @staticmethod
+    def unpack(packed: torch.Tensor) -> Contact:
+        """The reverse of `pack`."""
+        raw = bytes(packed.tolist())
+        host, token = raw[:DIGEST_BYTES], raw[DIGEST_BYTES : DIGEST_BYTES + TOKEN_BYTES]
+        length, rest = raw[DIGEST_BYTES + TOKEN_BYTES], raw[DIGEST_BYTES + TOKEN_BYTES + 1 :]
+        return Contact(host, rest[:length], token)
+
+
+def exchange_contacts(group: dist.ProcessGroup, host: str, address: bytes) -> list[Contact]:
+    """Every rank's contact, by rank. A collective."""
+    own = Contact(hashlib.sha256(host.encode()).digest(), address, secrets.token_bytes(TOKEN_BYTES)).pack()
+    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, own, group=group)
+    return [Contact.unpack(packed) for packed in everyone]
+
+
+def ranks_by_host(contacts: list[Contact]) -> list[list[int]]:
+    """The ranks of each host, in order; hosts in the order of their first ranks."""
+    hosts: dict[bytes, list[int]] = {}
+    for rank, contact in enumerate(contacts):
+        hosts.setdefault(contact.host, []).append(rank)
+    return list(hosts.values())

@@ -1,0 +1,117 @@
+"""Collectives between the processes of one host, in memory that all of them can read (see `group.h`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from partita import kernels
+from partita._core import Collective, Element, Operation, Reduction, SharedMemoryGroup, Transfer
+from partita.comm.communicator import Communicator, Handle
+
+ELEMENTS = {
+    torch.float32: Element.f32,
+    torch.float16: Element.f16,
+    torch.bfloat16: Element.bf16,
+    torch.float64: Element.f64,
+}
+
+
+class GroupHandle:
+    """A collective, a send or a receive; keeps the tensor alive until it has been waited for."""
+
+    def __init__(self, pending: Operation | Transfer, tensor: Tensor) -> None:
+        self._pending = pending
+        self._tensor: Tensor | None = tensor
+
+    def wait(self) -> None:
+        """Returns when the tensor has its result and may be written again.
+
+        Raises:
+            CommunicationError: a rank died, hangs, or called something else; names it and the collective.
+        """
+        if self._tensor is not None:
+            self._pending.wait()
+            self._tensor = None
+
+
+class SharedMemoryCommunicator(Communicator):
+    """The ranks of one host. Buffers of `empty()` are reduced and gathered where they are; others are copied first.
+
+    Sums are formed in fp32, in rank order, and rounded once: results depend neither on timing nor on how buffers are
+    cut.
+
+    A forked child (a data-loading worker, say) sees the parent's buffers: what it writes there, the parent sees.
+    """
+
+    def __init__(self, group: SharedMemoryGroup) -> None:
+        self._group = group
+        self.rank = group.rank
+        self.world_size = group.world_size
+
+    @property
+    def committed_bytes(self) -> int:
+        """Physical memory of this rank's buffers."""
+        return self._group.committed_bytes
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        if numel == 0:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self._group.allocate(numel * dtype.itemsize), dtype=dtype)
+
+    def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
+        return self._launch(Collective.all_reduce, buffer, _summable(buffer), reduction=reduction)
+
+    def reduce_scatter(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
+        return self._launch(Collective.reduce_scatter, buffer, _summable(buffer), reduction=reduction)
+
+    def all_gather(self, buffer: Tensor) -> Handle:
+        self.slice_of(buffer)  # in elements: bytes may divide where elements do not
+        return self._launch(Collective.all_gather, buffer, _element(buffer))
+
+    def broadcast(self, tensor: Tensor, root: int) -> Handle:
+        return self._launch(Collective.broadcast, tensor, _element(tensor), root=root)
+
+    def send(self, tensor: Tensor, destination: int) -> Handle:
+        element = _element(tensor)
+        transfer = self._group.send(kernels.address(tensor), _count(tensor, element), element, destination)
+        return GroupHandle(transfer, tensor)
+
+    def recv(self, tensor: Tensor, source: int) -> Handle:
+        element = _element(tensor)
+        transfer = self._group.receive(kernels.address(tensor), _count(tensor, element), element, source)
+        return GroupHandle(transfer, tensor)
+
+    def barrier(self) -> None:
+        self._group.barrier()
+
+    def close(self) -> None:
+        self._group.close()
+
+    def _launch(
+        self,
+        collective: Collective,
+        tensor: Tensor,
+        element: Element,
+        *,
+        reduction: Reduction = Reduction.sum,
+        root: int = 0,
+    ) -> Handle:
+        numel = _count(tensor, element)
+        operation = self._group.launch(collective, kernels.address(tensor), numel, element, reduction, root)
+        return GroupHandle(operation, tensor)
+
+
+def _element(tensor: Tensor) -> Element:
+    return ELEMENTS.get(tensor.dtype, Element.byte)
+
+
+def _summable(buffer: Tensor) -> Element:
+    if buffer.dtype not in ELEMENTS:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in ELEMENTS)
+        raise TypeError(f"a buffer of {buffer.dtype} cannot be reduced over shared memory, only {names}")
+    return ELEMENTS[buffer.dtype]
+
+
+def _count(tensor: Tensor, element: Element) -> int:
+    return tensor.nbytes if element == Element.byte else tensor.numel()
