@@ -362,7 +362,7 @@ def test_own_keys_are_marked() -> None:
         for key, field in section.model_fields.items()
         if any(isinstance(note, OwnKey) for note in field.metadata)
     }
-    assert own == {"seed", "max_consecutive_skipped_steps"}
+    assert own == {"comm", "seed", "max_consecutive_skipped_steps"}
 
 
 # Files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -109,5 +110,9 @@ def _auto_values(value: Any, section: type[Section] | None, path: str = "") -> I
         for key, item in value.items():
             if section is None:  # free-form params
                 yield from _auto_values(item, None, join(path, key))
-            elif key in section.model_fields:
+            elif key in section.model_fields and not _takes_auto(section, key):
                 yield from _auto_values(item, subsections(section).get(key), join(path, key))
+
+
+def _takes_auto(section: type[Section], key: str) -> bool:
+    return _AUTO in typing.get_args(section.model_fields[key].annotation)
