@@ -13,6 +13,9 @@ namespace partita {
 namespace {
 
 constexpr std::size_t idle_staging_buffers = 2;
+// Peers depend on what this rank does in a large collective, also while its caller computes. A small one they have
+// already: who waits does the rest.
+bool wants_thread(const Operation& operation) { return !operation.is_small(); }
 
 }  // namespace
 
@@ -54,13 +57,13 @@ class Group::State {
 
     std::mutex launching_;          // one launch at a time: numbers are announced in order
     std::mutex mutex_;              // of what follows
-    std::condition_variable work_;  // for the communication thread: there is a large collective, or the end
+    std::condition_variable work_;  // for the communication thread: there is a collective for it, or the end
     std::condition_variable done_;  // for those who wait: nobody executes now
     std::deque<std::shared_ptr<Operation>> queue_;     // launched, to be executed in order
     std::deque<std::shared_ptr<Operation>> executed_;  // here; peers may still be at it
     std::vector<std::shared_ptr<Allocation>> idle_staging_;
     std::uint32_t launched_ = 0;
-    int large_queued_ = 0;
+    int queued_for_thread_ = 0;
     bool executing_ = false;
     bool closing_ = false;
 
@@ -83,8 +86,8 @@ std::shared_ptr<Operation> Group::State::launch(const Request& request, void* da
     const std::lock_guard lock(mutex_);
     ++launched_;
     queue_.push_back(operation);
-    if (!operation->is_small()) {
-        ++large_queued_;
+    if (wants_thread(*operation)) {
+        ++queued_for_thread_;
         work_.notify_one();
     }
     forget_finished();
@@ -146,7 +149,7 @@ void Group::State::run_or_wait(std::unique_lock<std::mutex>& lock) {
 void Group::State::run_next(std::unique_lock<std::mutex>& lock) {
     const std::shared_ptr<Operation> operation = queue_.front();
     queue_.pop_front();
-    if (!operation->is_small()) --large_queued_;
+    if (wants_thread(*operation)) --queued_for_thread_;
     executing_ = true;
     lock.unlock();
     try {
@@ -161,13 +164,13 @@ void Group::State::run_next(std::unique_lock<std::mutex>& lock) {
     operation->executed = true;
     if (operation->memory != nullptr) executed_.push_back(operation);
     done_.notify_all();
-    if (large_queued_ > 0) work_.notify_one();
+    if (queued_for_thread_ > 0) work_.notify_one();
 }
 
 void Group::State::communicate() {
     std::unique_lock lock(mutex_);
     while (!closing_) {
-        if (!executing_ && large_queued_ > 0) {
+        if (!executing_ && queued_for_thread_ > 0) {
             run_next(lock);
         } else {
             work_.wait(lock);

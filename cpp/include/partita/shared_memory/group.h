@@ -3,11 +3,11 @@
 // [Note: how a collective runs]
 // All ranks launch the same collectives in the same order; number k of each rank belongs together. A launch announces
 // the collective in the control memory: what it is, and where this rank's buffer lies (small values travel in the
-// announcement itself). From then on peers can read it. The rest is done once per rank, by the communication thread or
-// by whoever waits first: when all have announced number k, each rank computes its own part straight out of its peers'
-// memory, in rank order, so a result never depends on timing. Three counters per rank say how far it is: `posted`,
-// `reduced` (its part of an all-reduce is ready to be gathered), `finished` (it no longer reads its peers). Nothing
-// else synchronises, and nobody writes into another rank's buffers.
+// announcement itself). From then on peers can read it. The rest is done once per rank, by the communication thread
+// (large ones) or by whoever waits first: when all have announced number k, each rank computes its own part
+// straight out of its peers' memory, in rank order, so a result never depends on timing. Three counters per rank say
+// how far it is: `posted`, `reduced` (its part of an all-reduce is ready to be gathered), `finished` (it no longer
+// reads its peers). Nothing else synchronises, and nobody writes into another rank's buffers.
 #pragma once
 
 #include <chrono>
