@@ -11,6 +11,7 @@ python -m pytest -q -o addopts= bench/micro --benchmark-json "$results/micro.jso
 for dtype in fp32 bf16 fp16; do
   python bench/peers/optimizer_step.py --dtype "$dtype" --json "$results/optimizer_step_$dtype.json"
 done
+$ranks bench/peers/collectives.py --json "$results/collectives.json"
 for dtype in fp32 bf16; do
   $ranks bench/peers/step_time.py --dtype "$dtype" --json "$results/step_time_$dtype.json"
 done

@@ -16,6 +16,7 @@ import io
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,8 +158,9 @@ def _deepspeed(task: Task, stage: int) -> Engine:
     return _config_engine(engine)
 
 
-def _partita(task: Task, stage: int) -> Engine:
-    engine, *_ = _library("partita").initialize(model=task.build_model(), config=_engine_config(task, stage))
+def _partita(task: Task, stage: int, transport: str = "auto") -> Engine:
+    config = _engine_config(task, stage) | {"comm": {"transport": transport}, "steps_per_print": 0}
+    engine, *_ = _library("partita").initialize(model=task.build_model(), config=config)
     return _config_engine(engine)
 
 
@@ -195,4 +197,5 @@ ENGINES: dict[str, Entry] = {
     "fsdp2": Entry(_fsdp2, "torch fully_shard per block", sharded_step=True),
     **{f"deepspeed{stage}": _staged(_deepspeed, stage) for stage in (0, 1, 2, 3)},
     **{f"partita{stage}": _staged(_partita, stage) for stage in (0, 1, 2, 3)},
+    **{f"partita{stage}-gloo": _staged(partial(_partita, transport="torch"), stage) for stage in (0, 1, 2)},
 }

@@ -31,6 +31,14 @@ def memory_mib(field: str) -> float:
     raise KeyError(f"{field} is not in /proc/self/status")
 
 
+def peers_mib() -> float:
+    """The part of this process's shared pages that other processes account for: a page of two counts half in each."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss_Shmem:"):
+            return memory_mib("RssShmem") - int(line.split()[1]) / 1024
+    raise KeyError("Pss_Shmem is not in /proc/self/smaps_rollup")
+
+
 TORCH_RESIDENT_MIB = memory_mib("VmRSS")
 
 

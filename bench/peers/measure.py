@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engines import ENGINES, Engine, NotAvailableError
-from environment import Ranks
+from environment import Ranks, peers_mib
 from workload import Batch, Task
 
 # Weights, gradients and two moments in fp32, and the bucket or master copy that most engines add.
@@ -34,6 +34,7 @@ class Pool:
         self._keep = keep
         self._engines: dict[str, Engine] = {}
         self.losses: dict[str, list[float]] = {}
+        self.peers_mib = 0.0  # see `peers_mib`; at the most
 
     def take(self, name: str) -> Engine:
         """Raises `NotAvailableError` when the engine's library is."""
@@ -54,6 +55,7 @@ class Pool:
             self._close(name)
 
     def _close(self, name: str) -> None:
+        self.peers_mib = max(self.peers_mib, peers_mib())
         self._engines.pop(name).close()
         gc.collect()
 

@@ -1,4 +1,7 @@
-"""Peak resident memory per rank, each engine in processes of its own: side by side they could not be told apart."""
+"""Peak resident memory per rank, each engine in processes of its own: side by side they could not be told apart.
+
+The mean over ranks. A page that several of them have mapped counts in parts, so the figures add up to what is used.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,17 @@ def print_memory(arguments: argparse.Namespace, script: str) -> None:
     results = {name: _run(arguments, script, name) for name in arguments.engines}
     rows = [[name, *_cells(name, result)] for name, result in results.items()]
     states_mib = next(iter(results.values()))["parameters"] * 4 / 2**20
-    print(f"peak resident memory of the fullest rank over torch's own; the weights in fp32 are {states_mib:.0f} MiB\n")
-    print_table(["engine", "peak MiB", "x weights", "shared MiB at the end", "note"], rows)
+    print(f"peak resident memory per rank over torch's own; the weights in fp32 are {states_mib:.0f} MiB\n")
+    print_table(["engine", "peak MiB", "x weights", "note"], rows)
     write_json(arguments.json, {"arguments": settings_of(arguments), "memory": results})
 
 
 def _cells(name: str, result: dict[str, Any]) -> list[str]:
     if name in result["missing"]:
-        return ["-", "-", "-", result["missing"][name]]
+        return ["-", "-", result["missing"][name]]
     peak_mib = result["peak_mib"]
     weights_mib = result["parameters"] * 4 / 2**20
-    # A page that several ranks share counts in each of them.
-    return [f"{peak_mib:.0f}", f"{peak_mib / weights_mib:.2f}", f"{result['shared_mib']:.0f}", ""]
+    return [f"{peak_mib:.0f}", f"{peak_mib / weights_mib:.2f}", ""]
 
 
 def _run(arguments: argparse.Namespace, script: str, name: str) -> dict[str, Any]:
