@@ -1,6 +1,6 @@
 """Partita: ZeRO data parallelism and mixed precision for PyTorch, on a native core."""
 
-from partita.comm import init_distributed
+from partita.comm import CommunicationError, init_distributed
 from partita.config import Config, ConfigError, default_config
 from partita.engine import Engine, initialize
 from partita.lifecycle import LifecycleError
@@ -8,6 +8,7 @@ from partita.optim import FusedAdam
 
 __version__ = "0.1.0"
 __all__ = [
+    "CommunicationError",
     "Config",
     "ConfigError",
     "Engine",

@@ -410,10 +410,11 @@ class Engine:
         numel = sum(p.numel() for unit in self._units for p in unit.parameters)
         optimizer = "no optimizer" if self._sharded is None else type(self._sharded.inner).__name__
         logger.info(
-            "ZeRO stage %d, %d ranks, %s, %s on %s; %s parameters in %d units; "
+            "ZeRO stage %d, %d ranks over %s, %s, %s on %s; %s parameters in %d units; "
             "batch %d = %d x %d micro-batches x %d ranks",
             self.config.zero_optimization.stage,
             self.world_size,
+            self._communicator.transport,
             precision,
             optimizer,
             _core.cpu_level(),

@@ -17,10 +17,19 @@ from partita.comm import Communicator, Handle, Reduction, world_communicator
 from torch import Tensor
 
 
+def world_communicator_by_default(transport: str) -> Callable[..., Communicator]:
+    """`world_communicator` for tests that run on a transport of pytest's choice: "auto" now means that one."""
+
+    def make(asked: str = "auto", *args: Any) -> Communicator:
+        return world_communicator(transport if asked == "auto" else asked, *args)
+
+    return make
+
+
 @contextmanager
 def communicating_through(make: Callable[[Communicator], Any]) -> Iterator[Any]:
     """Engines made in this block use `make(the real communicator)`."""
-    made = make(world_communicator())
+    made = make(partita.engine.world_communicator())  # of the transport under test
     with mock.patch.object(partita.engine, "world_communicator", lambda *_: made):
         yield made
 
@@ -30,7 +39,7 @@ class Wrapped(Communicator):
 
     def __init__(self, inner: Communicator) -> None:
         self.inner = inner
-        self.rank, self.world_size = inner.rank, inner.world_size
+        self.rank, self.world_size, self.transport = inner.rank, inner.world_size, inner.transport
 
     def start(self, name: str, buffer: Tensor, collective: Callable[[], Handle]) -> Handle:
         return collective()

@@ -19,6 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 STUB = PACKAGE / "_core.pyi"
 
 PUBLIC_NAMES = [
+    "CommunicationError",
     "Config",
     "ConfigError",
     "Engine",

@@ -36,6 +36,7 @@ class Communicator(ABC):
 
     rank: int
     world_size: int
+    transport: str  # what carries the bytes, for people
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A flat buffer that this transport can work on in place; its content is undefined."""
@@ -103,6 +104,7 @@ class SingleProcess(Communicator):
 
     rank = 0
     world_size = 1
+    transport = "nothing: one process"
 
     def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
         return Done()

@@ -48,6 +48,7 @@ class HierarchicalCommunicator(Communicator):
     ) -> None:
         self.rank = rank
         self.world_size = sum(map(len, hosts))
+        self.transport = f"{inside.transport} on {len(hosts)} hosts, {everyone.transport} between them"
         self._hosts = hosts
         self._host = next(i for i, ranks in enumerate(hosts) if rank in ranks)
         self._inside, self._between, self._everyone = inside, between, everyone

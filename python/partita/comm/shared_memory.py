@@ -44,6 +44,8 @@ class SharedMemoryCommunicator(Communicator):
     A forked child (a data-loading worker, say) sees the parent's buffers: what it writes there, the parent sees.
     """
 
+    transport = "shared memory"
+
     def __init__(self, group: SharedMemoryGroup) -> None:
         self._group = group
         self.rank = group.rank

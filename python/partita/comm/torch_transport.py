@@ -58,7 +58,8 @@ class TorchCommunicator(Communicator):
         self._group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
-        self._gloo = dist.get_backend(group) == "gloo"
+        self.transport = str(dist.get_backend(group))
+        self._gloo = self.transport == "gloo"
         self._reducing: deque[WorkHandle] = deque()
         self._received: dict[torch.dtype, list[Tensor]] = {}  # buffers free for the next reduce-scatter
 
