@@ -23,12 +23,37 @@ FileDescriptor anonymous_memory(std::int64_t bytes) {
     return memory;
 }
 
+namespace {
+
+constexpr std::size_t huge_page_bytes = 2 << 20;
+
+// An address range that begins where a huge page may: memory from the beginning of a file can then lie in huge pages.
+char* reserve_addresses(std::size_t bytes) {
+    const std::size_t longer = bytes + huge_page_bytes;
+    void* found = mmap(nullptr, longer, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (found == MAP_FAILED) throw_errno("reserving " + std::to_string(longer) + " bytes of addresses");
+    char* begin = static_cast<char*>(found);
+    const std::size_t before = -reinterpret_cast<std::uintptr_t>(begin) % huge_page_bytes;
+    if (before > 0) munmap(begin, before);
+    const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    const std::size_t used = before + (bytes + page - 1) / page * page;
+    if (used < longer) munmap(begin + used, longer - used);
+    return begin + before;
+}
+
+}  // namespace
+
 Mapping::Mapping(int fd, std::int64_t bytes, Access access) : bytes_(bytes) {
     const int protection = access == Access::read ? PROT_READ : PROT_READ | PROT_WRITE;
-    void* address = mmap(nullptr, static_cast<std::size_t>(bytes), protection, MAP_SHARED | MAP_NORESERVE, fd, 0);
-    if (address == MAP_FAILED) throw_errno("mapping " + std::to_string(bytes) + " bytes of shared memory");
-    data_ = static_cast<char*>(address);
     const auto size = static_cast<std::size_t>(bytes);
+    char* address = reserve_addresses(size);
+    if (mmap(address, size, protection, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, fd, 0) == MAP_FAILED) {
+        const int reason = errno;
+        munmap(address, size);
+        errno = reason;
+        throw_errno("mapping " + std::to_string(bytes) + " bytes of shared memory");
+    }
+    data_ = address;
     madvise(address, size, MADV_HUGEPAGE);                              // where the system grants it
     if (access == Access::read) madvise(address, size, MADV_DONTDUMP);  // a peer's core dump has it
 }
