@@ -43,6 +43,8 @@ test-cpp: .venv/installed
 	done
 
 test-all: test-cpp .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh -c "cmake --preset tsan && cmake --build --preset tsan && ctest --preset tsan -j 2"
+	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --preset stress
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/installed

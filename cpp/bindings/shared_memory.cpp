@@ -1,3 +1,5 @@
+#include <cmath>
+
 #include "bindings.h"
 #include "partita/reduce.h"
 #include "partita/shared_memory/group.h"
@@ -9,7 +11,8 @@ namespace {
 using release = py::call_guard<py::gil_scoped_release>;
 
 std::chrono::milliseconds milliseconds(double seconds) {
-    return std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1000));
+    if (!(seconds > 0 && seconds <= 1e6)) throw py::value_error("a timeout is above 0 and at most 1e6 seconds");
+    return std::chrono::milliseconds(static_cast<std::int64_t>(std::ceil(seconds * 1000)));
 }
 
 using GroupPointer = std::shared_ptr<Group>;
@@ -63,9 +66,10 @@ void register_requests(py::module_& m) {
 }
 
 void register_group(py::module_& m) {
-    py::class_<Listener>(m, "Listener").def(py::init<>()).def_property_readonly("address", [](const Listener& l) {
-        return py::bytes(l.address());
-    });
+    py::class_<Listener>(m, "Listener")
+        .def(py::init<>())
+        .def_property_readonly("address", [](const Listener& l) { return py::bytes(l.address()); })
+        .def("close", &Listener::close);
     py::class_<Allocation, std::shared_ptr<Allocation>>(m, "SharedBuffer", py::buffer_protocol())
         .def_buffer([](Allocation& a) { return py::buffer_info(a.data(), a.bytes()); });
     py::class_<Pending<Operation>>(m, "Operation").def("wait", &Pending<Operation>::wait, release());

@@ -353,11 +353,13 @@ class Engine:
         """Lets go of the model: hooks are removed, buffers are freed with the last parameter that lies in them."""
         if self._phase is Phase.DESTROYED:
             return
-        self._reducer.close()
-        self._units.clear()
-        self._sharded = self.optimizer = self.lr_scheduler = None
-        self._communicator.close()
         self._phase = Phase.DESTROYED
+        try:
+            self._reducer.close()
+        finally:  # the collectives under way may have failed
+            self._units.clear()
+            self._sharded = self.optimizer = self.lr_scheduler = None
+            self._communicator.close()
 
     # -- parts
 

@@ -21,10 +21,14 @@ class RankError(AssertionError):
 
 
 class RankPool:
-    """`world_size` processes in one gloo group; `run` calls a module-level function on all of them."""
+    """`world_size` processes in one gloo group; `run` calls a module-level function on all of them.
 
-    def __init__(self, world_size: int) -> None:
+    Their engines and communicators use `transport`, unless a config or a call asks for another one.
+    """
+
+    def __init__(self, world_size: int, transport: str) -> None:
         self.world_size = world_size
+        self.transport = transport
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -53,7 +57,8 @@ class RankPool:
         store = Path(tempfile.mkdtemp(prefix="partita-ranks-")) / "store"
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world_size, str(store), theirs), daemon=True)
+            args = (rank, self.world_size, str(store), self.transport, theirs)
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             self._processes.append(process)
             self._pipes.append(ours)
@@ -68,12 +73,15 @@ class RankPool:
         return None, None, f"no result within {RESULT_TIMEOUT_S} s"
 
 
-def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, store: str, transport: str, pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    import partita.engine
     import torch
     import torch.distributed as dist
+    from communicators import world_communicator_by_default
 
     torch.set_num_threads(1)
+    partita.engine.world_communicator = world_communicator_by_default(transport)  # type: ignore[assignment]
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
     )

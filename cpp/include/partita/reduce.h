@@ -10,7 +10,8 @@ namespace partita {
 enum class Reduction : std::uint8_t { sum, average, max };
 
 // to = reduction of `count` sources, taken in their order; `to` may be one of them. Sums are formed in fp32 and rounded
-// once to the type; a NaN in any source is one in the maximum. All sources have the type and size of `to`.
+// once to the type; an average is the sum times the reciprocal of `count` in fp32; a NaN in any source is one in the
+// maximum. All sources have the type and size of `to`.
 void reduce(Span to, const void* const* sources, int count, Reduction reduction, int threads);
 
 // The same in fp64.

@@ -10,9 +10,7 @@
 namespace partita {
 namespace {
 
-constexpr std::int64_t huge_page_bytes = 2 << 20;
-constexpr std::int64_t address_space_bytes = std::int64_t{32}
-                                             << 40;  // for all arenas of a group, of the 128 TiB there are
+constexpr std::int64_t times_the_share = 4;
 
 std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -31,7 +29,7 @@ char* Allocation::data() const { return arena_->mapping()->data() + offset_; }
 
 std::int64_t Arena::default_capacity_bytes(int world_size) {
     const std::int64_t memory = std::int64_t{sysconf(_SC_PHYS_PAGES)} * page_bytes();
-    return round_up(std::min(4 * memory, address_space_bytes / world_size), huge_page_bytes);
+    return round_up(times_the_share * memory / world_size, huge_page_bytes);
 }
 
 std::shared_ptr<Arena> Arena::create(std::int64_t capacity_bytes) {
@@ -46,11 +44,13 @@ Arena::Arena(std::int64_t capacity_bytes)
 }
 
 std::shared_ptr<Allocation> Arena::allocate(std::int64_t bytes) {
-    // Large allocations take whole huge pages; small ones whole pages, which can be given back.
+    if (bytes < 0 || bytes > capacity_bytes()) throw std::bad_alloc();
+    // Whole pages, which can be given back.
     const std::int64_t reserved = round_up(std::max<std::int64_t>(bytes, 1), page_bytes());
+    std::shared_ptr<Allocation> allocation;  // outlives the lock, which its end needs
     const std::lock_guard lock(mutex_);
     const std::int64_t offset = take(reserved);
-    auto allocation = std::make_shared<Allocation>(shared_from_this(), offset, bytes, reserved);
+    allocation = std::make_shared<Allocation>(shared_from_this(), offset, bytes, reserved);
     live_[offset] = allocation;
     return allocation;
 }
@@ -73,10 +73,11 @@ std::int64_t Arena::take(std::int64_t bytes) {
 std::shared_ptr<Allocation> Arena::find(const void* data, std::int64_t bytes) {
     const std::int64_t offset = static_cast<const char*>(data) - mapping_->data();
     if (offset < 0 || offset >= mapping_->bytes()) return nullptr;
+    std::shared_ptr<Allocation> allocation;  // outlives the lock, which its end needs
     const std::lock_guard lock(mutex_);
     auto next = live_.upper_bound(offset);
     if (next == live_.begin()) return nullptr;
-    auto allocation = std::prev(next)->second.lock();
+    allocation = std::prev(next)->second.lock();
     const bool holds = allocation != nullptr && offset + bytes <= allocation->offset() + allocation->bytes();
     return holds ? allocation : nullptr;
 }

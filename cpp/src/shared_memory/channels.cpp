@@ -28,6 +28,7 @@ std::string Channels::describe(const Transfer& transfer) const {
 }
 
 std::shared_ptr<Transfer> Channels::send(const void* data, Element element, std::int64_t numel, int to) {
+    peers_.require_member();
     peers_.require_usable();
     check(to, numel, "send to");
     Outgoing& outgoing = *outgoing_[static_cast<std::size_t>(to)];
@@ -42,7 +43,7 @@ std::shared_ptr<Transfer> Channels::send(const void* data, Element element, std:
     const char* from = static_cast<const char*>(data);
     if (!transfer->in_place) {
         transfer->memory = arena_->allocate(bytes);
-        std::memcpy(transfer->memory->data(), data, static_cast<std::size_t>(bytes));
+        if (bytes > 0) std::memcpy(transfer->memory->data(), data, static_cast<std::size_t>(bytes));
         from = transfer->memory->data();
     }
     channel.messages[transfer->number % messages_per_channel] = {element, numel, from - arena_->mapping()->data()};
@@ -54,6 +55,7 @@ std::shared_ptr<Transfer> Channels::send(const void* data, Element element, std:
 }
 
 std::shared_ptr<Transfer> Channels::receive(void* data, Element element, std::int64_t numel, int from) {
+    peers_.require_member();
     peers_.require_usable();
     check(from, numel, "receive from");
     Incoming& incoming = *incoming_[static_cast<std::size_t>(from)];
@@ -64,22 +66,27 @@ std::shared_ptr<Transfer> Channels::receive(void* data, Element element, std::in
 }
 
 void Channels::wait(Transfer& transfer) {
+    peers_.require_member();
     const auto peer = static_cast<std::size_t>(transfer.peer);
     if (!transfer.sends) {
-        const std::lock_guard lock(incoming_[peer]->mutex);
+        const std::lock_guard receiving(incoming_[peer]->receiving);
         while (!transfer.done) receive_next(transfer.peer, *incoming_[peer]);
         return;
     }
-    const std::lock_guard lock(outgoing_[peer]->mutex);
     if (transfer.in_place) {
         Signal& taken = peers_.control().channel(peers_.rank(), transfer.peer).taken;
         peers_.await(transfer.peer, taken, transfer.number + 1, [&] { return describe(transfer); });
     }
+    const std::lock_guard lock(outgoing_[peer]->mutex);
     forget_taken(transfer.peer, *outgoing_[peer]);
 }
 
 void Channels::receive_next(int from, Incoming& incoming) {
-    const std::shared_ptr<Transfer> transfer = incoming.unreceived.front().lock();
+    std::shared_ptr<Transfer> transfer;
+    {
+        const std::lock_guard lock(incoming.mutex);
+        transfer = incoming.unreceived.front().lock();
+    }
     Channel& channel = peers_.control().channel(from, peers_.rank());
     const std::uint32_t number = incoming.received;
     peers_.await(from, channel.sent, number + 1, [&] {
@@ -94,12 +101,15 @@ void Channels::receive_next(int from, Incoming& incoming) {
             peers_.require_usable();
         }
         const char* source = members_[static_cast<std::size_t>(from)].memory->data() + message.offset;
-        std::memcpy(transfer->data, source, static_cast<std::size_t>(message.numel * size_of(message.element)));
+        const std::int64_t bytes = message.numel * size_of(message.element);
+        if (bytes > 0) std::memcpy(transfer->data, source, static_cast<std::size_t>(bytes));
         transfer->done = true;
     }
-    incoming.unreceived.pop_front();
-    ++incoming.received;
-    channel.taken.raise(incoming.received);
+    {
+        const std::lock_guard lock(incoming.mutex);
+        incoming.unreceived.pop_front();
+    }
+    channel.taken.raise(++incoming.received);
 }
 
 void Channels::forget_taken(int to, Outgoing& outgoing) {
@@ -112,6 +122,7 @@ void Channels::forget_taken(int to, Outgoing& outgoing) {
 
 void Channels::leave_pages() {
     for (const auto& outgoing : outgoing_) {
+        const std::lock_guard lock(outgoing->mutex);
         for (const auto& transfer : outgoing->untaken) {
             if (transfer->memory != nullptr) transfer->memory->leave_pages();
         }

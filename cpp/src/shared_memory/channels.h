@@ -14,8 +14,8 @@ namespace partita {
 // A send or a receive under way.
 class Transfer {
   public:
-    Transfer(bool sends, int peer, std::uint32_t number, Element element, std::int64_t numel, void* data)
-        : sends(sends), peer(peer), number(number), element(element), numel(numel), data(data) {}
+    Transfer(bool is_send, int other, std::uint32_t count, Element type, std::int64_t elements, void* target)
+        : sends(is_send), peer(other), number(count), element(type), numel(elements), data(target) {}
 
     const bool sends;
     const int peer;
@@ -44,9 +44,11 @@ class Channels {
         std::uint32_t sent = 0;
         std::deque<std::shared_ptr<Transfer>> untaken;
     };
-    struct Incoming {  // from one peer
-        std::mutex mutex;
-        std::uint32_t asked = 0, received = 0;
+    struct Incoming {          // from one peer
+        std::mutex receiving;  // held while data is waited for and copied
+        std::uint32_t received = 0;
+        std::mutex mutex;  // of what follows
+        std::uint32_t asked = 0;
         std::deque<std::weak_ptr<Transfer>> unreceived;  // expired: nobody wants the data
     };
 

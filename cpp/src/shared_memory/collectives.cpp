@@ -50,7 +50,10 @@ void Collectives::await_slot(const Operation& operation) {
 }
 
 void Collectives::await_finished(const Operation& operation) {
-    peers_.await_all(&RankState::finished, operation.number + 1, [&] { return describe(operation); });
+    const auto why = [&] { return describe(operation); };
+    peers_.await_all(&RankState::finished, operation.number + 1, why);
+    // A rank that gave up may have written its buffer again while this one still read it.
+    peers_.require_no_failure(why);
 }
 
 bool Collectives::is_finished(const Operation& operation) const {
@@ -80,6 +83,7 @@ void Collectives::execute(Operation& operation) {
             copy(operation.buffer, buffers[static_cast<std::size_t>(request.root)], request.bytes());
             break;
     }
+    peers_.own().reduced.raise(operation.number + 1);  // also where nobody looks: counts must not lag behind
     peers_.own().finished.raise(operation.number + 1);
 }
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
+#include <string>
 #include <vector>
 
 #include "partita/shared_memory/arena.h"
@@ -12,8 +14,7 @@ namespace partita {
 // A collective under way on this rank.
 class Operation {
   public:
-    Operation(const Request& request, std::uint32_t number, char* user)
-        : request(request), number(number), user(user) {}
+    Operation(const Request& what, std::uint32_t count, char* data) : request(what), number(count), user(data) {}
 
     const Request request;
     const std::uint32_t number;  // among the group's collectives
@@ -23,8 +24,9 @@ class Operation {
     std::shared_ptr<Allocation> memory;  // that holds `buffer`, while peers may read it
     std::vector<char> values;            // holds `buffer` for small collectives
     bool executed = false;
-    bool delivered = false;
     std::string error;
+    std::mutex delivering;  // of `delivered`
+    bool delivered = false;
 
     bool is_small() const { return request.bytes() <= payload_bytes; }
 };
@@ -44,9 +46,8 @@ class Collectives {
     // The slot of a number is free again when the collective that had it before is finished everywhere.
     void await_slot(const Operation& operation);
 
-    std::string describe(const Operation& operation) const;
-
   private:
+    std::string describe(const Operation& operation) const;
     void check_agreement(const Operation& operation) const;
     std::vector<const char*> buffers_of(const Operation& operation) const;
     void all_reduce(Operation& operation, const std::vector<const char*>& buffers);

@@ -1,5 +1,5 @@
-// What ranks tell each other: the layout of the group's control memory. It begins as zeros, and every field is written
-// by one rank only.
+// What ranks tell each other: the layout of the group's control memory. It begins as zeros. Every field is
+// written by one rank only, but for the count of those who sleep on a signal.
 #pragma once
 
 #include <atomic>

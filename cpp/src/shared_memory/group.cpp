@@ -13,6 +13,7 @@ namespace partita {
 namespace {
 
 constexpr std::size_t idle_staging_buffers = 2;
+constexpr std::int64_t most_idle_staging_bytes = 64 << 20;  // each
 // Peers depend on what this rank does in a large collective, also while its caller computes. A small one they have
 // already: who waits does the rest.
 bool wants_thread(const Operation& operation) { return !operation.is_small(); }
@@ -38,7 +39,7 @@ class Group::State {
 
     const Membership& membership() const { return membership_; }
     Channels& channels() { return channels_; }
-    bool forked() const { return peers_.forked(); }
+    Peers& peers() { return peers_; }
 
   private:
     void communicate();
@@ -55,6 +56,7 @@ class Group::State {
     Collectives collectives_;
     Channels channels_;
 
+    std::mutex closing_mutex_;      // one close at a time
     std::mutex launching_;          // one launch at a time: numbers are announced in order
     std::mutex mutex_;              // of what follows
     std::condition_variable work_;  // for the communication thread: there is a collective for it, or the end
@@ -71,6 +73,7 @@ class Group::State {
 };
 
 std::shared_ptr<Operation> Group::State::launch(const Request& request, void* data) {
+    peers_.require_member();
     const std::lock_guard launching(launching_);
     peers_.require_usable();
     check(request, peers_.world_size());
@@ -114,18 +117,19 @@ std::int64_t Group::State::place(Operation& operation) {
 }
 
 void Group::State::wait(Operation& operation) {
-    if (operation.delivered) return;
+    peers_.require_member();
     {
         std::unique_lock lock(mutex_);
         while (!operation.executed) run_or_wait(lock);
     }
     if (!operation.error.empty()) throw CommunicationError(operation.error);
+    const std::lock_guard delivering(operation.delivering);
+    if (operation.delivered) return;
     if (!operation.is_small()) collectives_.await_finished(operation);
     deliver(operation);
 }
 
 void Group::State::deliver(Operation& operation) {
-    operation.delivered = true;
     const bool staged = operation.buffer != operation.user;
     if (staged && operation.request.numel > 0) {
         std::memcpy(operation.user, operation.buffer, static_cast<std::size_t>(operation.request.bytes()));
@@ -133,6 +137,7 @@ void Group::State::deliver(Operation& operation) {
     const std::lock_guard lock(mutex_);
     if (staged && operation.memory != nullptr) keep_staging(std::move(operation.memory));
     operation.memory = nullptr;
+    operation.delivered = true;
     forget_finished();
 }
 
@@ -155,8 +160,12 @@ void Group::State::run_next(std::unique_lock<std::mutex>& lock) {
     try {
         peers_.require_usable();
         collectives_.execute(*operation);
-    } catch (const std::exception& error) {
+    } catch (const CommunicationError& error) {
         operation->error = error.what();
+        peers_.fail(operation->error);
+    } catch (const std::exception& error) {
+        operation->error =
+            describe(operation->request) + " failed on rank " + std::to_string(peers_.rank()) + ": " + error.what();
         peers_.fail(operation->error);
     }
     lock.lock();
@@ -201,20 +210,25 @@ std::shared_ptr<Allocation> Group::State::take_staging(std::int64_t bytes) {
 
 // For the next one: the first touch of a page costs more than the collective. The caller holds the lock.
 void Group::State::keep_staging(std::shared_ptr<Allocation> staging) {
+    if (staging->bytes() > most_idle_staging_bytes) return;
     idle_staging_.push_back(std::move(staging));
     if (idle_staging_.size() > idle_staging_buffers) idle_staging_.erase(idle_staging_.begin());
 }
 
 void Group::State::close() {
-    if (peers_.forked() || !thread_.joinable()) return;
-    peers_.leave();
+    if (peers_.forked()) return;
+    const std::lock_guard closing(closing_mutex_);
+    if (!thread_.joinable()) return;
+    peers_.leave();  // whoever waits for a peer gives up
     {
         const std::lock_guard lock(mutex_);
         closing_ = true;
     }
     work_.notify_one();
     thread_.join();
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard launching(launching_);
+    std::unique_lock lock(mutex_);
+    while (executing_) done_.wait(lock);
     for (const auto* operations : {&queue_, &executed_}) {
         for (const auto& operation : *operations) {
             if (operation->memory != nullptr && !collectives_.is_finished(*operation)) operation->memory->leave_pages();
@@ -228,13 +242,16 @@ Group::Group(Membership membership, std::chrono::milliseconds timeout, int threa
 
 Group::~Group() {
     // In a forked child the thread and what it waits on are the parent's: nothing here can be ended.
-    if (state_->forked()) static_cast<void>(state_.release());
+    if (state_->peers().forked()) static_cast<void>(state_.release());
 }
 
 int Group::rank() const { return state_->membership().rank; }
 int Group::world_size() const { return state_->membership().world_size(); }
 
-std::shared_ptr<Allocation> Group::allocate(std::int64_t bytes) { return state_->membership().arena->allocate(bytes); }
+std::shared_ptr<Allocation> Group::allocate(std::int64_t bytes) {
+    state_->peers().require_member();
+    return state_->membership().arena->allocate(bytes);
+}
 std::int64_t Group::committed_bytes() const { return state_->membership().arena->committed_bytes(); }
 
 std::shared_ptr<Operation> Group::launch(const Request& request, void* data) { return state_->launch(request, data); }

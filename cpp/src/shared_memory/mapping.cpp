@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -25,15 +26,16 @@ FileDescriptor anonymous_memory(std::int64_t bytes) {
 
 namespace {
 
-constexpr std::size_t huge_page_bytes = 2 << 20;
+static_assert(sizeof(void*) == 8, "arenas are larger than the addresses of 32 bits");
 
 // An address range that begins where a huge page may: memory from the beginning of a file can then lie in huge pages.
 char* reserve_addresses(std::size_t bytes) {
-    const std::size_t longer = bytes + huge_page_bytes;
+    constexpr std::size_t alignment = huge_page_bytes;
+    const std::size_t longer = bytes + alignment;
     void* found = mmap(nullptr, longer, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (found == MAP_FAILED) throw_errno("reserving " + std::to_string(longer) + " bytes of addresses");
     char* begin = static_cast<char*>(found);
-    const std::size_t before = -reinterpret_cast<std::uintptr_t>(begin) % huge_page_bytes;
+    const std::size_t before = -reinterpret_cast<std::uintptr_t>(begin) % alignment;
     if (before > 0) munmap(begin, before);
     const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
     const std::size_t used = before + (bytes + page - 1) / page * page;
@@ -54,8 +56,14 @@ Mapping::Mapping(int fd, std::int64_t bytes, Access access) : bytes_(bytes) {
         throw_errno("mapping " + std::to_string(bytes) + " bytes of shared memory");
     }
     data_ = address;
-    madvise(address, size, MADV_HUGEPAGE);                              // where the system grants it
-    if (access == Access::read) madvise(address, size, MADV_DONTDUMP);  // a peer's core dump has it
+    madvise(address, size, MADV_HUGEPAGE);  // where the system grants it
+    madvise(address, size, MADV_DONTDUMP);  // a core dump would touch, and so commit, all of it
+}
+
+bool is_anonymous_memory(int fd, std::int64_t bytes) {
+    struct stat status{};
+    const int seals = fcntl(fd, F_GET_SEALS);
+    return seals >= 0 && (seals & F_SEAL_SHRINK) != 0 && fstat(fd, &status) == 0 && status.st_size == bytes;
 }
 
 Mapping::~Mapping() {

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <climits>
 #include <cstddef>
 #include <cstring>
 
@@ -19,6 +20,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr std::size_t most_fds = 2;
+constexpr auto patience_with_strangers = std::chrono::seconds(5);  // members speak as soon as they are connected
 
 // What two ranks tell each other, together with the descriptors of their memory (and of the control memory, by rank 0).
 struct Hello {
@@ -26,6 +28,7 @@ struct Hello {
     std::int32_t rank;
     std::int32_t world_size;
     std::int64_t arena_bytes;
+    std::int64_t control_bytes;  // differs between versions that lay it out differently
 };
 
 struct Introduction {
@@ -51,13 +54,14 @@ bool readable_before(int socket, Clock::time_point deadline) {
     for (;;) {
         const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
         pollfd state{socket, POLLIN, 0};
-        const int ready = poll(&state, 1, static_cast<int>(std::max<std::int64_t>(left, 0)));
+        const int ready = poll(&state, 1, static_cast<int>(std::clamp<std::int64_t>(left, 0, INT_MAX)));
         if (ready >= 0) return ready > 0;
         if (errno != EINTR) throw_errno("poll");
     }
 }
 
-void send_hello(int socket, const Hello& hello, const std::vector<int>& fds) {
+// False when the other side has gone.
+bool send_hello(int socket, const Hello& hello, const std::vector<int>& fds) {
     Hello content = hello;
     iovec part{&content, sizeof content};
     alignas(cmsghdr) char ancillary[CMSG_SPACE(most_fds * sizeof(int))] = {};
@@ -71,7 +75,7 @@ void send_hello(int socket, const Hello& hello, const std::vector<int>& fds) {
     header->cmsg_type = SCM_RIGHTS;
     header->cmsg_len = CMSG_LEN(fds.size() * sizeof(int));
     std::memcpy(CMSG_DATA(header), fds.data(), fds.size() * sizeof(int));
-    if (sendmsg(socket, &message, MSG_NOSIGNAL) < 0) throw_errno("handing memory to another rank");
+    return sendmsg(socket, &message, MSG_NOSIGNAL) >= 0;
 }
 
 // False when the other side said nothing sensible.
@@ -84,6 +88,9 @@ bool receive_hello(int socket, Introduction& introduction) {
     message.msg_control = ancillary;
     message.msg_controllen = sizeof ancillary;
     const ssize_t received = recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
+    if (received >= 0 && (message.msg_flags & MSG_CTRUNC) != 0) {
+        throw std::system_error(EMFILE, std::generic_category(), "taking over another rank's memory");
+    }
     const cmsghdr* header = received < 0 ? nullptr : CMSG_FIRSTHDR(&message);
     if (header != nullptr && header->cmsg_type == SCM_RIGHTS) {
         const std::size_t count = std::min((header->cmsg_len - CMSG_LEN(0)) / sizeof(int), most_fds);
@@ -94,8 +101,11 @@ bool receive_hello(int socket, Introduction& introduction) {
     return received == static_cast<ssize_t>(sizeof(Hello)) && introduction.fds[0].valid();
 }
 
-FileDescriptor connect_to(const std::string& address) {
+FileDescriptor connect_to(const std::string& address, Clock::time_point deadline) {
     FileDescriptor connection = make_socket();
+    const auto left = std::chrono::duration_cast<std::chrono::seconds>(deadline - Clock::now()).count();
+    const timeval patience{std::max<std::int64_t>(left, 1), 0};
+    if (setsockopt(connection.get(), SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience) != 0) throw_errno("timeout");
     sockaddr_un name{};
     name.sun_family = AF_UNIX;
     if (address.size() > sizeof name.sun_path) throw std::invalid_argument("an address of a rank is too long");
@@ -140,56 +150,64 @@ class Meeting {
         return std::make_shared<Mapping>(fd, Control::bytes(result_.world_size()), Mapping::Access::read_write);
     }
 
-    [[noreturn]] void missing(int rank) const {
+    [[noreturn]] void missing(int rank, const std::string& why = "") const {
         throw CommunicationError("rank " + std::to_string(rank) + " did not join the shared-memory group of rank " +
-                                 std::to_string(result_.rank));
+                                 std::to_string(result_.rank) + (why.empty() ? "" : ": " + why));
     }
 
-    void introduce_to(int socket) {
-        const Hello hello{token_, result_.rank, result_.world_size(), result_.arena->capacity_bytes()};
+    void introduce_to(int socket, int rank) {
+        const Hello hello{token_, result_.rank, result_.world_size(), result_.arena->capacity_bytes(),
+                          Control::bytes(result_.world_size())};
         std::vector<int> fds{result_.arena->fd()};
         if (result_.rank == 0) fds.push_back(control_.get());
-        send_hello(socket, hello, fds);
+        if (!send_hello(socket, hello, fds)) missing(rank);
     }
 
     FileDescriptor call(int rank) {
         FileDescriptor connection;
         try {
-            connection = connect_to(addresses_[static_cast<std::size_t>(rank)]);
-        } catch (const std::system_error&) {
-            missing(rank);
+            connection = connect_to(addresses_[static_cast<std::size_t>(rank)], deadline_);
+        } catch (const std::system_error& error) {
+            missing(rank, error.what());
         }
         if (credentials_of(connection.get()).uid != geteuid()) {
             throw CommunicationError("rank " + std::to_string(rank) + " runs as another user");
         }
-        introduce_to(connection.get());
+        introduce_to(connection.get(), rank);
         return connection;
     }
 
     // Lets in one of the higher ranks; whoever does not belong here is turned away.
     void answer_one(const Listener& listener) {
         for (;;) {
-            if (!readable_before(listener.fd(), deadline_)) missing(first_missing());
+            if (!readable_before(listener.fd(), deadline_) || Clock::now() >= deadline_) missing(first_missing());
             const FileDescriptor connection(accept4(listener.fd(), nullptr, nullptr, SOCK_CLOEXEC));
+            if (!connection.valid() && errno != EINTR && errno != EAGAIN && errno != ECONNABORTED)
+                throw_errno("accept");
             Introduction introduction;
             if (!connection.valid() || credentials_of(connection.get()).uid != geteuid()) continue;
-            if (!readable_before(connection.get(), deadline_)) missing(first_missing());
+            if (!readable_before(connection.get(), std::min(deadline_, Clock::now() + patience_with_strangers)))
+                continue;
             if (!receive_hello(connection.get(), introduction) || !admit(connection.get(), introduction)) continue;
-            introduce_to(connection.get());
+            introduce_to(connection.get(), introduction.hello.rank);
             return;
         }
     }
 
+    // Of those that connect to this one.
     int first_missing() const {
-        const auto& members = result_.members;
-        const auto found = std::find_if(members.begin(), members.end(), [](const Member& m) { return !m.memory; });
-        return static_cast<int>(found - members.begin());
+        int rank = result_.rank + 1;
+        while (result_.members[static_cast<std::size_t>(rank)].memory != nullptr) ++rank;
+        return rank;
     }
 
     bool admit(int socket, Introduction& introduction) {
         const Hello& hello = introduction.hello;
+        const std::int64_t control_bytes = Control::bytes(result_.world_size());
         const bool belongs = hello.token == token_ && hello.world_size == result_.world_size() && hello.rank >= 0 &&
-                             hello.rank < hello.world_size;
+                             hello.rank < hello.world_size && hello.control_bytes == control_bytes &&
+                             is_anonymous_memory(introduction.fds[0].get(), hello.arena_bytes) &&
+                             (hello.rank > 0 || is_anonymous_memory(introduction.fds[1].get(), control_bytes));
         if (!belongs) return false;
         Member& member = result_.members[static_cast<std::size_t>(hello.rank)];
         if (member.memory != nullptr) return false;

@@ -9,6 +9,10 @@
 #include <cerrno>
 #include <cstring>
 
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434  // the same on all processors; older headers lack it
+#endif
+
 namespace partita {
 namespace {
 
@@ -122,11 +126,21 @@ bool Peers::has_died(int rank) const {
     return process > 0 && kill(process, 0) != 0 && errno == ESRCH;
 }
 
-void Peers::require_usable() {
-    if (forked()) {
-        throw CommunicationError("rank " + std::to_string(rank_) + " is process " + std::to_string(process_) +
-                                 ": its forked child " + std::to_string(getpid()) + " is no member of the group");
+void Peers::require_member() const {
+    if (!forked()) return;
+    throw CommunicationError("rank " + std::to_string(rank_) + " is process " + std::to_string(process_) +
+                             ": its forked child " + std::to_string(getpid()) + " is no member of the group");
+}
+
+void Peers::require_no_failure(const Describe& describe) {
+    for (int r = 0; r < world_size(); ++r) {
+        if (r == rank_ || control_.state(r).standing.load() != Standing::failed) continue;
+        fail(describe() + " on rank " + std::to_string(rank_) + ": " + why_missing(r, false));
+        require_usable();
     }
+}
+
+void Peers::require_usable() {
     if (failed_) {
         const std::lock_guard lock(mutex_);
         throw CommunicationError(failure_);
@@ -152,10 +166,13 @@ void Peers::leave() {
     if (leaving_.exchange(true)) return;
     Standing expected = Standing::member;
     own().standing.compare_exchange_strong(expected, Standing::left);
-    for (int r = 0; r < world_size(); ++r) wake_sleepers(r);  // the peers, and threads of this process
+    wake_sleepers(rank_);
+    // Threads of this process sleep on the peers' signals.
+    for (int r = 0; r < world_size(); ++r) {
+        RankState& state = control_.state(r);
+        for (Signal* signal : {&state.posted, &state.reduced, &state.finished}) signal->wake();
+    }
 }
-
-bool Peers::forked() const { return getpid() != process_; }
 
 // Everything that somebody may sleep on until this rank raises it, or that this rank's threads may sleep on.
 void Peers::wake_sleepers(int rank) {

@@ -6,6 +6,8 @@
 // the reason stands where the peers find it, so that they do not wait for this rank either.
 #pragma once
 
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <functional>
@@ -32,16 +34,21 @@ class Peers {
     bool all_reached(Signal RankState::* signal, std::uint32_t target) const;
     // Returns when all ranks have raised the signal that far; throws CommunicationError when one will not.
     void await_all(Signal RankState::* signal, std::uint32_t target, const Describe& describe);
+    // Throws CommunicationError when a rank has failed: what it did last may not be what it announced.
+    void require_no_failure(const Describe& describe);
     // The same for one signal, which belongs to `rank`.
     void await(int rank, Signal& signal, std::uint32_t target, const Describe& describe);
 
-    // Throws CommunicationError if the group has failed or was closed, or this is a forked child of the member.
+    // Throws CommunicationError in a forked child of the member. What threads of the parent held or were about to do is
+    // lost there, so this comes before any lock.
+    void require_member() const;
+    // Throws CommunicationError if the group has failed or was closed.
     void require_usable();
     // The group has failed on this rank for this reason (unless it has before); tells the peers.
     void fail(const std::string& reason);
     // This rank leaves; whoever waits, here or elsewhere, looks around.
     void leave();
-    bool forked() const;
+    bool forked() const { return getpid() != process_; }
 
   private:
     struct Awaited {

@@ -83,12 +83,16 @@ class Communicator(ABC):
     def send(self, tensor: Tensor, destination: int) -> Handle:
         """Sends a contiguous tensor of any dtype; it may change after the wait, which may last until the receiver's.
 
-        Sends from one rank to another are received in their order.
+        Sends from one rank to another are received in their order. Some transports hold no more than 16 that are not
+        received yet, and wait in the next.
         """
 
     @abstractmethod
     def recv(self, tensor: Tensor, source: int) -> Handle:
-        """A contiguous tensor becomes what rank `source` sends, which has its dtype and number of elements."""
+        """A contiguous tensor becomes what rank `source` sends, which has its dtype and number of elements.
+
+        The handles of one source are waited for, and dropped, by one thread.
+        """
 
     @abstractmethod
     def barrier(self) -> None:

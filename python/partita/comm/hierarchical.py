@@ -95,7 +95,15 @@ class HierarchicalCommunicator(Communicator):
         self._inside.close()
 
     def _run(self, function: Callable[..., None], *args: object) -> Handle:
-        return FutureHandle(self._thread.submit(partial(function, *args)))
+        return FutureHandle(self._thread.submit(partial(self._run_or_leave, function, *args)))
+
+    def _run_or_leave(self, function: Callable[..., None], *args: object) -> None:
+        """What follows a failure would meet other collectives on other ranks: this rank takes no part any more."""
+        try:
+            function(*args)
+        except BaseException:
+            self._inside.close()
+            raise
 
     def _section(self, buffer: Tensor) -> Tensor:
         """The slices of this host's ranks."""

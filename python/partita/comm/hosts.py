@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +18,17 @@ LONGEST_ADDRESS = 108  # of a Unix socket
 
 def this_host() -> str:
     """Equal on two processes when they can share memory: one kernel, the same namespaces, the same user."""
-    if sys.platform != "linux":
-        return f"{os.uname().nodename} process {os.getpid()}"  # no shared memory here: a host for itself
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    namespaces = [str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("net", "pid", "user")]
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespaces = [str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("net", "pid", "user")]
+    except OSError:  # no /proc, or a restricted one
+        return no_host()
     return " ".join([boot, *namespaces, str(os.geteuid())])
+
+
+def no_host() -> str:
+    """A host of this process alone."""
+    return secrets.token_hex(TOKEN_BYTES)
 
 
 @dataclass(frozen=True)

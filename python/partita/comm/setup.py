@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -13,16 +14,17 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from partita import _core
 from partita.comm.communicator import Communicator, SingleProcess
 from partita.comm.hierarchical import HierarchicalCommunicator
-from partita.comm.hosts import Contact, exchange_contacts, ranks_by_host, this_host
+from partita.comm.hosts import Contact, exchange_contacts, no_host, ranks_by_host, this_host
 from partita.comm.shared_memory import SharedMemoryCommunicator
 from partita.comm.torch_transport import TorchCommunicator
 
 logger = logging.getLogger("partita")
 
+GROUP_TIMEOUT = timedelta(minutes=10)  # of torch.distributed, unless the program says otherwise
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def init_distributed(backend: str | None = None, timeout: timedelta = timedelta(minutes=10)) -> None:
+def init_distributed(backend: str | None = None, timeout: timedelta = GROUP_TIMEOUT) -> None:
     """Makes the default process group, unless there is one.
 
     Under torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) all ranks join; in a plain
@@ -100,31 +102,41 @@ def _over_shared_memory(group: dist.ProcessGroup, timeout: timedelta, host: str)
     if dist.get_backend(group) == "nccl":
         raise _UnavailableError("the ranks compute on GPUs", is_a_failure=False)
     rank = dist.get_rank(group)
-    listener = _core.Listener()
-    contacts = exchange_contacts(group, host, listener.address)
+    listener = None
+    with suppress(RuntimeError):  # a sandbox without Unix sockets, say; the others must hear of it
+        listener = _core.Listener()
+    contacts = exchange_contacts(group, host if listener else no_host(), listener.address if listener else b"")
     hosts = ranks_by_host(contacts)
     if len(hosts) == len(contacts):
         raise _UnavailableError("no two ranks share a host", is_a_failure=False)
     ranks = next(ranks for ranks in hosts if rank in ranks)
+    if len(hosts) > 1:  # the leader of a host may be waiting for another host
+        timeout += GROUP_TIMEOUT
     inside = _join(group, listener, ranks.index(rank), [contacts[r] for r in ranks], timeout)
     if len(hosts) == 1:
         return inside
-    leaders = dist.new_group([dist.get_global_rank(group, ranks[0]) for ranks in hosts])
-    between = TorchCommunicator(leaders) if rank == ranks[0] else None
+    between = None
+    if rank == ranks[0]:
+        leaders = [dist.get_global_rank(group, ranks[0]) for ranks in hosts]
+        between = TorchCommunicator(dist.new_group(leaders, use_local_synchronization=True))
     return HierarchicalCommunicator(rank, hosts, inside, between, TorchCommunicator(group))
 
 
 def _join(
-    group: dist.ProcessGroup, listener: _core.Listener, rank: int, contacts: list[Contact], timeout: timedelta
+    group: dist.ProcessGroup, listener: _core.Listener | None, rank: int, contacts: list[Contact], timeout: timedelta
 ) -> Communicator:
     """The ranks of this host over shared memory, if that works on every host."""
     made, reason = None, "another rank could not join a group over shared memory"
     try:
+        if listener is None:
+            raise RuntimeError("no Unix socket can be made")
         addresses, token = [contact.address for contact in contacts], contacts[0].token
         threads = torch.get_num_threads()
         made = _core.SharedMemoryGroup(listener, rank, addresses, token, timeout.total_seconds(), threads)
     except (RuntimeError, MemoryError) as error:
         reason = f"shared memory between processes does not work here: {error}"
+        if listener is not None:
+            listener.close()  # so that no rank waits for this one
     everywhere = torch.tensor(int(made is not None))
     dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=group)
     if made is None or not everywhere.item():

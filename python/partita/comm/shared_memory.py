@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from partita import kernels
-from partita._core import Collective, Element, Operation, Reduction, SharedMemoryGroup, Transfer
+from partita._core import Collective, CommunicationError, Element, Operation, Reduction, SharedMemoryGroup, Transfer
 from partita.comm.communicator import Communicator, Handle
 
 ELEMENTS = {
@@ -41,15 +41,22 @@ class SharedMemoryCommunicator(Communicator):
     Sums are formed in fp32, in rank order, and rounded once: results depend neither on timing nor on how buffers are
     cut.
 
-    A forked child (a data-loading worker, say) sees the parent's buffers: what it writes there, the parent sees.
+    A forked child (a data-loading worker, say) shares the parent's buffers: it sees them change, and what it writes
+    there, the parent sees. It is no member of the group.
     """
 
     transport = "shared memory"
 
     def __init__(self, group: SharedMemoryGroup) -> None:
-        self._group = group
+        self._open_group: SharedMemoryGroup | None = group
         self.rank = group.rank
         self.world_size = group.world_size
+
+    @property
+    def _group(self) -> SharedMemoryGroup:
+        if self._open_group is None:
+            raise CommunicationError(f"rank {self.rank} has closed its group over shared memory")
+        return self._open_group
 
     @property
     def committed_bytes(self) -> int:
@@ -88,7 +95,9 @@ class SharedMemoryCommunicator(Communicator):
         self._group.barrier()
 
     def close(self) -> None:
-        self._group.close()
+        if self._open_group is not None:
+            self._open_group.close()
+            self._open_group = None  # the peers' memory is unmapped when the last handle has gone, too
 
     def _launch(
         self,

@@ -127,7 +127,7 @@ class CommConfig(Section):
         "elsewhere; `shared_memory`: the same, and an error where no two ranks can share memory; `torch`: always "
         "through torch.distributed.",
     )
-    timeout_seconds: Annotated[float, Field(gt=0)] = Field(
+    timeout_seconds: Annotated[float, Field(gt=0, le=1e6)] = Field(
         30.0,
         description="How long shared memory waits for a rank before it raises. A rank that died is noticed at once. "
         "torch.distributed has its own, see `init_distributed()`.",

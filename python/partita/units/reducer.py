@@ -164,10 +164,10 @@ class GradientReducer:
 
     def close(self) -> None:
         """Stops watching the parameters."""
-        self._wait()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._wait()
 
     def begin_backward(self) -> None:
         """Gradients are about to arrive; called by the first of them if by nobody else."""
@@ -235,8 +235,9 @@ class GradientReducer:
         return buffer
 
     def _complete_oldest(self) -> None:
-        flight = self._in_flight.popleft()
-        flight.handle.wait()
+        flight = self._in_flight[0]
+        flight.handle.wait()  # if this raises, the collective stays under way: it was not completed
+        self._in_flight.popleft()
         unit = flight.unit
         if flight.staging is not None:
             part = unit.part(flight.staging[: unit.layout.numel])

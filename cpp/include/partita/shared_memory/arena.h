@@ -38,7 +38,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
   public:
     // Throws std::system_error.
     static std::shared_ptr<Arena> create(std::int64_t capacity_bytes);
-    // Enough addresses for several times the memory of this machine, and for all ranks' arenas in one process.
+    // Several times a rank's share of the machine's memory. Every rank maps all arenas of its group, and addresses, if
+    // plentiful, are finite.
     static std::int64_t default_capacity_bytes(int world_size);
 
     // Throws std::bad_alloc when no free range is long enough.

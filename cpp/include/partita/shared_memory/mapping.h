@@ -25,24 +25,23 @@ class FileDescriptor {
     int fd_ = -1;
 };
 
+inline constexpr std::int64_t huge_page_bytes = 2 << 20;
+
 // Memory without a name in any file system: it lives as long as somebody has it mapped or open, and no longer. Its size
 // is fixed, so no member can make the others' accesses fault. Throws std::system_error.
 FileDescriptor anonymous_memory(std::int64_t bytes);
+// Whether what another process handed over is such memory, of that size.
+bool is_anonymous_memory(int fd, std::int64_t bytes);
 
 // All of an anonymous_memory(), mapped here; pages are committed when first touched.
 class Mapping {
   public:
     enum class Access { read, read_write };
 
-    Mapping() = default;
     // Throws std::system_error.
     Mapping(int fd, std::int64_t bytes, Access access);
-    Mapping(Mapping&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
-    Mapping& operator=(Mapping&& other) noexcept {
-        std::swap(data_, other.data_);
-        std::swap(bytes_, other.bytes_);
-        return *this;
-    }
+    Mapping(const Mapping&) = delete;
+    Mapping& operator=(const Mapping&) = delete;
     ~Mapping();
 
     char* data() const { return data_; }

@@ -18,13 +18,16 @@ namespace partita {
 
 using Token = std::array<std::uint8_t, 16>;  // random, the same on all ranks of a group and on no others
 
-// A rank's open door, made before the ranks tell each other their addresses.
+// A rank's open door, made before the ranks tell each other their addresses, by the process that will be the rank: it
+// is the one whose death the others notice.
 class Listener {
   public:
     // Throws std::system_error.
     Listener();
     const std::string& address() const { return address_; }  // raw bytes
     int fd() const { return socket_.get(); }
+    // Nobody can connect any more; who waits at the door is sent away.
+    void close() { socket_ = FileDescriptor(); }
 
   private:
     FileDescriptor socket_;
