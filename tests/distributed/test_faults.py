@@ -12,7 +12,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -113,13 +113,8 @@ def _train(
                 report("training")
     except CommunicationError as error:
         report((time.monotonic(), str(error)))
-    _let_go(engine)
+    engine.destroy()
     report("destroyed")
-
-
-def _let_go(engine: partita.Engine) -> None:
-    with suppress(CommunicationError):  # a reduction was under way
-        engine.destroy()
 
 
 def _behave(step: int) -> None:
@@ -324,7 +319,7 @@ def _go_on_without(rank: int, report: Callable[[Any], None], store: Path) -> Non
         return
     except CommunicationError:
         weights = engine.module_state_dict()  # readable still
-        _let_go(engine)
+        engine.destroy()
     dist.destroy_process_group()
     _meet(store / "second", rank // 2, 2)
     model = make_model()

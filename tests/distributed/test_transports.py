@@ -393,6 +393,24 @@ def test_thirty_engines_leave_nothing_behind(ranks):
             assert now["maps"] <= settled["maps"] + 20
 
 
+def _dropped() -> None:
+    model = _wide_model()
+    engine = partita.Engine(model, config=base_config(**SHARED))
+    for _ in range(2):
+        engine.backward(engine(torch.ones(1, 1024)).square().mean())
+        engine.step()
+    communicator = weakref.ref(engine._communicator)
+    del engine
+    gc.collect()
+    assert communicator() is None
+    del model
+
+
+def test_an_engine_that_is_dropped_is_destroyed(ranks):
+    """Also while its model lives on."""
+    ranks(2).run(_dropped)
+
+
 def _model_outlives_engine() -> None:
     before = _of_this_process()["shared maps"]
     model = _wide_model()

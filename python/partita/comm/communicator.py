@@ -63,6 +63,10 @@ class Communicator(ABC):
             )
         return [buffer[r * numel : (r + 1) * numel] for r in range(self.world_size)]
 
+    def _check_rank(self, what: str, rank: int) -> None:
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"{what} rank {rank}: the group has the ranks 0 to {self.world_size - 1}")
+
     @abstractmethod
     def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
         """Every rank's buffer becomes the reduction of all ranks' buffers."""

@@ -73,8 +73,7 @@ class HierarchicalCommunicator(Communicator):
         return self._run(self._all_gather if self._has_sections else self._gather_slices, buffer)
 
     def broadcast(self, tensor: Tensor, root: int) -> Handle:
-        if not 0 <= root < self.world_size:
-            raise ValueError(f"broadcast from rank {root}: the group has the ranks 0 to {self.world_size - 1}")
+        self._check_rank("broadcast from", root)
         return self._run(self._broadcast, tensor, root)
 
     def send(self, tensor: Tensor, destination: int) -> Handle:
@@ -101,6 +100,8 @@ class HierarchicalCommunicator(Communicator):
         """What follows a failure would meet other collectives on other ranks: this rank takes no part any more."""
         try:
             function(*args)
+        except (TypeError, ValueError):  # a wrong argument, before anything was sent: the same on all ranks
+            raise
         except BaseException:
             self._inside.close()
             raise

@@ -110,15 +110,15 @@ def _over_shared_memory(group: dist.ProcessGroup, timeout: timedelta, host: str)
     if len(hosts) == len(contacts):
         raise _UnavailableError("no two ranks share a host", is_a_failure=False)
     ranks = next(ranks for ranks in hosts if rank in ranks)
-    if len(hosts) > 1:  # the leader of a host may be waiting for another host
-        timeout += GROUP_TIMEOUT
+    if len(hosts) > 1:
+        if dist.get_world_size(group) < dist.get_world_size():  # a group of leaders is made by all ranks of the job
+            raise _UnavailableError("a part of the job's ranks is on several hosts", is_a_failure=False)
+        timeout += GROUP_TIMEOUT  # the leader of a host may be waiting for another host
     inside = _join(group, listener, ranks.index(rank), [contacts[r] for r in ranks], timeout)
     if len(hosts) == 1:
         return inside
-    between = None
-    if rank == ranks[0]:
-        leaders = [dist.get_global_rank(group, ranks[0]) for ranks in hosts]
-        between = TorchCommunicator(dist.new_group(leaders, use_local_synchronization=True))
+    leaders = dist.new_group([dist.get_global_rank(group, ranks[0]) for ranks in hosts])
+    between = TorchCommunicator(leaders) if rank == ranks[0] else None
     return HierarchicalCommunicator(rank, hosts, inside, between, TorchCommunicator(group))
 
 

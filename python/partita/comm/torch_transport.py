@@ -64,19 +64,20 @@ class TorchCommunicator(Communicator):
         self._received: dict[torch.dtype, list[Tensor]] = {}  # buffers free for the next reduce-scatter
 
     def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
-        work = dist.all_reduce(buffer, OPERATIONS[reduction], group=self._group, async_op=True)
+        work = dist.all_reduce(_contiguous(buffer), OPERATIONS[reduction], group=self._group, async_op=True)
         return self._handle([work], buffer, self._division(buffer, reduction))
 
     def reduce_scatter(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
-        own = self.slice_of(buffer)
+        own = self.slice_of(_contiguous(buffer))
         if self._gloo:
-            return self._gloo_reduce_scatter(buffer, reduction)
+            native = buffer.dtype in kernels.DTYPES
+            return self._gloo_reduce_scatter(buffer, reduction) if native else self.all_reduce(buffer, reduction)
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         work = reduce_scatter(own, buffer, OPERATIONS[reduction], group=self._group, async_op=True)
         return self._handle([work], buffer, self._division(own, reduction))
 
     def all_gather(self, buffer: Tensor) -> Handle:
-        slices = self.slices(buffer)
+        slices = self.slices(_contiguous(buffer))
         if self._gloo:
             works = [dist.broadcast(s, group_src=r, group=self._group, async_op=True) for r, s in enumerate(slices)]
             return self._handle(works, buffer)
@@ -84,6 +85,7 @@ class TorchCommunicator(Communicator):
         return self._handle([all_gather(buffer, slices[self.rank], group=self._group, async_op=True)], buffer)
 
     def broadcast(self, tensor: Tensor, root: int) -> Handle:
+        self._check_rank("broadcast from", root)
         return self._handle([dist.broadcast(_raw(tensor), group_src=root, group=self._group, async_op=True)], tensor)
 
     def send(self, tensor: Tensor, destination: int) -> Handle:
@@ -139,4 +141,10 @@ def _divide(result: Tensor, divisor: int) -> None:
 
 def _raw(tensor: Tensor) -> Tensor:
     """The bytes of a contiguous tensor: of any dtype, those unknown to the backend too."""
-    return tensor.view(-1).view(torch.uint8)
+    return _contiguous(tensor).view(-1).view(torch.uint8)
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    if not tensor.is_contiguous():
+        raise ValueError(f"tensor of shape {tuple(tensor.shape)}, strides {tensor.stride()} is not contiguous")
+    return tensor

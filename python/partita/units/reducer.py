@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -113,8 +115,9 @@ class GradientReducer:
         self._first_parameter = [unit_of.index(i) for i in range(len(units))]
         self._bucketer = Bucketer(unit_of, len(units))
         parameters = [p for unit in units for p in unit.parameters]
+        own = weakref.ref(self)  # a parameter's hooks are out of the garbage collector's sight
         self._hooks = [
-            p.register_post_accumulate_grad_hook(partial(self._accumulated, i))  # type: ignore[no-untyped-call]
+            p.register_post_accumulate_grad_hook(partial(_accumulated, own, i))  # type: ignore[no-untyped-call]
             for i, p in enumerate(parameters)
         ]
 
@@ -167,7 +170,8 @@ class GradientReducer:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._wait()
+        with suppress(RuntimeError):  # of a collective that failed: nobody wants its result any more
+            self._wait()
 
     def begin_backward(self) -> None:
         """Gradients are about to arrive; called by the first of them if by nobody else."""
@@ -175,7 +179,8 @@ class GradientReducer:
         self._plan = self._plan_backward()
         self._bucketer.begin_backward(self._settings.overlap)
 
-    def _accumulated(self, index: int, _parameter: Tensor) -> None:
+    def accumulated(self, index: int) -> None:
+        """The gradient of a parameter, by its place in the launch order, is complete."""
         if not self._bucketer.in_backward:
             self.begin_backward()
         try:
@@ -264,11 +269,16 @@ class GradientReducer:
             parameter.grad = None
 
 
+def _accumulated(reducer: weakref.ref[GradientReducer], index: int, _parameter: Tensor) -> None:
+    if (alive := reducer()) is not None:
+        alive.accumulated(index)
+
+
 def has_reducer(parameter: Tensor) -> bool:
-    """Whether a reducer that is not closed consumes the gradients of this parameter."""
+    """Whether a reducer that is neither closed nor forgotten consumes the gradients of this parameter."""
     hooks = (parameter._post_accumulate_grad_hooks or {}).values()
-    functions = [getattr(getattr(hook, "func", None), "__func__", None) for hook in hooks]
-    return GradientReducer._accumulated in functions
+    ours = [hook for hook in hooks if isinstance(hook, partial) and hook.func is _accumulated]
+    return any(hook.args[0]() is not None for hook in ours)
 
 
 def _dense(grad: Tensor | None) -> Tensor | None:
