@@ -46,6 +46,7 @@ test-all: test-cpp .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh -c "cmake --preset tsan && cmake --build --preset tsan && ctest --preset tsan -j 2"
 	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --preset stress
 	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest tests/distributed --transport torch -m "not slow" $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
