@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -36,8 +37,10 @@ def without_nvcc(tmp_path) -> dict[str, str]:
         "uname",
         "sh",
         "git",
+        # Builds of Python packages ask for the compiler that this Python was built with.
+        *(str(sysconfig.get_config_var(kind)).split()[0] for kind in ("CC", "CXX")),
     ):
-        if (found := shutil.which(name)) is not None:
+        if (found := shutil.which(name)) is not None and not (tools / name).exists():
             (tools / name).symlink_to(found)
     return {
         **{k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_HOME", "CUDA_PATH")},
