@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 
 #include "bindings.h"
@@ -16,6 +17,9 @@ std::chrono::milliseconds milliseconds(double seconds) {
 }
 
 using GroupPointer = std::shared_ptr<Group>;
+
+// Ranks meet right after they have told each other their addresses; who is not there by then will not come.
+constexpr auto longest_meeting = std::chrono::milliseconds(60'000);
 
 // What Python holds of a collective, or of a send or receive.
 template <class Work>
@@ -82,8 +86,9 @@ void register_group(py::module_& m) {
                  const py::gil_scoped_release released;
                  const std::int64_t bytes = Arena::default_capacity_bytes(static_cast<int>(addresses.size()));
                  const auto timeout = milliseconds(timeout_seconds);
-                 return std::make_shared<Group>(join(listener, rank, addresses, parsed, bytes, timeout), timeout,
-                                                threads);
+                 return std::make_shared<Group>(
+                     join(listener, rank, addresses, parsed, bytes, std::min(timeout, longest_meeting)), timeout,
+                     threads);
              }),
              py::arg("listener"), py::arg("rank"), py::arg("addresses"), py::arg("token"), py::arg("timeout_seconds"),
              py::arg("threads"))

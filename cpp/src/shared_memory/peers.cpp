@@ -159,28 +159,27 @@ void Peers::fail(const std::string& reason) {
         state.standing = Standing::failed;
         failed_ = true;
     }
-    wake_sleepers(rank_);
+    wake_waiting_peers();
 }
 
 void Peers::leave() {
     if (leaving_.exchange(true)) return;
     Standing expected = Standing::member;
     own().standing.compare_exchange_strong(expected, Standing::left);
-    wake_sleepers(rank_);
-    // Threads of this process sleep on the peers' signals.
+    wake_waiting_peers();
+    // Threads of this process sleep on the peers' signals; those in a send or receive look around by themselves.
     for (int r = 0; r < world_size(); ++r) {
         RankState& state = control_.state(r);
         for (Signal* signal : {&state.posted, &state.reduced, &state.finished}) signal->wake();
     }
 }
 
-// Everything that somebody may sleep on until this rank raises it, or that this rank's threads may sleep on.
-void Peers::wake_sleepers(int rank) {
-    RankState& state = control_.state(rank);
-    for (Signal* signal : {&state.posted, &state.reduced, &state.finished}) signal->wake();
+// All signals that this rank raises: who sleeps on one sees that it will not.
+void Peers::wake_waiting_peers() {
+    for (Signal* signal : {&own().posted, &own().reduced, &own().finished}) signal->wake();
     for (int r = 0; r < world_size(); ++r) {
-        control_.channel(rank, r).sent.wake();
-        control_.channel(r, rank).taken.wake();
+        control_.channel(rank_, r).sent.wake();
+        control_.channel(r, rank_).taken.wake();
     }
 }
 

@@ -34,10 +34,10 @@ class Peers {
     bool all_reached(Signal RankState::* signal, std::uint32_t target) const;
     // Returns when all ranks have raised the signal that far; throws CommunicationError when one will not.
     void await_all(Signal RankState::* signal, std::uint32_t target, const Describe& describe);
-    // Throws CommunicationError when a rank has failed: what it did last may not be what it announced.
-    void require_no_failure(const Describe& describe);
     // The same for one signal, which belongs to `rank`.
     void await(int rank, Signal& signal, std::uint32_t target, const Describe& describe);
+    // Throws CommunicationError when a rank has failed: what it did last may not be what it announced.
+    void require_no_failure(const Describe& describe);
 
     // Throws CommunicationError in a forked child of the member. What threads of the parent held or were about to do is
     // lost there, so this comes before any lock.
@@ -59,7 +59,7 @@ class Peers {
     void await(std::vector<Awaited> missing, std::uint32_t target, const Describe& describe);
     std::string why_missing(int rank, bool timed_out);
     bool has_died(int rank) const;
-    void wake_sleepers(int rank);
+    void wake_waiting_peers();
 
     Control control_;
     int rank_;

@@ -48,10 +48,11 @@ class Communicator(ABC):
         Raises:
             ValueError: the buffer does not divide evenly.
         """
-        return self.slices(buffer)[self.rank]
+        numel = self.slice_numel(buffer)
+        return buffer[self.rank * numel : (self.rank + 1) * numel]
 
-    def slices(self, buffer: Tensor) -> list[Tensor]:
-        """The slices of a buffer by rank, as views.
+    def slice_numel(self, buffer: Tensor) -> int:
+        """The elements of a slice.
 
         Raises:
             ValueError: the buffer does not divide evenly.
@@ -61,6 +62,15 @@ class Communicator(ABC):
             raise ValueError(
                 f"a buffer of {buffer.numel()} elements does not divide evenly among {self.world_size} ranks"
             )
+        return numel
+
+    def slices(self, buffer: Tensor) -> list[Tensor]:
+        """The slices of a buffer by rank, as views.
+
+        Raises:
+            ValueError: the buffer does not divide evenly.
+        """
+        numel = self.slice_numel(buffer)
         return [buffer[r * numel : (r + 1) * numel] for r in range(self.world_size)]
 
     def _check_rank(self, what: str, rank: int) -> None:

@@ -65,11 +65,11 @@ class HierarchicalCommunicator(Communicator):
         return self._run(self._all_reduce, buffer, reduction)
 
     def reduce_scatter(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
-        self.slice_of(buffer)
+        self.slice_numel(buffer)
         return self._run(self._reduce_scatter if self._has_sections else self._all_reduce, buffer, reduction)
 
     def all_gather(self, buffer: Tensor) -> Handle:
-        self.slice_of(buffer)
+        self.slice_numel(buffer)
         return self._run(self._all_gather if self._has_sections else self._gather_slices, buffer)
 
     def broadcast(self, tensor: Tensor, root: int) -> Handle:

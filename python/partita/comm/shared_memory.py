@@ -75,7 +75,7 @@ class SharedMemoryCommunicator(Communicator):
         return self._launch(Collective.reduce_scatter, buffer, _summable(buffer), reduction=reduction)
 
     def all_gather(self, buffer: Tensor) -> Handle:
-        self.slice_of(buffer)  # in elements: bytes may divide where elements do not
+        self.slice_numel(buffer)  # in elements: bytes may divide where elements do not
         return self._launch(Collective.all_gather, buffer, _element(buffer))
 
     def broadcast(self, tensor: Tensor, root: int) -> Handle:
