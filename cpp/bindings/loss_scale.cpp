@@ -1,5 +1,7 @@
 #include "partita/loss_scale.h"
 
+#include <optional>
+
 #include "bindings.h"
 
 namespace partita::bindings {
@@ -54,17 +56,30 @@ void register_loss_scale(py::module_& m) {
              }),
              py::arg("dynamic"), py::arg("initial_scale"), py::arg("minimum"), py::arg("window"), py::arg("hysteresis"),
              py::arg("consecutive_hysteresis"))
-        .def("initial", &LossScaler::initial);
+        .def("initial", &LossScaler::initial)
+        .def(
+            "after_overflows",
+            [](const LossScaler& self, LossScaleState state, int overflows) {
+                for (int i = 0; i < overflows; ++i) self.update(state, true);
+                return state;
+            },
+            py::arg("state"), py::arg("overflows"));
 
     m.def(
         "loss_scale_update",
         [](std::uintptr_t control, std::uintptr_t state, const LossScaler& scaler, std::uintptr_t sum_of_squares,
-           double mean, double clip) {
-            loss_scale_update(pointer<StepControl>(control), pointer<LossScaleState>(state), scaler,
-                              pointer<double>(sum_of_squares), mean, clip);
+           double mean, double clip, std::optional<Stream> stream) {
+            auto* step = pointer<StepControl>(control);
+            auto* scale = pointer<LossScaleState>(state);
+            const auto* sum = pointer<double>(sum_of_squares);
+            if (stream) {
+                loss_scale_update(step, scale, scaler, sum, mean, clip, *stream);
+            } else {
+                loss_scale_update(step, scale, scaler, sum, mean, clip);
+            }
         },
         py::arg("control"), py::arg("state"), py::arg("scaler"), py::arg("sum_of_squares"), py::arg("mean"),
-        py::arg("clip"));
+        py::arg("clip"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace partita::bindings

@@ -3,6 +3,7 @@
 #include "bindings.h"
 #include "partita/segments.h"
 #include "partita/span.h"
+#include "partita/stream.h"
 
 namespace partita::bindings {
 
@@ -19,6 +20,10 @@ void register_memory(py::module_& m) {
         .def_readonly("numel", &Span::numel)
         .def_readonly("dtype", &Span::dtype);
 
+    py::class_<Stream>(m, "Stream")
+        .def(py::init([](int device, std::uintptr_t handle) { return Stream{device, pointer<void>(handle)}; }),
+             py::arg("device"), py::arg("handle"));
+
     py::class_<Segments>(m, "Segments")
         .def(py::init([](const std::vector<std::tuple<std::int64_t, std::int64_t, std::int32_t>>& rows) {
                  std::vector<Segment> segments;
@@ -27,7 +32,8 @@ void register_memory(py::module_& m) {
              }),
              py::arg("segments"))
         .def_property_readonly("numel", &Segments::numel)
-        .def_property_readonly("end", &Segments::end);
+        .def_property_readonly("end", &Segments::end)
+        .def_property_readonly("blocks", [](const Segments& s) { return s.blocks().size(); });
 }
 
 }  // namespace partita::bindings

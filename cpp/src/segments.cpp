@@ -30,10 +30,9 @@ std::vector<Segment> joined(const std::vector<Segment>& segments) {
 
 }  // namespace
 
-Segments::Segments(const std::vector<Segment>& segments) {
-    const std::vector<Segment> checked = joined(segments);
+Segments::Segments(const std::vector<Segment>& segments) : rows_(joined(segments)) {
     for (const Segment& s : segments) groups_ = std::max(groups_, s.group + 1);
-    for (const Segment& s : checked) {
+    for (const Segment& s : rows_) {
         for (std::int64_t done = 0; done < s.numel; done += block_numel) {
             blocks_.push_back({s.offset + done, std::min(block_numel, s.numel - done), s.group});
         }

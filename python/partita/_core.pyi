@@ -1,6 +1,7 @@
 """The native core. Addresses are those of memory that the caller keeps alive and has checked; see `partita.kernels`."""
 
 import enum
+from typing import overload
 
 from typing_extensions import Buffer
 
@@ -20,6 +21,12 @@ class Span:
     @property
     def dtype(self) -> DType: ...
 
+class Stream:
+    """A CUDA stream of a device; 0 is the device's default stream. Work on it is queued, not done, when a call
+    returns."""
+
+    def __init__(self, device: int, handle: int) -> None: ...
+
 class Segments:
     """Rows of (offset, numel, optimizer group): the real elements of a flat buffer."""
 
@@ -28,6 +35,8 @@ class Segments:
     def numel(self) -> int: ...
     @property
     def end(self) -> int: ...
+    @property
+    def blocks(self) -> int: ...
 
 class AdamGroup:
     """Hyper-parameters of one optimizer group."""
@@ -88,6 +97,7 @@ class LossScaler:
         consecutive_hysteresis: bool,
     ) -> None: ...
     def initial(self) -> LossScaleState: ...
+    def after_overflows(self, state: LossScaleState, overflows: int) -> LossScaleState: ...
 
 class Bucketer:
     """Decides when a unit can be communicated; methods return ranges (begin, end) of units."""
@@ -99,27 +109,46 @@ class Bucketer:
     @property
     def in_backward(self) -> bool: ...
 
+# `where`: a number of threads for memory of the host, a stream for memory of its device.
 def pack(
-    destination: Span, sources: list[Span], offsets: list[int], scale: float, accumulate: bool, threads: int
+    destination: Span,
+    sources: list[Span],
+    offsets: list[int],
+    scale: float,
+    factor: int,
+    accumulate: bool,
+    where: int | Stream,
 ) -> None: ...
 def unpack(
-    source: Span, destinations: list[Span], offsets: list[int], scale: float, accumulate: bool, threads: int
+    source: Span, destinations: list[Span], offsets: list[int], scale: float, accumulate: bool, where: int | Stream
 ) -> None: ...
-def cast(destination: Span, source: Span, scale: float, accumulate: bool, threads: int) -> None: ...
+def cast(destination: Span, source: Span, scale: float, accumulate: bool, where: int | Stream) -> None: ...
+def split_master(params: Span, remainder: int, master: Span, where: int | Stream) -> None: ...
+def join_master(master: Span, params: Span, remainder: int, where: int | Stream) -> None: ...
+@overload
 def norm(sum_of_squares: int, values: Span, segments: Segments, threads: int) -> None: ...
+@overload
+def norm(sum_of_squares: int, values: Span, segments: Segments, scratch: int, stream: Stream) -> None: ...
 def adam(
     grads: Span,
     master: Span,
+    remainder: int,
     exp_avg: Span,
     exp_avg_sq: Span,
     params: Span,
     segments: Segments,
     groups: list[AdamGroup],
     control: int,
-    threads: int,
+    where: int | Stream,
 ) -> None: ...
 def loss_scale_update(
-    control: int, state: int, scaler: LossScaler, sum_of_squares: int, mean: float, clip: float
+    control: int,
+    state: int,
+    scaler: LossScaler,
+    sum_of_squares: int,
+    mean: float,
+    clip: float,
+    stream: Stream | None,
 ) -> None: ...
 def cpu_level() -> str: ...
 def built_with_cuda() -> bool: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -16,6 +17,21 @@ def call_with(module: Any, batch: Any) -> Any:
     if isinstance(batch, tuple | list):
         return module(*batch)
     return module(batch)
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its CPU tensors on `device`; the host does not wait for the copies."""
+    if device.type == "cpu":
+        return batch
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_cpu:
+            return leaf.pin_memory().to(device, non_blocking=True)
+        return leaf
+
+    if isinstance(batch, Mapping):  # also those that pytree does not know, a tokenizer's output say
+        return {key: on_device(value, device) for key, value in batch.items()}
+    return pytree.tree_map(move, batch)
 
 
 def loss_in(outputs: Any) -> Tensor:

@@ -16,18 +16,27 @@ from torch.optim import Optimizer
 from partita import _core
 from partita.assembly import OptimizerSource, choose_optimizer, choose_scheduler, show_log_on, with_batch_sizes
 from partita.backward_watch import BackwardWatch
-from partita.batches import call_with, differentiable_tensors, loss_in, micro_batches
-from partita.comm import init_distributed, world_communicator
+from partita.batches import call_with, differentiable_tensors, loss_in, micro_batches, on_device
+from partita.comm import backend_for, init_distributed, world_communicator
 from partita.config import Config, load_config, save_config
 from partita.data import ShardedLoader
 from partita.lifecycle import Phase, require
 from partita.model_guard import ModelGuard
-from partita.monitor import PhaseTimers, StepReport, StepReporter
+from partita.monitor import PhaseTimers, StepReporter
 from partita.optim import ShardedOptimizer, StepController, require_supported
-from partita.placement import clone_state_dict, optimized_parameters, place_untrained, untrained_parameters
+from partita.placement import clone_state_dict, device_of, optimized_parameters, place_untrained, untrained_parameters
 from partita.precision import loss_scaler_of, precision_of
 from partita.skip_guard import SkipGuard
-from partita.units import BackwardPlan, GradientReducer, ReductionSettings, build_units, stage_policy
+from partita.step_ledger import StepLedger
+from partita.streams import streams_of
+from partita.units import (
+    BackwardPlan,
+    GradientReducer,
+    ParameterGathers,
+    ReductionSettings,
+    build_units,
+    stage_policy,
+)
 
 logger = logging.getLogger("partita")
 
@@ -45,7 +54,7 @@ class Engine:
     None after a backward.
 
     Args:
-        model: on the CPU; its parameters are converted in place as the config says.
+        model: on the device to train on, the CPU or a GPU; its parameters are converted in place as the config says.
         optimizer: over the model's parameters (or a function that makes one from them); None: the config's.
         model_parameters: parameters or param groups for the config's optimizer; None: all that require gradients.
         train_data: a dataset or an iterable of samples; `dataloader` then gives this rank's micro-batches.
@@ -70,9 +79,11 @@ class Engine:
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         loaded = load_config(config)
-        init_distributed()
+        device = device_of(model)
+        self._streams = streams_of(device)
+        init_distributed(backend_for(device))
         comm = loaded.comm
-        self._communicator = world_communicator(comm.transport, timedelta(seconds=comm.timeout_seconds))
+        self._communicator = world_communicator(comm.transport, timedelta(seconds=comm.timeout_seconds), device)
         show_log_on(self._communicator.rank)
         self.config, self._batch = with_batch_sizes(loaded, self._communicator.world_size)
         self.module = model
@@ -84,12 +95,13 @@ class Engine:
 
         precision = precision_of(self.config, self._batch.accumulation)
         self._autocast = precision.autocast
-        self._controller = StepController(loss_scaler_of(self.config, precision))
+        self._controller = StepController(loss_scaler_of(self.config, precision), self._streams)
         zero = self.config.zero_optimization
+        splits_masters = self.config.bf16.enabled and self.config.bf16.master_weights == "split"
         policy = stage_policy(zero.stage, reduce_scatter=zero.reduce_scatter)
         inner = choose_optimizer(optimizer, model, model_parameters, self.config)
         if inner is not None:
-            require_supported(inner, policy)  # while the model is as the user gave it
+            require_supported(inner, policy, splits_masters=splits_masters)  # while the model is as the user gave it
         trained = optimized_parameters(model, inner)
         untrained = untrained_parameters(model, trained)
         self._units = build_units(
@@ -99,12 +111,16 @@ class Engine:
             bucket_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
             compute_dtype=precision.compute,
             grad_dtype=precision.grads,
+            splits_masters=splits_masters,
         )
         place_untrained(model, untrained, self._communicator, precision.compute, precision.buffers)
         self._guard = ModelGuard(model, self._units, untrained)
+        self._gathers = ParameterGathers(self._units, model if zero.overlap_gather else None)
         self._sharded: ShardedOptimizer | None = None
         if inner is not None:
-            self._sharded = ShardedOptimizer(inner, self._units, self._communicator, policy, self._controller)
+            self._sharded = ShardedOptimizer(
+                inner, self._units, self._communicator, policy, self._controller, self._gathers
+            )
         self.optimizer: Optimizer | None = self._sharded
         self.lr_scheduler = choose_scheduler(lr_scheduler, self.optimizer, self.config)
         self.dataloader = None if train_data is None else self._make_loader(train_data, collate_fn)
@@ -118,20 +134,24 @@ class Engine:
             self._communicator,
             policy,
             ReductionSettings(precision.communication, 1.0 / predivide, zero.overlap_comm),
+            self._streams,
             plan_backward=self._plan_backward,
             after_backward=self._end_backward,
         )
-        self._backwards = BackwardWatch(lambda: self.loss_scale, self._reducer.finish_backward)
-        self._timers = PhaseTimers(self.config.wall_clock_breakdown)
-        self._reporter = StepReporter(self.global_rank, self.config.steps_per_print or 0, self._timers)
-        minimum = self.config.fp16.min_loss_scale if precision.scales_loss else 0.0
-        self._skips = SkipGuard(
-            self._controller,
+        scale = self._controller.scale if precision.scales_loss else None
+        self._backwards = BackwardWatch(scale, self._reducer.finish_backward)
+        prints = self.config.steps_per_print or 0
+        timed = self.config.wall_clock_breakdown and self.global_rank == 0 and prints > 0
+        self._timers = PhaseTimers(timed, self._streams)
+        reporter = StepReporter(self.global_rank, prints, self._timers)
+        skips = SkipGuard(
+            self._controller.scaler,
             self._reducer,
             self._communicator,
             limit=self.config.max_consecutive_skipped_steps,
-            minimum_scale=minimum,
+            lag=1 if self._streams.is_asynchronous else 0,
         )
+        self._ledger = StepLedger(self.lr_scheduler, self._learning_rates, reporter, skips)
         self._announce(precision.name)
 
     @classmethod
@@ -176,7 +196,11 @@ class Engine:
         return self._backwards.scale(loss)
 
     def step(self) -> None:
-        """Ends a micro-batch; at the boundary, updates the parameters and the learning rate."""
+        """Ends a micro-batch; at the boundary, updates the parameters and the learning rate.
+
+        On a GPU this queues the work and does not wait for it. Whether the step was skipped is learned during the next
+        one: only then the learning rate moves and the step is reported.
+        """
         self._reducer.finish_backward()
         require("step()", self._phase, Phase.BACKWARD)
         at_boundary = self.is_gradient_accumulation_boundary()
@@ -186,9 +210,9 @@ class Engine:
         if at_boundary:
             with self._timers.phase("step"):
                 self._update()
-            self._reporter.report(self._report())
             try:
-                self._skips.check(self.global_steps)
+                if not self._streams.is_asynchronous:
+                    self._ledger.settle()
             finally:
                 self._reducer.reset()
 
@@ -197,16 +221,16 @@ class Engine:
 
         Args:
             batch: an iterator over micro-batches, or one batch that is split along dimension 0 into
-                `gradient_accumulation_steps` parts; None: the engine's own `dataloader`. The model must return its
-                loss.
+                `gradient_accumulation_steps` parts; None: the engine's own `dataloader`. CPU tensors are copied to the
+                model's device. The model must return its loss.
         """
         if batch is None:
             if self.dataloader is None:
                 raise ValueError("train_batch() needs a batch or an iterator: the engine was given no train_data")
             batch = self._endless = self._endless or self.dataloader.repeat()
-        total = torch.zeros((), dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
         for micro_batch in micro_batches(batch, self._batch.accumulation):
-            loss = loss_in(call_with(self, micro_batch))
+            loss = loss_in(call_with(self, on_device(micro_batch, self.device)))
             self.backward(loss)
             self.step()
             total += loss.detach().reshape(())
@@ -218,7 +242,7 @@ class Engine:
         training = [module for module in self.module.modules() if module.training]
         self.module.eval()
         try:
-            return call_with(self, batch)
+            return call_with(self, on_device(batch, self.device))
         finally:
             for module in training:
                 module.training = True
@@ -281,20 +305,22 @@ class Engine:
 
         Args:
             loss_sum: summed loss of this micro-batch, a scalar.
-            tokens_in_step: valid tokens of this rank in all micro-batches of the step together.
+            tokens_in_step: valid tokens of this rank in all micro-batches of the step together. If no rank has any,
+                that is an error on the CPU, and on a GPU, where nobody waits for the sum, a step that is skipped.
         """
-        total = torch.tensor([float(tokens_in_step)], dtype=torch.float64)
+        total = torch.full((1,), float(tokens_in_step), dtype=torch.float64, device=self.device)
         self._communicator.all_reduce(total).wait()
-        if not total.item():
+        if not self._streams.is_asynchronous and not total.item():
             raise ValueError("token_mean(): no rank has a valid token in this step")
-        return loss_sum * (self._batch.accumulation * self._communicator.world_size / total.item())
+        factor = self._batch.accumulation * self._communicator.world_size / total
+        return loss_sum * factor.to(loss_sum.dtype).reshape(())
 
     # -- what a run is asked
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return torch.device("cpu")
+        return self._streams.device
 
     @property
     def global_rank(self) -> int:
@@ -339,10 +365,12 @@ class Engine:
 
     def get_lr(self) -> list[float]:
         """The learning rate of each param group."""
-        return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._ledger.learn()
+        return self._learning_rates()
 
     def module_state_dict(self) -> dict[str, Any]:
         """The model's state dict with memory of its own (a plain `state_dict()` shares the flat buffers)."""
+        self._gathers.wait()
         return clone_state_dict(self.module)
 
     def save_config(self, path: str | os.PathLike[str]) -> None:
@@ -354,7 +382,9 @@ class Engine:
         if self._phase is Phase.DESTROYED:
             return
         self._phase = Phase.DESTROYED
+        self._gathers.close()
         try:
+            self._ledger.learn()
             self._reducer.close()
         finally:  # the collectives under way may have failed
             self._units.clear()
@@ -380,8 +410,11 @@ class Engine:
             collate_fn=collate_fn,
         )
 
+    def _learning_rates(self) -> list[float]:
+        return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
+
     def _autocast_context(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._autocast is None else torch.autocast("cpu", self._autocast)
+        return nullcontext() if self._autocast is None else torch.autocast(self.device.type, self._autocast)
 
     def _plan_backward(self) -> BackwardPlan:
         reduces = self.is_gradient_accumulation_boundary() and not self._no_sync
@@ -393,18 +426,17 @@ class Engine:
     def _update(self) -> None:
         if self._sharded is None:
             raise RuntimeError("engine.step() has no optimizer: give initialize() one, or name one in the config")
+        self._ledger.settle()
         self._guard.check()
+        self._gathers.wait()  # of parameters that no forward has used since
         for unit in self._units:
             unit.adopt_written_parameters()
         self._reducer.reduce_all()
         self._sharded.run(mean=self._mean, clip=self.config.gradient_clipping)
+        if not self.config.zero_optimization.overlap_gather:
+            self._gathers.wait()
         self.global_steps += 1
-        if self.lr_scheduler is not None and not self._controller.last.skip:
-            self.lr_scheduler.step()
-
-    def _report(self) -> StepReport:
-        last, state = self._controller.last, self._controller.loss_scale
-        return StepReport(self.global_steps, self.get_lr(), last.grad_norm, state.scale, state.skipped_steps, last.skip)
+        self._ledger.enter(self.global_steps, self._controller.outcome(), self._reducer.take_finiteness())
 
     def _announce(self, precision: str) -> None:
         if self.global_rank != 0:

@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from partita import _core
-from partita._core import AdamGroup, Reduction, Segments, Span
+from partita._core import AdamGroup, LossScaler, Reduction, Segments, Span, Stream
 
 DTYPES = {torch.float32: _core.DType.f32, torch.float16: _core.DType.f16, torch.bfloat16: _core.DType.bf16}
-NO_PARAMS = Span(0, 0, _core.DType.f32)
+NOTHING = Span(0, 0, _core.DType.f32)
 
 
 def span(tensor: Tensor, name: str = "tensor") -> Span:
-    """The memory of a contiguous CPU tensor of dtype float32, float16 or bfloat16; `name` is for the errors.
+    """The memory of a contiguous tensor of dtype float32, float16 or bfloat16; `name` is for the errors.
 
     Raises:
         TypeError: another dtype.
-        ValueError: another device, or not contiguous.
+        ValueError: a device without kernels, or not contiguous.
     """
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None:
@@ -26,87 +26,167 @@ def span(tensor: Tensor, name: str = "tensor") -> Span:
 
 
 def address(tensor: Tensor, name: str = "tensor") -> int:
-    """Where a contiguous CPU tensor begins; `name` is for the errors.
+    """Where a contiguous tensor begins; `name` is for the errors.
 
     Raises:
-        ValueError: another device, or not contiguous.
+        ValueError: a device without kernels, or not contiguous.
     """
-    if not tensor.is_cpu:
-        raise ValueError(f"{name} is on device '{tensor.device}': this version of the native core computes on the CPU")
+    if not (tensor.is_cpu or tensor.is_cuda):
+        raise ValueError(
+            f"{name} is on device '{tensor.device}': the native core computes on the CPU and on CUDA devices"
+        )
     if not tensor.is_contiguous():
         raise ValueError(f"{name} of shape {tuple(tensor.shape)}, strides {tensor.stride()} is not contiguous")
     return tensor.data_ptr()
 
 
-def pack(destination: Tensor, sources: list[Span], offsets: list[int], *, scale: float, accumulate: bool) -> None:
-    """Gathers `sources` into the flat `destination`, source i from element `offsets[i]` on.
+def _where(**tensors: Tensor | None) -> int | Stream:
+    """Where work on these tensors is done: on how many threads, or on which stream, the current one of their device.
 
-    destination = [destination +] source * scale, in fp32, rounded once. A span at address 0 counts as zeros.
+    Raises:
+        ValueError: they are not all on one device.
     """
-    _core.pack(span(destination, "destination"), sources, offsets, scale, accumulate, torch.get_num_threads())
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    (first, tensor), *others = present.items()
+    for name, other in others:
+        if other.device != tensor.device:
+            raise ValueError(f"{name} is on device '{other.device}' but {first} is on '{tensor.device}'")
+    address(tensor, first)
+    if tensor.is_cpu:
+        return torch.get_num_threads()
+    return Stream(tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream)
+
+
+def pack(
+    destination: Tensor,
+    sources: list[Span],
+    offsets: list[int],
+    *,
+    scale: float,
+    accumulate: bool,
+    factor: Tensor | None = None,
+) -> None:
+    """Gathers `sources`, on the device of `destination`, into that flat tensor, source i from element `offsets[i]` on.
+
+    destination = [destination +] source * scale [* factor], in fp32, rounded once. A span at address 0 counts as
+    zeros. `factor` is one float64 on the same device, which the host need not know.
+    """
+    where = _where(destination=destination, factor=factor)
+    target, known = span(destination, "destination"), 0 if factor is None else address(_one_double(factor), "factor")
+    _core.pack(target, sources, offsets, scale, known, accumulate, where)
 
 
 def cast(destination: Tensor, source: Tensor, *, scale: float = 1.0, accumulate: bool = False) -> None:
     """destination = [destination +] source * scale, in fp32, rounded once; both of the same number of elements."""
-    target, origin = span(destination, "destination"), span(source, "source")
-    _core.cast(target, origin, scale, accumulate, torch.get_num_threads())
+    where = _where(destination=destination, source=source)
+    _core.cast(span(destination, "destination"), span(source, "source"), scale, accumulate, where)
 
 
 def reduce(destination: Tensor, sources: list[Tensor], reduction: Reduction) -> None:
-    """The reduction of tensors of one size and dtype, in their order, in fp32, rounded once; `destination` may be one
-    of them."""
+    """The reduction of CPU tensors of one size and dtype, in their order, in fp32, rounded once; `destination` may be
+    one of them."""
     spans = [span(source, f"source {i}") for i, source in enumerate(sources)]
     _core.reduce(span(destination, "destination"), spans, reduction, torch.get_num_threads())
 
 
 def add_sum_of_squares(total: Tensor, values: Tensor, segments: Segments) -> None:
     """Adds the sum of squares of the segments of `values` to `total` (float64, one element)."""
-    if total.dtype != torch.float64 or total.numel() != 1:
-        raise TypeError(f"the sum is kept in one float64, not in {total.numel()} x {total.dtype}")
-    _core.norm(address(total, "total"), span(values, "values"), segments, torch.get_num_threads())
+    where = _where(values=values, total=total)
+    sum_of_squares = address(_one_double(total), "total")
+    if isinstance(where, Stream):
+        scratch = torch.empty(segments.blocks, dtype=torch.float64, device=values.device)
+        _core.norm(sum_of_squares, span(values, "values"), segments, scratch.data_ptr(), where)
+    else:
+        _core.norm(sum_of_squares, span(values, "values"), segments, where)
+
+
+def split_master(params: Tensor, master: Tensor, remainder: Tensor | None = None) -> None:
+    """Writes 16-bit `params` from their fp32 `master`, and the 16 bits (int16) that bf16 ones lack to be exact.
+
+    bf16 is rounded to nearest, ties away from zero: see [Note: split masters] in weights.h.
+    """
+    where = _where(params=params, master=master, remainder=remainder)
+    _core.split_master(span(params, "params"), _remainder(remainder, master), span(master, "master"), where)
+
+
+def join_master(master: Tensor, params: Tensor, remainder: Tensor) -> None:
+    """The reverse of `split_master`, bit for bit."""
+    where = _where(master=master, params=params, remainder=remainder)
+    _core.join_master(span(master, "master"), span(params, "params"), _remainder(remainder, master), where)
 
 
 def adopt_written(master: Tensor, params: Tensor) -> None:
     """Elements of `params` that are not their fp32 master rounded were written by others: the master takes them."""
-    written = params != master.to(params.dtype)
-    master[written] = params[written].float()
+    rounded = torch.empty_like(params)
+    split_master(rounded, master)
+    master.copy_(torch.where(rounded == params, master, params.float()))
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether every element of a tensor is finite; one pass, any dtype and strides."""
-    return bool(torch.isfinite(tensor).all())
+def is_finite(tensor: Tensor) -> Tensor:
+    """Whether every element of a tensor is finite: a bool without dimensions; one pass, any dtype and strides."""
+    return torch.isfinite(tensor).all()
 
 
 def adam(
     *,
     grads: Tensor,
-    master: Tensor,
+    master: Tensor | None,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     params: Tensor | None,
     segments: Segments,
     groups: list[AdamGroup],
     control: Tensor,
+    remainder: Tensor | None = None,
 ) -> None:
-    """One Adam or AdamW update of flat buffers of equal size (see `adam.h`); `params` None: the master is the
-    parameter. `control` is a `StepControl` in memory: uint8, of its number of bytes."""
-    buffers = {"grads": grads, "master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    if params is not None:
-        buffers["params"] = params
+    """One Adam or AdamW update of flat buffers of equal size (see `adam.h`).
+
+    `params` None: the master is the parameter. `master` None: it is split into bf16 `params` and `remainder`.
+    `control` is a `StepControl` in memory: uint8, of its number of bytes.
+    """
+    named = {"grads": grads, "master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "params": params}
+    buffers = {name: buffer for name, buffer in named.items() if buffer is not None}
+    numel = next(buffer.numel() for buffer in (master, params, exp_avg) if buffer is not None)
     for name, buffer in buffers.items():
-        if buffer.numel() != master.numel():
-            raise ValueError(f"{name} has {buffer.numel()} elements, the master weights have {master.numel()}")
+        if buffer.numel() != numel:
+            raise ValueError(f"{name} has {buffer.numel()} elements, the weights have {numel}")
     if control.dtype != torch.uint8 or control.numel() != _core.StepControl.nbytes:
         raise TypeError(f"control is {_core.StepControl.nbytes} bytes, not {control.numel()} x {control.dtype}")
+    where = _where(**buffers, remainder=remainder, control=control)
     spans = {name: span(buffer, name) for name, buffer in buffers.items()}
     _core.adam(
         spans["grads"],
-        spans["master"],
+        spans.get("master", NOTHING),
+        _remainder(remainder, exp_avg),
         spans["exp_avg"],
         spans["exp_avg_sq"],
-        spans.get("params", NO_PARAMS),
+        spans.get("params", NOTHING),
         segments,
         groups,
         address(control, "control"),
-        torch.get_num_threads(),
+        where,
     )
+
+
+def loss_scale_update(
+    control: Tensor, state: Tensor, scaler: LossScaler, sum_of_squares: Tensor, *, mean: float, clip: float
+) -> None:
+    """Decides about a step, in memory (see loss_scale.h): `control` and `state` are the structs' bytes."""
+    where = _where(control=control, state=state, sum_of_squares=sum_of_squares)
+    total = address(_one_double(sum_of_squares), "sum_of_squares")
+    stream = where if isinstance(where, Stream) else None
+    _core.loss_scale_update(address(control), address(state), scaler, total, mean, clip, stream)
+
+
+def _one_double(tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.float64 or tensor.numel() != 1:
+        raise TypeError(f"one float64 is needed, not {tensor.numel()} x {tensor.dtype}")
+    return tensor
+
+
+def _remainder(remainder: Tensor | None, like: Tensor) -> int:
+    if remainder is None:
+        return 0
+    if remainder.dtype != torch.int16 or remainder.numel() != like.numel():
+        raise TypeError(f"the remainder is {like.numel()} int16, not {remainder.numel()} x {remainder.dtype}")
+    return address(remainder, "remainder")

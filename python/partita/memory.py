@@ -1,4 +1,4 @@
-"""Host memory for flat buffers."""
+"""Memory for flat buffers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+HOST = torch.device("cpu")
 
-def flat_buffer(numel: int, dtype: torch.dtype) -> Tensor:
-    """A zero-filled flat tensor in pages of its own.
+
+def flat_buffer(numel: int, dtype: torch.dtype, device: torch.device = HOST) -> Tensor:
+    """A zero-filled flat tensor; on the host in pages of its own.
 
     Pages are committed when they are first touched, huge where the system grants it (a step walks through gigabytes,
     and small pages cost it address translations), and go back to the system with the tensor. In malloc's heap,
     long-lived buffers between short-lived gradients would keep the memory of both.
     """
     nbytes = numel * dtype.itemsize
-    if nbytes == 0:
-        return torch.empty(numel, dtype=dtype)
+    if nbytes == 0 or device.type != "cpu":
+        return torch.zeros(numel, dtype=dtype, device=device)
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without huge pages

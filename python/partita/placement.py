@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from partita.comm import Communicator
-from partita.units import has_reducer, require_on_cpu
+from partita.units import has_reducer, require_on
 
 logger = logging.getLogger("partita")
 
@@ -41,6 +42,22 @@ def optimized_parameters(model: nn.Module, optimizer: Optimizer | None) -> list[
     return [(name, p, groups[p]) for name, p in named.items() if p.requires_grad and p in groups]
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model is: the device of its first parameter, or buffer; the CPU if it has none.
+
+    Raises:
+        ValueError: neither the CPU nor a CUDA device; names the parameter.
+    """
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    name, tensor = next(tensors, ("", torch.empty(0)))
+    if tensor.is_cpu or tensor.is_cuda:
+        return tensor.device
+    advice = "give it values with to_empty() first" if tensor.is_meta else "move the model to one of those first"
+    raise ValueError(
+        f"parameter '{name}' is on device '{tensor.device}': Partita trains on the CPU and on CUDA devices; {advice}"
+    )
+
+
 def untrained_parameters(model: nn.Module, trained: list[tuple[str, nn.Parameter, int]]) -> dict[str, nn.Parameter]:
     """The model's other parameters: frozen, or unknown to the optimizer."""
     known = {p for _, p, _ in trained}
@@ -60,7 +77,7 @@ def place_untrained(
         ValueError: one of them is on another device; names it.
     """
     for name, parameter in untrained.items():
-        require_on_cpu(f"parameter '{name}'", parameter)
+        require_on(communicator.device, f"parameter '{name}'", parameter)
         if compute is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(compute)
         parameter.data = _from_rank_0(parameter.data, communicator)
@@ -69,7 +86,7 @@ def place_untrained(
         for name, buffer in module._buffers.items():
             if buffer is None:
                 continue
-            require_on_cpu(f"buffer '{path}.{name}'" if path else f"buffer '{name}'", buffer)
+            require_on(communicator.device, f"buffer '{path}.{name}'" if path else f"buffer '{name}'", buffer)
             if buffer not in placed:
                 cast = buffers is not None and buffer.is_floating_point()
                 placed[buffer] = _from_rank_0(buffer.to(buffers) if cast else buffer, communicator)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from partita._core import LossScaler, LossScaleState
 from partita.comm import Communicator
-from partita.optim import StepController
 from partita.units import GradientReducer
 
 
@@ -16,51 +17,49 @@ class SkipGuard:
     reducer is asked to look at every gradient before it is reduced.
 
     Args:
-        limit: skipped steps in a row that end a run.
-        minimum_scale: the smallest loss scale; overflowing there ends a run at once.
+        limit: skipped steps in a row that end a run. Overflowing at the smallest loss scale ends it at once.
+        lag: steps whose gradients are on their way when the outcome of one is learned.
     """
 
     def __init__(
         self,
-        controller: StepController,
+        scaler: LossScaler,
         reducer: GradientReducer,
         communicator: Communicator,
         *,
         limit: int,
-        minimum_scale: float,
+        lag: int,
     ) -> None:
-        self._controller = controller
+        self._scaler = scaler
         self._reducer = reducer
         self._communicator = communicator
         self._limit = limit
-        self._minimum_scale = minimum_scale
-        self._look_ahead()
+        self._lag = lag
+        self._look_ahead(scaler.initial())
 
-    def check(self, step: int) -> None:
-        """Called after every optimizer step, before its gradients are forgotten.
+    def check(self, step: int, state: LossScaleState, finiteness: list[tuple[int, Tensor]]) -> None:
+        """Called with the outcome of every optimizer step, and what the reducer saw of its gradients.
 
         Raises:
             FloatingPointError: the limit or the minimum scale is reached; names ranks and parameters.
         """
-        state = self._controller.loss_scale
         if state.at_minimum:
             what = f"the loss scale is at its minimum, {state.scale:g}, and gradients still overflow"
         elif state.consecutive_skips >= self._limit:
             what = f"{state.consecutive_skips} steps in a row were skipped because gradients are not finite"
         else:
-            self._look_ahead()
+            self._look_ahead(state)
             return
-        raise FloatingPointError(f"training stopped at step {step}: {what}; {self._origin()}")
+        raise FloatingPointError(f"training stopped at step {step}: {what}; {self._origin(finiteness)}")
 
-    def _look_ahead(self) -> None:
-        state = self._controller.loss_scale
-        at_minimum = state.hysteresis <= 1 and state.scale <= self._minimum_scale
-        self._reducer.find_non_finite = at_minimum or state.consecutive_skips + 1 >= self._limit
+    def _look_ahead(self, state: LossScaleState) -> None:
+        coming = [self._scaler.after_overflows(state, n) for n in range(1, self._lag + 2)]
+        self._reducer.watches_finiteness = any(s.at_minimum or s.consecutive_skips >= self._limit for s in coming)
 
-    def _origin(self) -> str:
+    def _origin(self, finiteness: list[tuple[int, Tensor]]) -> str:
         """Which ranks made non-finite gradients, and in which parameter first. A collective."""
-        mine = self._reducer.first_non_finite
-        found = torch.zeros(self._communicator.world_size, dtype=torch.float64)
+        mine = next((parameter for parameter, is_finite in finiteness if not is_finite), None)
+        found = torch.zeros(self._communicator.world_size, dtype=torch.float64, device=self._communicator.device)
         found[self._communicator.rank] = 0 if mine is None else mine + 1
         self._communicator.all_reduce(found).wait()
         rows = [

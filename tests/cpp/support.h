@@ -69,8 +69,8 @@ class HalfFormat {
         return (bits & 0x8000) != 0 ? -value : value;
     }
 
-    // The nearest number by search; of two equally near, the one with even bits.
-    std::uint32_t encode(float value) const {
+    // The nearest number by search; of two equally near, the one with even bits, or the larger magnitude.
+    std::uint32_t encode(float value, bool ties_away = false) const {
         const std::uint32_t sign = std::signbit(value) ? 0x8000u : 0u;
         if (std::isnan(value)) return sign | 0x7fffu;
         const double x = std::fabs(static_cast<double>(value));
@@ -78,7 +78,7 @@ class HalfFormat {
         if (above == magnitudes_.end()) return sign | static_cast<std::uint32_t>(infinity_);
         const auto bits = static_cast<std::uint32_t>(above - magnitudes_.begin() - 1);
         const double down = x - above[-1], up = *above - x;
-        return sign | (up < down || (up == down && bits % 2 == 1) ? bits + 1 : bits);
+        return sign | (up < down || (up == down && (ties_away || bits % 2 == 1)) ? bits + 1 : bits);
     }
 
   private:
@@ -110,6 +110,11 @@ inline std::uint32_t encode(DType dtype, float value) {
 }
 inline float decode(DType dtype, std::uint32_t bits) {
     return dtype == DType::f32 ? bits_float(bits) : half_format(dtype).decode(bits);
+}
+
+// A master weight as the bits of its parameter: bf16 has ties away from zero.
+inline std::uint32_t encode_weight(DType dtype, float master) {
+    return dtype == DType::bf16 ? half_format(dtype).encode(master, true) : encode(dtype, master);
 }
 
 // Elements between guard bytes, `misalignment` elements off a 16-byte boundary. Comparing two buffers compares the

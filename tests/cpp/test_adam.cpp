@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "partita/adam.h"
+#include "partita/weights.h"
 #include "simd/kernels.h"
 #include "support.h"
 
@@ -64,7 +65,9 @@ struct Shard {
         }
     }
 
-    AdamBuffers spans() { return {grads.span(), master.span(), exp_avg.span(), exp_avg_sq.span(), params.span()}; }
+    AdamBuffers spans() {
+        return {grads.span(), master.span(), exp_avg.span(), exp_avg_sq.span(), params.span(), nullptr};
+    }
     // The part [begin, end) as a shard of its own.
     AdamBuffers spans(std::int64_t begin, std::int64_t end) {
         AdamBuffers b = spans();
@@ -130,7 +133,7 @@ TEST_P(AdamTypes, FollowsThePapersForTenSteps) {
                     ASSERT_NEAR(shard.exp_avg_sq.at(i), p.v, 1e-6) << "element " << i << ", step " << step;
                     ASSERT_NEAR(shard.master.at(i), p.weight, 2e-6) << "element " << i << ", step " << step;
                     master.set(i, shard.master.at(i));
-                    rounded.set(i, shard.master.at(i));
+                    rounded.set_bits(i, encode_weight(params, shard.master.at(i)));
                 }
             }
             EXPECT_TRUE(same(shard.master, master)) << "padding";
@@ -156,7 +159,7 @@ TEST_P(AdamTypes, EveryLevelGivesTheBitsOfTheScalarLevel) {
                 const auto floats = [](Span span) { return static_cast<float*>(span.data); };
                 kernels(level).adam[index(grads)][index(params)](
                     {b.grads.data, floats(b.master), floats(b.exp_avg), floats(b.exp_avg_sq),
-                     with_params ? b.params.data : nullptr, numel},
+                     with_params ? b.params.data : nullptr, nullptr, numel},
                     factors);
                 return result;
             };
@@ -224,6 +227,105 @@ TEST(Adam, WithoutParamsTheMasterIsTheParameter) {
     adam(spans, Segments(rows), groups, &control, 1);
     EXPECT_TRUE(same(without.master, with.master));
     EXPECT_TRUE(same(without.params, Shard(rows, DType::bf16, DType::f16).params));
+}
+
+// Masters that are split into bf16 parameters and 16 bits beside them.
+struct SplitShard {
+    Shard shard;
+    std::vector<std::uint16_t> remainder;
+
+    explicit SplitShard(const Shard& whole)
+        : shard(whole), remainder(static_cast<std::size_t>(whole.master.numel()), 0x55aa) {
+        split_master(shard.params.span(), remainder.data(), shard.master.span(), 1);
+    }
+
+    AdamBuffers spans() {
+        AdamBuffers b = shard.spans();
+        b.master = Span{};
+        b.remainder = remainder.data();
+        return b;
+    }
+
+    Buffer joined() {
+        Buffer result = shard.master;
+        join_master(result.span(), shard.params.span(), remainder.data(), 1);
+        return result;
+    }
+};
+
+class SplitAdam : public ::testing::TestWithParam<DType> {};
+
+TEST_P(SplitAdam, AThousandStepsGiveTheBitsOfWholeMasters) {
+    const auto rows = layout({1, 15, 16, 33, 0, 700});
+    Shard whole(rows, GetParam(), DType::bf16, 1);
+    SplitShard split(whole);
+    split_master(whole.params.span(), nullptr, whole.master.span(), 1);
+    Random random(3);
+    for (std::int64_t step = 1; step <= 1000; ++step) {
+        const StepControl control = control_of(step, random.uniform(0.1f, 1.0f), step % 50 == 7);
+        whole.new_grads(rows, step);
+        split.shard.grads = whole.grads;
+        adam(whole.spans(), Segments(rows), groups, &control, 1);
+        adam(split.spans(), Segments(rows), groups, &control, 2);
+        ASSERT_TRUE(same(split.shard.params, whole.params)) << "step " << step;
+    }
+    EXPECT_TRUE(same(split.joined(), whole.master));
+    EXPECT_TRUE(same(split.shard.exp_avg, whole.exp_avg));
+    EXPECT_TRUE(same(split.shard.exp_avg_sq, whole.exp_avg_sq));
+}
+
+TEST_P(SplitAdam, EveryLevelGivesTheBitsOfWholeMasters) {
+    const AdamFactors factors{0.3f, 0.01f, 0.999f, 0.1f, 0.999f, 0.001f, 1.7f, 1e-8f, 0.02f};
+    Random random;
+    for (std::int64_t numel = 0; numel < 70; ++numel) {
+        Shard start({{0, numel, 0}}, GetParam(), DType::bf16, numel % 4);
+        for (std::int64_t i = 0; i < numel; ++i) {
+            start.grads.set(i, random.wide());
+            start.master.set_bits(i, i % 3 == 0 ? random.bits() & 0xbfffffffu : float_bits(random.wide()));
+        }
+        for (const CpuLevel level : levels()) {
+            SCOPED_TRACE(::testing::Message() << name_of(level) << ", numel " << numel);
+            Shard whole = start;
+            SplitShard split(start);
+            const auto floats = [](Span span) { return static_cast<float*>(span.data); };
+            const AdamBuffers w = whole.spans(), s = split.spans();
+            kernels(level).adam[index(GetParam())][index(DType::bf16)](
+                {w.grads.data, floats(w.master), floats(w.exp_avg), floats(w.exp_avg_sq), w.params.data, nullptr,
+                 numel},
+                factors);
+            kernels(level).split_adam[index(GetParam())](
+                {s.grads.data, nullptr, floats(s.exp_avg), floats(s.exp_avg_sq), s.params.data, s.remainder, numel},
+                factors);
+            EXPECT_TRUE(same(split.shard.params, whole.params));
+            EXPECT_TRUE(same(split.shard.exp_avg, whole.exp_avg));
+            EXPECT_TRUE(same(split.shard.exp_avg_sq, whole.exp_avg_sq));
+            EXPECT_TRUE(same(split.joined(), whole.master));
+        }
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Grads, SplitAdam, ::testing::ValuesIn(all_dtypes),
+                         [](const auto& dtype) { return std::string(name_of(dtype.param)); });
+
+TEST(Adam, RefusesSplitMastersThatAreIncomplete) {
+    const std::vector<Segment> rows = {{0, 10, 1}};
+    const StepControl control = control_of(1);
+    SplitShard split(Shard(rows, DType::f32, DType::bf16));
+    const auto run = [&](Span master, Span params, std::uint16_t* remainder) {
+        AdamBuffers b = split.spans();
+        b.master = master;
+        b.params = params;
+        b.remainder = remainder;
+        adam(b, Segments(rows), groups, &control, 1);
+    };
+    const Span params = split.shard.params.span(), none{};
+    run(none, params, split.remainder.data());
+    EXPECT_THROW(run(none, params, nullptr), std::invalid_argument);
+    EXPECT_THROW(run(none, none, split.remainder.data()), std::invalid_argument);
+    EXPECT_THROW(run(none, params.part(0, 3), split.remainder.data()), std::invalid_argument);
+    EXPECT_THROW(run(split.shard.master.span(), params, split.remainder.data()), std::invalid_argument);
+    Buffer half(DType::f16, params.numel);
+    EXPECT_THROW(run(none, half.span(), split.remainder.data()), std::invalid_argument);
 }
 
 TEST(Adam, RefusesWhatDoesNotMatch) {

@@ -133,7 +133,7 @@ def _asked_of_world_communicator(comm: dict[str, Any]) -> tuple[str, timedelta, 
         engine = partita.Engine(make_model(), config=base_config(comm=comm))
     kind = type(engine._communicator).__name__
     engine.destroy()
-    ((transport, timeout),) = calls
+    ((transport, timeout, _device),) = calls
     return transport, timeout, kind
 
 

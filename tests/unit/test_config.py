@@ -34,13 +34,14 @@ DEFAULTS: dict[str, Any] = {
         "consecutive_hysteresis": False,
         "min_loss_scale": 1.0,
     },
-    "bf16": {"enabled": False},
+    "bf16": {"enabled": False, "master_weights": "fp32"},
     "torch_autocast": {"enabled": False, "dtype": "bfloat16"},
     "zero_optimization": {
         "stage": 0,
         "reduce_bucket_size": 8_388_608,
         "allgather_bucket_size": 8_388_608,
         "overlap_comm": True,
+        "overlap_gather": False,
         "reduce_scatter": True,
         "contiguous_gradients": True,
     },
@@ -362,7 +363,13 @@ def test_own_keys_are_marked() -> None:
         for key, field in section.model_fields.items()
         if any(isinstance(note, OwnKey) for note in field.metadata)
     }
-    assert own == {"comm", "seed", "max_consecutive_skipped_steps"}
+    assert own == {
+        "bf16.master_weights",
+        "comm",
+        "max_consecutive_skipped_steps",
+        "seed",
+        "zero_optimization.overlap_gather",
+    }
 
 
 # Files

@@ -147,27 +147,37 @@ def bases(node: ast.ClassDef) -> set[str]:
 
 
 def stub_of(body: list[ast.stmt]) -> dict[str, Any]:
-    """name -> parameter names of a function, 'property', or the stub of a class."""
+    """name -> parameter names of a function's forms, 'property', or the stub of a class."""
     found: dict[str, Any] = {}
     for node in body:
         if isinstance(node, ast.ClassDef):
             found[node.name] = stub_of(node.body)
         elif isinstance(node, ast.FunctionDef):
-            is_property = any(isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list)
-            found[node.name] = "property" if is_property else [a.arg for a in node.args.args if a.arg != "self"]
+            if any(isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list):
+                found[node.name] = "property"
+            else:
+                names = tuple(a.arg for a in node.args.args if a.arg != "self")
+                found[node.name] = found.get(node.name, set()) | {names}
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             found[node.target.id] = "property"
     return found
 
 
-def parameter_names(function: Any) -> list[str]:
-    """From the signature in pybind11's docstring: `name(self: T, a: int, b: U) -> V`."""
-    signature = str(function.__doc__).strip().splitlines()[0]
-    inside = signature[signature.index("(") + 1 : signature.rindex(") ->")]
-    while (flat := re.sub(r"\[[^\[\]]*\]", "", inside)) != inside:
-        inside = flat  # subscripts of types hold commas
-    names = [part.split(":")[0].strip() for part in inside.split(",") if part.strip()]
-    return [name for name in names if name != "self"]
+def parameter_names(function: Any) -> set[tuple[str, ...]]:
+    """From the signatures in pybind11's docstring: `name(self: T, a: int, b: U) -> V`, or several in a numbered list.
+
+    Forms that differ in types alone count as one.
+    """
+    lines = str(function.__doc__).strip().splitlines()
+    forms = [line for line in lines if re.match(r"\d+\. ", line)] or lines[:1]
+    found = set()
+    for form in forms:
+        inside = form[form.index("(") + 1 : form.rindex(") ->")]
+        while (flat := re.sub(r"\[[^\[\]]*\]", "", inside)) != inside:
+            inside = flat  # subscripts of types hold commas
+        names = [part.split(":")[0].strip() for part in inside.split(",") if part.strip()]
+        found.add(tuple(name for name in names if name != "self"))
+    return found
 
 
 def built_of(owner: Any) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
 #include "partita/loss_scale.h"
 #include "partita/segments.h"
 #include "partita/span.h"
+#include "partita/stream.h"
 
 namespace partita {
 
@@ -21,10 +23,12 @@ struct AdamGroup {
 // Flat buffers of one shard, all of the same number of elements.
 struct AdamBuffers {
     Span grads;       // any dtype, read
-    Span master;      // f32
+    Span master;      // f32; no data with a remainder
     Span exp_avg;     // f32
     Span exp_avg_sq;  // f32
-    Span params;      // written with the new weights, any dtype; no data: the master is the parameter
+    Span params;      // written with the new weights as split_master() does; no data: the master is the parameter
+    // Not null: the masters are split into `params` (bf16) and this, see [Note: split masters].
+    std::uint16_t* remainder = nullptr;
 };
 
 // One update, one pass (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1 with its bias corrections; decoupled decay:
@@ -32,5 +36,8 @@ struct AdamBuffers {
 // `control`; a skipped step writes nothing. Throws std::invalid_argument when sizes, dtypes or groups do not match.
 void adam(const AdamBuffers& buffers, const Segments& segments, const std::vector<AdamGroup>& groups,
           const StepControl* control, int threads);
+// The same on a device. A step number below 1 is not noticed there.
+void adam(const AdamBuffers& buffers, const Segments& segments, const std::vector<AdamGroup>& groups,
+          const StepControl* control, Stream stream);
 
 }  // namespace partita

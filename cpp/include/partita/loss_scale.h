@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "partita/stream.h"
+
 namespace partita {
 
 struct LossScaleState {
@@ -59,5 +61,7 @@ class LossScaler {
 //                torch.nn.utils.clip_grad_norm_
 void loss_scale_update(StepControl* control, LossScaleState* state, const LossScaler& scaler,
                        const double* sum_of_squares, double mean, double clip);
+void loss_scale_update(StepControl* control, LossScaleState* state, const LossScaler& scaler,
+                       const double* sum_of_squares, double mean, double clip, Stream stream);
 
 }  // namespace partita

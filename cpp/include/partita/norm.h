@@ -2,6 +2,7 @@
 
 #include "partita/segments.h"
 #include "partita/span.h"
+#include "partita/stream.h"
 
 namespace partita {
 
@@ -10,5 +11,8 @@ namespace partita {
 // The square of the largest fp32 number is far below the largest fp64 number, so the sum is infinite or NaN exactly
 // when an element is: it is its own overflow flag.
 void norm(double* sum_of_squares, Span values, const Segments& segments, int threads);
+// The same on a device; `scratch` has room for one number per block of the segments. The order of additions depends on
+// the segments alone.
+void norm(double* sum_of_squares, Span values, const Segments& segments, double* scratch, Stream stream);
 
 }  // namespace partita

@@ -25,12 +25,15 @@ class Segments {
     // Throws std::invalid_argument.
     explicit Segments(const std::vector<Segment>& segments);
 
+    // The segments, joined; and cut into blocks.
+    const std::vector<Segment>& rows() const { return rows_; }
     const std::vector<Segment>& blocks() const { return blocks_; }
     std::int64_t numel() const { return numel_; }
     std::int64_t end() const { return end_; }
     std::int32_t groups() const { return groups_; }
 
   private:
+    std::vector<Segment> rows_;
     std::vector<Segment> blocks_;
     std::int64_t numel_ = 0;
     std::int64_t end_ = 0;

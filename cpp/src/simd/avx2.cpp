@@ -30,10 +30,24 @@ struct Avx2 {
         const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
         const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
         const __m256 is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-        const __m256i result = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(is_nan)), 16);
-        // packus works within 128-bit lanes: bring the two used quarters together.
-        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(result, result), 0x08);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+        const __m256i result = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(is_nan));
+        store_16_bits(to, _mm256_srli_epi32(result, 16));
+    }
+    void store_high(bf16* to) const {
+        const __m256i bits = _mm256_castps_si256(x);
+        const __m256i rounded = _mm256_add_epi32(bits, _mm256_set1_epi32(0x8000));
+        const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+        const __m256 is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+        const __m256i result = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(is_nan));
+        store_16_bits(to, _mm256_srli_epi32(result, 16));
+    }
+    void store_low(std::uint16_t* to) const {
+        const __m256i number = _mm256_castps_si256(_mm256_and_ps(x, _mm256_cmp_ps(x, x, _CMP_ORD_Q)));
+        store_16_bits(to, _mm256_and_si256(number, _mm256_set1_epi32(0xffff)));
+    }
+    static Avx2 load_joined(const bf16* high, const std::uint16_t* low) {
+        const __m256i remainder = _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low)));
+        return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(load(high).x), remainder))};
     }
     static Avx2 fma(Avx2 a, Avx2 b, Avx2 c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
     // The instruction gives its second operand when either is a NaN.
@@ -45,6 +59,13 @@ struct Avx2 {
     friend Avx2 operator-(Avx2 a, Avx2 b) { return {_mm256_sub_ps(a.x, b.x)}; }
     friend Avx2 operator*(Avx2 a, Avx2 b) { return {_mm256_mul_ps(a.x, b.x)}; }
     friend Avx2 operator/(Avx2 a, Avx2 b) { return {_mm256_div_ps(a.x, b.x)}; }
+
+    // Eight numbers below 2^16.
+    static void store_16_bits(void* to, __m256i values) {
+        // packus works within 128-bit lanes: bring the two used quarters together.
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(values, values), 0x08);
+        _mm_storeu_si128(static_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+    }
 
     struct Squares {
         __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();

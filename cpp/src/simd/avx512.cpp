@@ -38,6 +38,22 @@ struct Avx512 {
         const __m512i result = _mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan, rounded, quiet), 16);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(result));
     }
+    void store_high(bf16* to) const {
+        const __m512i bits = _mm512_castps_si512(x);
+        const __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x8000));
+        const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+        const __m512i result = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), rounded, quiet);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
+    }
+    void store_low(std::uint16_t* to) const {
+        const __m512i low = _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), _mm512_castps_si512(x));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(low));
+    }
+    static Avx512 load_joined(const bf16* high, const std::uint16_t* low) {
+        const __m256i remainder = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low));
+        return {
+            _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(load(high).x), _mm512_cvtepi16_epi32(remainder)))};
+    }
     static Avx512 fma(Avx512 a, Avx512 b, Avx512 c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
     // The instruction gives its second operand when either is a NaN.
     static Avx512 max(Avx512 a, Avx512 b) {

@@ -4,30 +4,19 @@
 
 #include <cstdint>
 
+#include "adam_update.h"
 #include "partita/cpu_level.h"
 #include "partita/span.h"
 
 namespace partita {
-
-// Adam's per-element constants, worked out once per group and step.
-struct AdamFactors {
-    float grad_scale;
-    float l2;    // weight decay that joins the gradient
-    float keep;  // what decoupled decay leaves of the weight
-    float one_minus_beta1;
-    float beta2;
-    float one_minus_beta2;
-    float inverse_sqrt_correction2;
-    float eps;
-    float step_size;  // lr / first bias correction
-};
 
 struct AdamRange {
     const void* grads;
     float* master;
     float* exp_avg;
     float* exp_avg_sq;
-    void* params;  // null: not written
+    void* params;              // null: not written
+    std::uint16_t* remainder;  // of split masters
     std::int64_t numel;
 };
 
@@ -37,6 +26,9 @@ struct Kernels {
     // to[i] = reduction over the sources s of from[s][begin + i], times factor
     using Reduce = void (*)(void* to, const void* const* from, int sources, std::int64_t begin, std::int64_t numel,
                             float factor);
+    // params, and remainder if not null, from master; and back
+    using Split = void (*)(void* params, std::uint16_t* remainder, const float* master, std::int64_t numel);
+    using Join = void (*)(float* master, const void* params, const std::uint16_t* remainder, std::int64_t numel);
     using Adam = void (*)(const AdamRange& range, const AdamFactors& factors);
 
     Convert copy[dtype_count][dtype_count];        // [from][to]: to = from * scale
@@ -44,7 +36,10 @@ struct Kernels {
     SumOfSquares sum_of_squares[dtype_count];
     Reduce sum[dtype_count];
     Reduce max[dtype_count];
+    Split split[dtype_count];             // [params]
+    Join join;                            // bf16
     Adam adam[dtype_count][dtype_count];  // [grads][params]
+    Adam split_adam[dtype_count];         // [grads]
 };
 
 constexpr int index(DType dtype) { return static_cast<int>(dtype); }

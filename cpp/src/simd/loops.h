@@ -1,9 +1,9 @@
 // The loops themselves, written once over a vector type V and instantiated by one source file per processor level.
 //
 // V holds V::width floats and has load, store (for float, f16, bf16), fma, arithmetic operators, sqrt, max (a NaN
-// wins), and a Squares accumulator in fp64. The last, incomplete vector goes through a zero-padded copy, so an
-// element's result never depends on where in a buffer it stands: shards of any size give the bits that the whole buffer
-// would give.
+// wins), store_high, store_low and load_joined ([Note: split masters]), and a Squares accumulator in fp64. The last,
+// incomplete vector goes through a zero-padded copy, so an element's result never depends on where in a buffer it
+// stands: shards of any size give the bits that the whole buffer would give.
 #pragma once
 
 #include <cstring>
@@ -97,57 +97,139 @@ void reduce(void* to_bytes, const void* const* from, int sources, std::int64_t b
     }
 }
 
+// A weight is stored as [Note: split masters] says when it is bf16, else like any number.
+template <class V, class P>
+void store_weight(V weight, P* to) {
+    weight.store(to);
+}
 template <class V>
-struct AdamVectors {
-    V grad_scale, l2, keep, one_minus_beta1, beta2, one_minus_beta2, inverse_sqrt_correction2, eps, step_size;
-
-    explicit AdamVectors(const AdamFactors& f)
-        : grad_scale(V::broadcast(f.grad_scale)),
-          l2(V::broadcast(f.l2)),
-          keep(V::broadcast(f.keep)),
-          one_minus_beta1(V::broadcast(f.one_minus_beta1)),
-          beta2(V::broadcast(f.beta2)),
-          one_minus_beta2(V::broadcast(f.one_minus_beta2)),
-          inverse_sqrt_correction2(V::broadcast(f.inverse_sqrt_correction2)),
-          eps(V::broadcast(f.eps)),
-          step_size(V::broadcast(f.step_size)) {}
-};
-
-template <class V, class G, class P>
-void adam_vector(const G* grads, float* master, float* exp_avg, float* exp_avg_sq, P* params, const AdamVectors<V>& f) {
-    V weight = V::load(master);
-    const V grad = V::fma(f.l2, weight, V::load(grads) * f.grad_scale);
-    V m = V::load(exp_avg);
-    V v = V::load(exp_avg_sq);
-    m = V::fma(f.one_minus_beta1, grad - m, m);
-    v = V::fma(f.one_minus_beta2 * grad, grad, f.beta2 * v);
-    const V denominator = V::fma(v.sqrt(), f.inverse_sqrt_correction2, f.eps);
-    weight = weight * f.keep - f.step_size * m / denominator;
-    weight.store(master);
-    m.store(exp_avg);
-    v.store(exp_avg_sq);
-    if (params != nullptr) weight.store(params);
+void store_weight(V weight, bf16* to) {
+    weight.store_high(to);
 }
 
+template <class V, class P>
+void split(void* params_bytes, std::uint16_t* remainder, const float* master, std::int64_t numel) {
+    P* params = static_cast<P*>(params_bytes);
+    for (std::int64_t i = 0; i < numel; i += V::width) {
+        const std::int64_t count = numel - i < V::width ? numel - i : V::width;
+        const V weight = V::load(Padded<V, float>(master + i, count).values);
+        Padded<V, P> high;
+        store_weight(weight, high.values);
+        high.write(params + i, count);
+        if (remainder != nullptr) {
+            Padded<V, std::uint16_t> low;
+            weight.store_low(low.values);
+            low.write(remainder + i, count);
+        }
+    }
+}
+
+template <class V>
+void join(float* master, const void* params_bytes, const std::uint16_t* remainder, std::int64_t numel) {
+    const bf16* params = static_cast<const bf16*>(params_bytes);
+    for (std::int64_t i = 0; i < numel; i += V::width) {
+        const std::int64_t count = numel - i < V::width ? numel - i : V::width;
+        Padded<V, float> joined;
+        V::load_joined(Padded<V, bf16>(params + i, count).values, Padded<V, std::uint16_t>(remainder + i, count).values)
+            .store(joined.values);
+        joined.write(master + i, count);
+    }
+}
+
+// Where a weight comes from and goes to: an fp32 master, beside it a parameter or none ...
+template <class V, class P>
+struct WholeMasters {
+    float* master;
+    P* params;
+
+    explicit WholeMasters(const AdamRange& range) : master(range.master), params(static_cast<P*>(range.params)) {}
+    V load(std::int64_t i) const { return V::load(master + i); }
+    void store(std::int64_t i, V weight) const {
+        weight.store(master + i);
+        if (params != nullptr) store_weight(weight, params + i);
+    }
+};
+
+// ... or a bf16 parameter and the remainder of its master.
+template <class V>
+struct SplitMasters {
+    bf16* params;
+    std::uint16_t* remainder;
+
+    explicit SplitMasters(const AdamRange& range)
+        : params(static_cast<bf16*>(range.params)), remainder(range.remainder) {}
+    V load(std::int64_t i) const { return V::load_joined(params + i, remainder + i); }
+    void store(std::int64_t i, V weight) const {
+        weight.store_high(params + i);
+        weight.store_low(remainder + i);
+    }
+};
+
+template <class V, class G, class Masters>
+void adam_vector(std::int64_t i, const G* grads, const Masters& masters, float* exp_avg, float* exp_avg_sq,
+                 const AdamVectors<V>& f) {
+    V weight = masters.load(i);
+    V m = V::load(exp_avg + i);
+    V v = V::load(exp_avg_sq + i);
+    adam_update(weight, m, v, V::load(grads + i), f);
+    masters.store(i, weight);
+    m.store(exp_avg + i);
+    v.store(exp_avg_sq + i);
+}
+
+// The elements that do not fill a vector, in storage that does.
 template <class V, class G, class P>
+struct AdamTail {
+    Padded<V, G> grads;
+    Padded<V, float> master, exp_avg, exp_avg_sq;
+    Padded<V, P> params;
+    Padded<V, std::uint16_t> remainder;
+    AdamRange from;
+    std::int64_t begin;
+
+    AdamTail(const AdamRange& range, std::int64_t first)
+        : grads(static_cast<const G*>(range.grads) + first, range.numel - first),
+          exp_avg(range.exp_avg + first, range.numel - first),
+          exp_avg_sq(range.exp_avg_sq + first, range.numel - first),
+          from(range),
+          begin(first) {
+        const std::int64_t rest = from.numel - begin;
+        if (from.master != nullptr) master = {from.master + begin, rest};
+        if (from.remainder != nullptr) {
+            params = {static_cast<const P*>(from.params) + begin, rest};
+            remainder = {from.remainder + begin, rest};
+        }
+    }
+
+    AdamRange range() {
+        void* written = from.params == nullptr ? nullptr : params.values;
+        return {grads.values, master.values, exp_avg.values, exp_avg_sq.values, written, remainder.values, V::width};
+    }
+
+    void write() const {
+        const std::int64_t rest = from.numel - begin;
+        exp_avg.write(from.exp_avg + begin, rest);
+        exp_avg_sq.write(from.exp_avg_sq + begin, rest);
+        if (from.master != nullptr) master.write(from.master + begin, rest);
+        if (from.params != nullptr) params.write(static_cast<P*>(from.params) + begin, rest);
+        if (from.remainder != nullptr) remainder.write(from.remainder + begin, rest);
+    }
+};
+
+template <class V, class G, class P, class Masters>
 void adam(const AdamRange& range, const AdamFactors& factors) {
     const AdamVectors<V> f(factors);
     const G* grads = static_cast<const G*>(range.grads);
-    P* params = static_cast<P*>(range.params);
+    const Masters masters(range);
     std::int64_t i = 0;
     for (; i + V::width <= range.numel; i += V::width) {
-        adam_vector<V>(grads + i, range.master + i, range.exp_avg + i, range.exp_avg_sq + i,
-                       params != nullptr ? params + i : nullptr, f);
+        adam_vector<V>(i, grads, masters, range.exp_avg, range.exp_avg_sq, f);
     }
-    if (const std::int64_t rest = range.numel - i; rest > 0) {
-        Padded<V, G> g(grads + i, rest);
-        Padded<V, float> w(range.master + i, rest), m(range.exp_avg + i, rest), v(range.exp_avg_sq + i, rest);
-        Padded<V, P> p;
-        adam_vector<V>(g.values, w.values, m.values, v.values, p.values, f);
-        w.write(range.master + i, rest);
-        m.write(range.exp_avg + i, rest);
-        v.write(range.exp_avg_sq + i, rest);
-        if (params != nullptr) p.write(params + i, rest);
+    if (i < range.numel) {
+        AdamTail<V, G, P> tail(range, i);
+        const AdamRange padded = tail.range();
+        adam_vector<V>(0, tail.grads.values, Masters(padded), padded.exp_avg, padded.exp_avg_sq, f);
+        tail.write();
     }
 }
 
@@ -156,7 +238,7 @@ void fill_pair(Kernels& k) {
     constexpr int from = index(dtype_of<From>::value), to = index(dtype_of<To>::value);
     k.copy[from][to] = convert<V, From, To, false>;
     k.accumulate[from][to] = convert<V, From, To, true>;
-    k.adam[from][to] = adam<V, From, To>;
+    k.adam[from][to] = adam<V, From, To, WholeMasters<V, To>>;
 }
 
 template <class V, class From>
@@ -164,9 +246,12 @@ void fill_row(Kernels& k) {
     fill_pair<V, From, float>(k);
     fill_pair<V, From, f16>(k);
     fill_pair<V, From, bf16>(k);
-    k.sum_of_squares[index(dtype_of<From>::value)] = sum_of_squares<V, From>;
-    k.sum[index(dtype_of<From>::value)] = reduce<V, From, false>;
-    k.max[index(dtype_of<From>::value)] = reduce<V, From, true>;
+    constexpr int from = index(dtype_of<From>::value);
+    k.split_adam[from] = adam<V, From, bf16, SplitMasters<V>>;
+    k.split[from] = split<V, From>;
+    k.sum_of_squares[from] = sum_of_squares<V, From>;
+    k.sum[from] = reduce<V, From, false>;
+    k.max[from] = reduce<V, From, true>;
 }
 
 template <class V>
@@ -175,6 +260,7 @@ Kernels make_kernels() {
     fill_row<V, float>(k);
     fill_row<V, f16>(k);
     fill_row<V, bf16>(k);
+    k.join = join<V>;
     return k;
 }
 

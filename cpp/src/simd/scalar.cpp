@@ -20,6 +20,15 @@ struct Scalar {
     void store(T* to) const {
         from_float(*to, x);
     }
+    void store_high(bf16* to) const {
+        const std::uint32_t bits = bits_of(x);
+        to->bits = static_cast<std::uint16_t>((std::isnan(x) ? bits | 0x400000u : bits + 0x8000u) >> 16);
+    }
+    void store_low(std::uint16_t* to) const { *to = static_cast<std::uint16_t>(std::isnan(x) ? 0u : bits_of(x)); }
+    static Scalar load_joined(const bf16* high, const std::uint16_t* low) {
+        const auto remainder = static_cast<std::uint32_t>(static_cast<std::int16_t>(*low));
+        return {float_of((std::uint32_t{high->bits} << 16) + remainder)};
+    }
     static Scalar fma(Scalar a, Scalar b, Scalar c) { return {std::fma(a.x, b.x, c.x)}; }
     static Scalar max(Scalar a, Scalar b) { return {std::isnan(a.x) || a.x > b.x ? a.x : b.x}; }
     Scalar sqrt() const { return {std::sqrt(x)}; }

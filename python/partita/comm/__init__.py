@@ -3,7 +3,7 @@
 from partita._core import CommunicationError, Reduction
 from partita.comm.communicator import Communicator, Handle, SingleProcess
 from partita.comm.hierarchical import HierarchicalCommunicator
-from partita.comm.setup import communicator_of, init_distributed, world_communicator
+from partita.comm.setup import backend_for, communicator_of, init_distributed, world_communicator
 from partita.comm.shared_memory import SharedMemoryCommunicator
 from partita.comm.torch_transport import TorchCommunicator
 
@@ -16,6 +16,7 @@ __all__ = [
     "SharedMemoryCommunicator",
     "SingleProcess",
     "TorchCommunicator",
+    "backend_for",
     "communicator_of",
     "init_distributed",
     "world_communicator",

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from partita._core import Reduction
-from partita.memory import flat_buffer
+from partita.memory import HOST, flat_buffer
 
 
 class Handle(Protocol):
     """A collective under way."""
 
     def wait(self) -> None:
-        """Returns when the result is in the buffer; a second call returns at once."""
+        """Returns when the result is in the buffer; on a GPU at once, and the current stream waits. A second call does
+        nothing."""
 
 
 class Done:
@@ -29,7 +30,8 @@ class Done:
 class Communicator(ABC):
     """The ranks of one group. All of them must issue the same collectives in the same order.
 
-    A collective may run after its call and reads and writes the buffer until its handle has been waited for.
+    A collective may run after its call and reads and writes the buffer until its handle has been waited for. On a GPU
+    it begins after what the current stream has been given by the call.
 
     A buffer's elements are divided evenly: the slice of rank r is [r * n, (r + 1) * n), with n = numel / world_size.
     """
@@ -37,10 +39,11 @@ class Communicator(ABC):
     rank: int
     world_size: int
     transport: str  # what carries the bytes, for people
+    device: torch.device = HOST  # of its buffers
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A flat buffer that this transport can work on in place; its content is undefined."""
-        return flat_buffer(numel, dtype)
+        return flat_buffer(numel, dtype, self.device)
 
     def slice_of(self, buffer: Tensor) -> Tensor:
         """This rank's slice of a buffer, as a view.
@@ -123,6 +126,9 @@ class SingleProcess(Communicator):
     rank = 0
     world_size = 1
     transport = "nothing: one process"
+
+    def __init__(self, device: torch.device = HOST) -> None:
+        self.device = device
 
     def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
         return Done()

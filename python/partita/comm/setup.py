@@ -16,7 +16,8 @@ from partita.comm.communicator import Communicator, SingleProcess
 from partita.comm.hierarchical import HierarchicalCommunicator
 from partita.comm.hosts import Contact, exchange_contacts, no_host, ranks_by_host, this_host
 from partita.comm.shared_memory import SharedMemoryCommunicator
-from partita.comm.torch_transport import TorchCommunicator
+from partita.comm.torch_transport import TorchCommunicator, backend_of
+from partita.memory import HOST
 
 logger = logging.getLogger("partita")
 
@@ -32,7 +33,8 @@ def init_distributed(backend: str | None = None, timeout: timedelta = GROUP_TIME
 
     Args:
         backend: "nccl", "gloo", or another that torch.distributed knows; None: NCCL when this build has CUDA kernels
-            and a GPU is there, otherwise gloo.
+            and a GPU is there, otherwise gloo. A backend that cannot carry a model's tensors is no obstacle to
+            training it.
         timeout: how long a collective waits for a rank before it raises.
 
     Raises:
@@ -54,16 +56,35 @@ def init_distributed(backend: str | None = None, timeout: timedelta = GROUP_TIME
         )
 
 
-def world_communicator(transport: str = "auto", timeout: timedelta = timedelta(seconds=30)) -> Communicator:
-    """The communicator of all ranks of the default process group; see `communicator_of`."""
+def world_communicator(
+    transport: str = "auto", timeout: timedelta = timedelta(seconds=30), device: torch.device = HOST
+) -> Communicator:
+    """The communicator of all ranks of the default process group; see `communicator_of`.
+
+    A default group that cannot carry the device's tensors (NCCL and a model on the CPU, say) gets one beside it that
+    can.
+    """
     group = dist.group.WORLD
     if group is None:
         raise RuntimeError("no process group: call init_distributed() first")
-    return communicator_of(group, transport, timeout)
+    carrier = backend_of(group, device)
+    if dist.get_world_size(group) > 1 and (carrier is None or (device.type == "cuda" and carrier == "gloo")):
+        group = dist.new_group(backend=backend_for(device))
+    return communicator_of(group, transport, timeout, device=device)
+
+
+def backend_for(device: torch.device) -> str:
+    """The backend of torch.distributed that is best for a device's tensors."""
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def communicator_of(
-    group: dist.ProcessGroup, transport: str, timeout: timedelta, host: str | None = None
+    group: dist.ProcessGroup,
+    transport: str,
+    timeout: timedelta,
+    *,
+    device: torch.device = HOST,
+    host: str | None = None,
 ) -> Communicator:
     """How the ranks of a process group communicate. A collective.
 
@@ -71,23 +92,26 @@ def communicator_of(
         transport: "torch": through the process group. "shared_memory": through memory inside a host, through the
             process group between hosts. "auto": shared memory where it can be had.
         timeout: how long shared memory waits for a rank; the process group has its own.
+        device: where the buffers are.
         host: equal on the ranks that share memory; None: found out.
 
     Raises:
         RuntimeError: "shared_memory" is asked for and cannot be had; says why.
     """
     if dist.get_world_size(group) == 1:
-        return SingleProcess()
+        return SingleProcess(device)
     if transport == "torch":
-        return TorchCommunicator(group)
+        return TorchCommunicator(group, device)
     try:
+        if device.type != "cpu":
+            raise _UnavailableError(f"the ranks compute on '{device.type}'", is_a_failure=False)
         return _over_shared_memory(group, timeout, host or this_host())
     except _UnavailableError as error:
         if transport == "shared_memory":
             raise RuntimeError(f'comm.transport is "shared_memory", but {error}') from error
         if error.is_a_failure:
             logger.warning("%s; going on over torch.distributed", error)
-        return TorchCommunicator(group)
+        return TorchCommunicator(group, device)
 
 
 class _UnavailableError(Exception):
@@ -99,8 +123,6 @@ class _UnavailableError(Exception):
 
 
 def _over_shared_memory(group: dist.ProcessGroup, timeout: timedelta, host: str) -> Communicator:
-    if dist.get_backend(group) == "nccl":
-        raise _UnavailableError("the ranks compute on GPUs", is_a_failure=False)
     rank = dist.get_rank(group)
     listener = None
     with suppress(RuntimeError):  # a sandbox without Unix sockets, say; the others must hear of it

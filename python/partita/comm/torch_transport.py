@@ -13,7 +13,7 @@ from torch import Tensor
 from partita import kernels
 from partita._core import Reduction
 from partita.comm.communicator import Communicator, Handle
-from partita.memory import flat_buffer
+from partita.memory import HOST, flat_buffer
 
 # Reduce-scatters of gloo that may be under way at once: each holds received slices of its buffer's size.
 GLOO_REDUCE_SCATTERS_IN_FLIGHT = 2
@@ -54,11 +54,12 @@ class TorchCommunicator(Communicator):
     above. It also fixes the order of summation (rank 0, 1, 2, ...) and rounds 16-bit sums once, from fp32.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device = HOST) -> None:
         self._group = group
+        self.device = device
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
-        self.transport = str(dist.get_backend(group))
+        self.transport = backend_of(group, device) or str(dist.get_backend(group))
         self._gloo = self.transport == "gloo"
         self._reducing: deque[WorkHandle] = deque()
         self._received: dict[torch.dtype, list[Tensor]] = {}  # buffers free for the next reduce-scatter
@@ -133,6 +134,14 @@ class TorchCommunicator(Communicator):
     @staticmethod
     def _handle(works: list[dist.Work | None], buffer: Tensor, finish: Callable[[], None] | None = None) -> Handle:
         return WorkHandle([w for w in works if w is not None], buffer, finish)
+
+
+def backend_of(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """What carries a device's tensors in a group (which may have a backend per kind of device); None: nothing does."""
+    try:
+        return str(group._get_backend(torch.device(device.type)).name())
+    except RuntimeError:
+        return None
 
 
 def _divide(result: Tensor, divisor: int) -> None:

@@ -1,18 +1,21 @@
-"""Wall-clock time of the phases of a step."""
+"""Time that the phases of a step take."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from partita.streams import Streams
 
 
 class PhaseTimers:
-    """Sums the time spent in named phases; switched off, it costs one test per phase."""
+    """Sums the time spent in named phases, on a GPU that of the GPU; switched off, it costs one test per phase."""
 
-    def __init__(self, enabled: bool) -> None:
+    def __init__(self, enabled: bool, streams: Streams) -> None:
         self._enabled = enabled
-        self._seconds: dict[str, float] = {}
+        self._streams = streams
+        self._marks: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -20,14 +23,16 @@ class PhaseTimers:
         if not self._enabled:
             yield
             return
-        start = time.perf_counter()
+        start = self._streams.mark()
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            self._marks.append((name, start, self._streams.mark()))
 
     def take(self) -> dict[str, float]:
-        """Milliseconds per phase since the last call."""
-        result = {name: seconds * 1e3 for name, seconds in self._seconds.items()}
-        self._seconds.clear()
+        """Milliseconds per phase since the last call; waits until they are over."""
+        result: dict[str, float] = {}
+        for name, start, end in self._marks:
+            result[name] = result.get(name, 0.0) + self._streams.milliseconds(start, end)
+        self._marks.clear()
         return result

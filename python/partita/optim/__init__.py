@@ -11,12 +11,13 @@ from partita.optim.schedules import (
     make_scheduler,
 )
 from partita.optim.sharded import ShardedOptimizer, require_supported
-from partita.optim.step_control import StepController
+from partita.optim.step_control import PendingOutcome, StepController
 
 __all__ = [
     "FusedAdam",
     "LRRangeTest",
     "OneCycle",
+    "PendingOutcome",
     "ShardedOptimizer",
     "StepController",
     "WarmupCosineLR",

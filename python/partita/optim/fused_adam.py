@@ -23,7 +23,7 @@ class FusedAdam(Optimizer):
     One pass over memory per parameter. Parameters in float16 and bfloat16 have a float32 master copy in the state.
 
     Args:
-        params: parameters or param groups; contiguous CPU tensors.
+        params: parameters or param groups; contiguous tensors on the CPU or on CUDA devices.
         lr: learning rate, at least 0.
         betas: decay rates of the first and second moment, in [0, 1).
         eps: added to the denominator, at least 0.
@@ -69,11 +69,12 @@ class FusedAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        controls: dict[tuple[torch.device, int], Tensor] = {}
         for group in self.param_groups:
             native_group = adam_group(group)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, native_group)
+                    self._update(parameter, native_group, controls)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -90,7 +91,7 @@ class FusedAdam(Optimizer):
         super().__setstate__(state)
         self._versions = {}
 
-    def _update(self, parameter: Tensor, group: AdamGroup) -> None:
+    def _update(self, parameter: Tensor, group: AdamGroup, controls: dict[tuple[torch.device, int], Tensor]) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = 0
@@ -103,8 +104,9 @@ class FusedAdam(Optimizer):
                 kernels.adopt_written(state["master"], parameter)
             self._versions[parameter] = parameter._version  # the native update does not count
         state["step"] = int(state["step"]) + 1
-        control = torch.zeros(_core.StepControl.nbytes, dtype=torch.uint8)
-        _core.StepControl(grad_norm=0.0, grad_scale=1.0, skip=False, step=state["step"]).write(control.data_ptr())
+        key = (parameter.device, state["step"])
+        if key not in controls:
+            controls[key] = _control_of(*key)
         kernels.adam(
             grads=parameter.grad.contiguous(),  # type: ignore[union-attr]
             master=state.get("master", parameter),
@@ -113,8 +115,15 @@ class FusedAdam(Optimizer):
             params=parameter if "master" in state else None,
             segments=_core.Segments([(0, parameter.numel(), 0)]),
             groups=[group],
-            control=control,
+            control=controls[key],
         )
+
+
+def _control_of(device: torch.device, step: int) -> Tensor:
+    """The control block of an update whose gradients are what they are."""
+    control = torch.zeros(_core.StepControl.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    _core.StepControl(grad_norm=0.0, grad_scale=1.0, skip=False, step=step).write(control.data_ptr())
+    return control.to(device, non_blocking=True)
 
 
 def _check_group(group: dict[str, Any]) -> None:

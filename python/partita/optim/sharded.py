@@ -15,16 +15,21 @@ from partita.optim.elementwise import why_not_elementwise
 from partita.optim.fused_adam import is_native
 from partita.optim.step_control import StepController
 from partita.optim.updates import NativeAdam, ShardUpdate, TorchUpdate
-from partita.units import StagePolicy, Unit
+from partita.units import ParameterGathers, StagePolicy, Unit
 
 
-def require_supported(optimizer: Optimizer, policy: StagePolicy) -> None:
+def require_supported(optimizer: Optimizer, policy: StagePolicy, *, splits_masters: bool) -> None:
     """Raises ValueError, naming the optimizer and the reason, unless the engine can run it in this stage."""
     name = type(optimizer).__name__
     if any(float(state.get("step", 1)) for state in optimizer.state.values()):
         raise ValueError(f"{name} has state of earlier steps, which would be lost: give initialize() a fresh optimizer")
     if is_native(optimizer):
         return
+    if splits_masters:
+        raise ValueError(
+            f'{name} needs whole master weights, and bf16.master_weights is "split": set it to "fp32", or use Adam or '
+            "AdamW without options that the native update lacks"
+        )
     arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
     if any(a.default is a.empty and a.kind is not a.VAR_POSITIONAL and a.kind is not a.VAR_KEYWORD for a in arguments):
         raise ValueError(
@@ -52,12 +57,14 @@ class ShardedOptimizer(Optimizer):
         communicator: Communicator,
         policy: StagePolicy,
         controller: StepController,
+        gathers: ParameterGathers,
     ) -> None:
         self.inner = inner
         self._units = units
         self._communicator = communicator
         self._policy = policy
         self._controller = controller
+        self._gathers = gathers
         self._update = self._choose_update(inner)
         super().__init__([torch.empty(0)], dict(inner.defaults))
         self.param_groups = inner.param_groups
@@ -74,20 +81,22 @@ class ShardedOptimizer(Optimizer):
         return TorchUpdate(inner, self._units, self._controller)
 
     def run(self, *, mean: float, clip: float) -> None:
-        """One step from `Unit.reduced` of all units; the control block tells afterwards what was decided."""
+        """One step from `Unit.reduced` of all units; the control block tells afterwards what was decided.
+
+        The new parameters of other ranks are there when their gathers have been waited for.
+        """
         total = self._controller.sum_of_squares.zero_()
         for unit in self._units:
             kernels.add_sum_of_squares(total, unit.reduced, unit.norm_segments)
         self._communicator.all_reduce(total).wait()
         self._controller.decide(mean=mean, clip=clip)
         self._update.begin()
-        gathers = []
-        for i, unit in enumerate(self._units):
+        # Forward needs the last units first; the gathering of each goes on beside the update of the next.
+        for i in reversed(range(len(self._units))):
+            unit = self._units[i]
             self._update.update(i, unit)
             if self._policy.shards_states:
-                gathers.append(self._communicator.all_gather(unit.params))
-        for gather in gathers:
-            gather.wait()
+                self._gathers.add(i, self._communicator.all_gather(unit.params))
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Not for callers: gradients are reduced, scaled and counted by the engine.

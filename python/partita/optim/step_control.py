@@ -2,41 +2,70 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
 
-from partita import _core
+import torch
+from torch import Tensor
+
+from partita import _core, kernels
+from partita.streams import HostCopy, Streams
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What became of a step."""
+
+    control: _core.StepControl
+    loss_scale: _core.LossScaleState
+
+
+class PendingOutcome:
+    """The outcome of a step, on its way to the host."""
+
+    def __init__(self, control: HostCopy, state: HostCopy) -> None:
+        self._control = control
+        self._state = state
+
+    def wait(self) -> StepOutcome:
+        """The outcome, once the step is done."""
+        control, state = self._control.wait(), self._state.wait()
+        return StepOutcome(_core.StepControl.read(control.data_ptr()), _core.LossScaleState.read(state.data_ptr()))
 
 
 class StepController:
     """Owns the loss scale and the control block that the update reads.
 
-    Everything lives in tensors, so that on a device deciding needs no host; the properties copy them to the host.
+    Everything lives in tensors, so that on a GPU deciding needs no host; the properties wait for the GPU.
     """
 
-    def __init__(self, scaler: _core.LossScaler) -> None:
-        self.sum_of_squares = torch.zeros(1, dtype=torch.float64)
-        self.control = torch.zeros(_core.StepControl.nbytes, dtype=torch.uint8)
-        self._state = torch.zeros(_core.LossScaleState.nbytes, dtype=torch.uint8)
-        self._scaler = scaler
-        scaler.initial().write(self._state.data_ptr())
+    def __init__(self, scaler: _core.LossScaler, streams: Streams) -> None:
+        self.scaler = scaler
+        self.sum_of_squares = torch.zeros(1, dtype=torch.float64, device=streams.device)
+        self.control = torch.zeros(_core.StepControl.nbytes, dtype=torch.uint8, device=streams.device)
+        state = torch.zeros(_core.LossScaleState.nbytes, dtype=torch.uint8)
+        scaler.initial().write(state.data_ptr())
+        self._state = state.to(streams.device)
+        self._streams = streams
 
     def decide(self, *, mean: float, clip: float) -> None:
         """Fills the control block from `sum_of_squares` (see `loss_scale_update` in loss_scale.h)."""
-        _core.loss_scale_update(
-            self.control.data_ptr(),
-            self._state.data_ptr(),
-            self._scaler,
-            self.sum_of_squares.data_ptr(),
-            mean,
-            clip,
-        )
+        kernels.loss_scale_update(self.control, self._state, self.scaler, self.sum_of_squares, mean=mean, clip=clip)
+
+    def outcome(self) -> PendingOutcome:
+        """What the last decision was; the host gets it without holding up the device."""
+        return PendingOutcome(self._streams.copy_to_host(self.control), self._streams.copy_to_host(self._state))
+
+    @property
+    def scale(self) -> Tensor:
+        """The loss scale in memory: one float64, which a step may change."""
+        return self._state[: torch.float64.itemsize].view(torch.float64)
 
     @property
     def last(self) -> _core.StepControl:
         """The control block of the last step."""
-        return _core.StepControl.read(self.control.data_ptr())
+        return self.outcome().wait().control
 
     @property
     def loss_scale(self) -> _core.LossScaleState:
         """The loss scale and the counters that it depends on."""
-        return _core.LossScaleState.read(self._state.data_ptr())
+        return self.outcome().wait().loss_scale

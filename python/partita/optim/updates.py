@@ -33,8 +33,8 @@ class NativeAdam(ShardUpdate):
     def __init__(self, optimizer: Optimizer, units: list[Unit], controller: StepController) -> None:
         self._optimizer = optimizer
         self._controller = controller
-        self.exp_avg = [flat_buffer(len(unit.own), torch.float32) for unit in units]
-        self.exp_avg_sq = [flat_buffer(len(unit.own), torch.float32) for unit in units]
+        self.exp_avg = [flat_buffer(len(unit.own), torch.float32, unit.params.device) for unit in units]
+        self.exp_avg_sq = [flat_buffer(len(unit.own), torch.float32, unit.params.device) for unit in units]
         self._groups = [adam_group(group) for group in optimizer.param_groups]
 
     def begin(self) -> None:
@@ -44,6 +44,7 @@ class NativeAdam(ShardUpdate):
         kernels.adam(
             grads=unit.reduced,
             master=unit.master,
+            remainder=unit.remainder,
             exp_avg=self.exp_avg[index],
             exp_avg_sq=self.exp_avg_sq[index],
             params=None if unit.dtype == torch.float32 else unit.part(unit.params),
@@ -57,15 +58,17 @@ class TorchUpdate(ShardUpdate):
     """A torch optimizer whose param groups hold pieces of the flat fp32 masters.
 
     A parameter that lies whole in this rank's range keeps its shape, so in stage 0 every optimizer sees what it would
-    see without Partita. The optimizer runs once per step, in the first unit's turn, over all pieces: it may couple
-    them.
+    see without Partita. The optimizer runs once per step over all pieces: it may couple them.
+
+    On a GPU the host waits for the decision whether the step is skipped: optimizers of others cannot read it there.
     """
 
     def __init__(self, optimizer: Optimizer, units: list[Unit], controller: StepController) -> None:
         self._optimizer = optimizer
         self._units = units
         self._controller = controller
-        self._pieces = [[_piece(unit.master, s) for s in _slices(unit)] for unit in units]
+        self._skips = False
+        self._pieces = [[_piece(unit.full_precision(), s) for s in _slices(unit)] for unit in units]
         for i, group in enumerate(optimizer.param_groups):
             group["params"] = [
                 piece
@@ -76,12 +79,13 @@ class TorchUpdate(ShardUpdate):
 
     def begin(self) -> None:
         control = self._controller.last
-        if control.skip:
+        self._skips = control.skip
+        if self._skips:
             return
         for unit, pieces in zip(self._units, self._pieces, strict=True):
             grads = unit.reduced
             if grads.dtype != torch.float32:
-                grads = torch.empty_like(unit.master)
+                grads = torch.empty_like(grads, dtype=torch.float32)
             kernels.cast(grads, unit.reduced, scale=control.grad_scale)
             for s, piece in zip(_slices(unit), pieces, strict=True):
                 piece.grad = _piece(grads, s)
@@ -91,8 +95,8 @@ class TorchUpdate(ShardUpdate):
                 piece.grad = None
 
     def update(self, index: int, unit: Unit) -> None:
-        if unit.dtype != torch.float32 and not self._controller.last.skip:
-            kernels.cast(unit.part(unit.params), unit.master)
+        if unit.dtype != torch.float32 and not self._skips:
+            kernels.split_master(unit.part(unit.params), unit.full_precision())
 
 
 def _slices(unit: Unit) -> list[ShardSlice]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,13 @@ from partita import kernels
 from partita._core import Bucketer, Span
 from partita.comm import Communicator, Handle
 from partita.memory import return_free_memory
+from partita.streams import Streams
 from partita.units.policy import StagePolicy
 from partita.units.unit import GradState, Unit
 
 STAGING_BUFFERS = 2
-# Enough that the transport never runs dry. More would not finish sooner, and what they hold for their duration would
-# lie between freed gradients and keep malloc from using that memory again.
+# On the CPU. Enough that the transport never runs dry. More would not finish sooner, and what they hold for their
+# duration would lie between freed gradients and keep malloc from using that memory again.
 REDUCTIONS_IN_FLIGHT = 4
 
 
@@ -43,11 +45,12 @@ class ReductionSettings:
 class BackwardPlan:
     """What becomes of the gradients of one backward.
 
-    reduces: they are reduced over ranks (a boundary), or only accumulated. `factor`: what they are multiplied by.
+    reduces: they are reduced over ranks (a boundary), or only accumulated. `factor`: what they are multiplied by, one
+    float64 on their device; None: 1.
     """
 
     reduces: bool
-    factor: float
+    factor: Tensor | None = None
 
 
 class _Staging:
@@ -81,6 +84,11 @@ class GradientReducer:
 
     `plan_backward` is asked once per backward, when its first gradient arrives.
 
+    [Note: streams]
+    Gradients are packed on the stream that is current when their unit is complete, after waiting for the other streams
+    that made some of them. The collective is queued behind that on a stream of the transport's, so backward goes on
+    beside it; waiting for its handle makes the current stream wait, not the host.
+
     [Note: several backwards]
     A unit's first reduction of a step happens in its own full buffer where it has one. When more gradients come
     before the step (a second backward, stage 2's micro-batches), they are reduced in a staging buffer and added to
@@ -93,27 +101,30 @@ class GradientReducer:
         communicator: Communicator,
         policy: StagePolicy,
         settings: ReductionSettings,
+        streams: Streams,
         *,
         plan_backward: Callable[[], BackwardPlan],
         after_backward: Callable[[], None],
     ) -> None:
         self.units = units
-        self.find_non_finite = False  # look at every gradient as it is packed, and remember the first bad one
-        self.first_non_finite: int | None = None
+        self.watches_finiteness = False  # look at every gradient as it is packed
+        self._finiteness: list[tuple[int, Tensor]] = []
         self._communicator = communicator
         self._policy = policy
         self._settings = settings
+        self._streams = streams
+        self._producers: list[set[Any]] = [set() for _ in units]  # streams that gradients under way come from
         self._plan_backward = plan_backward
         self._after_backward = after_backward
         self._first_backward = True
-        self._plan = BackwardPlan(reduces=False, factor=1.0)  # of the backward under way
+        self._plan = BackwardPlan(reduces=False)  # of the backward under way
         self._in_flight: deque[_InFlight] = deque()
         self._staging = _Staging(communicator, max((u.layout.numel for u in units), default=0))
         self._offsets = [unit.offsets() for unit in units]
         self._names = [slot.name for unit in units for slot in unit.layout.slots]
-        unit_of = [i for i, unit in enumerate(units) for _ in unit.parameters]
-        self._first_parameter = [unit_of.index(i) for i in range(len(units))]
-        self._bucketer = Bucketer(unit_of, len(units))
+        self._unit_of = [i for i, unit in enumerate(units) for _ in unit.parameters]
+        self._first_parameter = [self._unit_of.index(i) for i in range(len(units))]
+        self._bucketer = Bucketer(self._unit_of, len(units))
         parameters = [p for unit in units for p in unit.parameters]
         own = weakref.ref(self)  # a parameter's hooks are out of the garbage collector's sight
         self._hooks = [
@@ -163,7 +174,15 @@ class GradientReducer:
             unit.grad_state = GradState.EMPTY
             for parameter in unit.parameters:
                 parameter.grad = None
-        self.first_non_finite = None
+        for producers in self._producers:
+            producers.clear()
+        self._finiteness = []
+
+    def take_finiteness(self) -> list[tuple[int, Tensor]]:
+        """Of the gradients that were looked at since the last call: index of the parameter, and whether all elements
+        are finite, a bool on their device."""
+        taken, self._finiteness = self._finiteness, []
+        return taken
 
     def close(self) -> None:
         """Stops watching the parameters."""
@@ -191,6 +210,7 @@ class GradientReducer:
                 "in more reentrant checkpoints in this backward than in any before; set "
                 "zero_optimization.overlap_comm to false, or use checkpoint(use_reentrant=False)"
             ) from error
+        self._producers[self._unit_of[index]].add(self._streams.current())
         if begin < end:
             self._launch_all(begin, end)
 
@@ -224,7 +244,7 @@ class GradientReducer:
         return self._settings.communication_dtype or unit.reduced.dtype
 
     def _reduce(self, unit: Unit, buffer: Tensor, staging: Tensor | None) -> None:
-        while len(self._in_flight) >= REDUCTIONS_IN_FLIGHT:
+        while not self._streams.is_asynchronous and len(self._in_flight) >= REDUCTIONS_IN_FLIGHT:
             self._complete_oldest()
         if self._policy.reduce_scatter:
             handle = self._communicator.reduce_scatter(buffer)
@@ -253,18 +273,26 @@ class GradientReducer:
     def _pack(self, index: int, buffer: Tensor, *, accumulate: bool) -> None:
         """Moves the gradients of a unit into a full buffer; autograd's own tensors are released."""
         unit = self.units[index]
+        for stream in self._producers[index]:
+            self._streams.come_after(stream, [p.grad for p in unit.parameters if p.grad is not None])
+        self._producers[index].clear()
         grads = [_dense(p.grad) for p in unit.parameters]
-        if self.find_non_finite and self.first_non_finite is None:
-            bad = (i for i, g in enumerate(grads) if g is not None and not kernels.is_finite(g))
-            if (first := next(bad, None)) is not None:
-                self.first_non_finite = self._first_parameter[index] + first
+        if self.watches_finiteness:
+            first = self._first_parameter[index]
+            self._finiteness += [(first + i, kernels.is_finite(g)) for i, g in enumerate(grads) if g is not None]
         zeros = kernels.DTYPES[unit.dtype]
         spans = [
             Span(0, slot.numel, zeros) if g is None else kernels.span(g)
             for g, slot in zip(grads, unit.layout.slots, strict=True)
         ]
-        factor = self._settings.grad_factor * self._plan.factor
-        kernels.pack(buffer, spans, self._offsets[index], scale=factor, accumulate=accumulate)
+        kernels.pack(
+            buffer,
+            spans,
+            self._offsets[index],
+            scale=self._settings.grad_factor,
+            factor=self._plan.factor,
+            accumulate=accumulate,
+        )
         for parameter in unit.parameters:
             parameter.grad = None
 

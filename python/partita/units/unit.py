@@ -38,6 +38,7 @@ class Unit:
         grad_dtype: torch.dtype,
         communicator: Communicator,
         policy: StagePolicy,
+        splits_masters: bool,
     ) -> None:
         shard = layout.shard_range(communicator.rank)
         self.layout = layout
@@ -49,15 +50,20 @@ class Unit:
         self.norm_segments = _segments(layout, shard, self.own.start)
 
         weights = _full_precision_weights(layout, parameters, communicator)
+        # fp32; for fp32 parameters, this rank's part of them. None: `remainder` (int16) has what the parameters lack.
+        self.master: Tensor | None = None
+        self.remainder: Tensor | None = None
         if dtype == torch.float32:
             self.params = weights
+            self.master = self.part(weights)
         else:
             self.params = communicator.empty(layout.numel, dtype)
-            kernels.cast(self.params, weights)
-        # fp32; for fp32 parameters, this rank's part of them
-        self.master = self.part(weights)
-        if dtype != torch.float32:
-            self.master = flat_buffer(len(self.own), torch.float32).copy_(self.master)
+            kernels.split_master(self.params, weights)
+            if splits_masters:
+                self.remainder = flat_buffer(len(self.own), torch.int16, communicator.device)
+                kernels.split_master(self.part(self.params), self.part(weights), self.remainder)
+            else:
+                self.master = flat_buffer(len(self.own), torch.float32, communicator.device).copy_(self.part(weights))
         self.addresses = self._point_parameters_here()
         self._versions = [parameter._version for parameter in parameters]  # the engine's own writes do not count
 
@@ -71,6 +77,15 @@ class Unit:
     def part(self, full: Tensor) -> Tensor:
         """This rank's own range of a full buffer, as a view."""
         return full[self.own.start : self.own.stop]
+
+    def full_precision(self) -> Tensor:
+        """The fp32 weights of this rank's own range: the masters themselves, or a copy where they are split."""
+        if self.master is not None:
+            return self.master
+        joined = torch.empty(len(self.own), dtype=torch.float32, device=self.params.device)
+        if self.remainder is not None:
+            kernels.join_master(joined, self.part(self.params), self.remainder)
+        return joined
 
     def offsets(self) -> list[int]:
         """Where each parameter starts in the full buffer."""
@@ -100,14 +115,20 @@ class Unit:
     def adopt_written_parameters(self) -> None:
         """Brings into the masters what others wrote into 16-bit parameters since the last step: loaded weights, say.
 
-        An element that still is its master rounded keeps the master's precision. Writes are seen by autograd's version
-        counters, so those through `.data` go unnoticed.
+        An element that still is its master rounded keeps the master's precision; where masters are split, those of a
+        written parameter become its 16-bit values, as which elements were written is not known. Writes are seen by
+        autograd's version counters, so those through `.data` go unnoticed.
         """
         versions = [parameter._version for parameter in self.parameters]
         if versions == self._versions:
             return
+        written = {slot for slot, a, b in zip(self.layout.slots, versions, self._versions, strict=True) if a != b}
         self._versions = versions
-        if self.dtype != torch.float32:
+        if self.remainder is not None:
+            for part in self.layout.slices(self.own):
+                if part.slot in written:
+                    self.remainder[part.shard_offset : part.shard_offset + part.numel].zero_()
+        elif self.master is not None and self.dtype != torch.float32:
             kernels.adopt_written(self.master, self.part(self.params))
 
 
@@ -119,42 +140,46 @@ def build_units(
     bucket_numel: int,
     compute_dtype: torch.dtype | None,
     grad_dtype: torch.dtype | None,
+    splits_masters: bool = False,
 ) -> list[Unit]:
     """Communication buckets of (name, parameter, optimizer group), in launch order.
 
     Parameters become views of flat buffers of `compute_dtype` (None: each keeps its dtype), with rank 0's values on
-    every rank. Gradients accumulate in `grad_dtype` (None: the parameters' dtype). Memory is bounded by one unit at a
-    time.
+    every rank. Gradients accumulate in `grad_dtype` (None: the parameters' dtype). `splits_masters`: the masters of
+    bf16 parameters are kept as 16 bits beside them. Memory is bounded by one unit at a time.
 
     Raises:
         TypeError, ValueError: a parameter's dtype or device cannot be trained; names it.
     """
-    infos = [_info(name, parameter, group, compute_dtype) for name, parameter, group in named]
+    device = communicator.device
+    infos = [_info(name, parameter, group, compute_dtype, device) for name, parameter, group in named]
     units = []
     for bucket in plan_buckets(infos, bucket_numel):
         parameters = [named[i][1] for i in bucket]
         dtype = compute_dtype or parameters[0].dtype
         layout = make_layout([infos[i] for i in bucket], communicator.world_size)
-        units.append(Unit(layout, parameters, dtype, grad_dtype or dtype, communicator, policy))
+        units.append(Unit(layout, parameters, dtype, grad_dtype or dtype, communicator, policy, splits_masters))
     return units
 
 
-def require_on_cpu(what: str, tensor: Tensor) -> None:
+def require_on(device: torch.device, what: str, tensor: Tensor) -> None:
     """Raises ValueError, naming `what`, for a tensor on another device."""
-    if not tensor.is_cpu:
+    if tensor.device != device:
         raise ValueError(
-            f"{what} is on device '{tensor.device}': this version trains on the CPU; "
-            + ("give it values with to_empty() first" if tensor.is_meta else "move the model to 'cpu' first")
+            f"{what} is on device '{tensor.device}', the model on '{device}': "
+            + ("give it values with to_empty() first" if tensor.is_meta else "move the whole model to one device first")
         )
 
 
-def _info(name: str, parameter: nn.Parameter, group: int, compute_dtype: torch.dtype | None) -> ParameterInfo:
+def _info(
+    name: str, parameter: nn.Parameter, group: int, compute_dtype: torch.dtype | None, device: torch.device
+) -> ParameterInfo:
     if parameter.dtype not in kernels.DTYPES:
         raise TypeError(
             f"parameter '{name}' is {parameter.dtype}: Partita trains float32, float16 and bfloat16; convert the model "
             "before initialize(), or freeze the parameter"
         )
-    require_on_cpu(f"parameter '{name}'", parameter)
+    require_on(device, f"parameter '{name}'", parameter)
     dtype = compute_dtype or parameter.dtype
     return ParameterInfo(name, tuple(parameter.shape), group, dtype.itemsize, str(dtype))
 

@@ -1,0 +1,207 @@
+// Adam: every byte of weights, moments and gradients is read once and written once.
+#include "adam_update.h"
+#include "dispatch.cuh"
+#include "launch.cuh"
+#include "partita/adam.h"
+#include "rows.cuh"
+#include "vectors.cuh"
+
+namespace partita {
+namespace cuda {
+namespace {
+
+constexpr std::int64_t chunk_numel = 4096;
+constexpr int width = vector_width<float>;
+constexpr int together = 2;       // vectors per thread and turn
+constexpr int table_groups = 16;  // optimizer groups of one launch
+
+struct AdamRow {
+    std::int64_t offset;
+    std::int64_t numel;
+    std::int32_t group;  // of the launch
+};
+
+struct AdamTable {
+    Rows<AdamRow> rows;
+    AdamGroup groups[table_groups];
+    int group_count;
+    AdamBuffers buffers;
+    const StepControl* control;
+};
+static_assert(sizeof(AdamTable) <= 4096, "more than a kernel's arguments may have");
+
+// Where a weight is: an fp32 master, with or without a parameter beside it ...
+template <class P>
+struct WholeMasters {
+    struct Loaded {
+        Vector<float, width> master;
+    };
+    float* master;
+    P* params;
+
+    __device__ WholeMasters(const AdamBuffers& b, std::int64_t begin)
+        : master(static_cast<float*>(b.master.data) + begin),
+          params(b.params.data == nullptr ? nullptr : static_cast<P*>(b.params.data) + begin) {}
+    __device__ bool are_aligned() const { return is_aligned<width>(master) && is_aligned<width>(params); }
+    __device__ Loaded load_vector(int v) const { return {load<float, width>(master, v)}; }
+    static __device__ Lane weight(const Loaded& loaded, int k) { return Lane::load(loaded.master.values[k]); }
+    __device__ void store_vector(int v, const Lane* weights) const {
+        Vector<float, width> whole;
+        Vector<P, width> rounded;
+        for (int k = 0; k < width; ++k) {
+            weights[k].store(whole.values[k]);
+            store_weight(weights[k], rounded.values[k]);
+        }
+        store(master, v, whole);
+        if (params != nullptr) store(params, v, rounded);
+    }
+    __device__ Lane load_one(int i) const { return Lane::load(master[i]); }
+    __device__ void store_one(int i, Lane weight) const {
+        weight.store(master[i]);
+        if (params != nullptr) store_weight(weight, params[i]);
+    }
+};
+
+// ... or a bf16 parameter and the remainder of its master.
+struct SplitMasters {
+    struct Loaded {
+        Vector<bf16, width> high;
+        Vector<std::uint16_t, width> low;
+    };
+    bf16* params;
+    std::uint16_t* remainder;
+
+    __device__ SplitMasters(const AdamBuffers& b, std::int64_t begin)
+        : params(static_cast<bf16*>(b.params.data) + begin), remainder(b.remainder + begin) {}
+    __device__ bool are_aligned() const { return is_aligned<width>(params) && is_aligned<width>(remainder); }
+    __device__ Loaded load_vector(int v) const {
+        return {load<bf16, width>(params, v), load<std::uint16_t, width>(remainder, v)};
+    }
+    static __device__ Lane weight(const Loaded& loaded, int k) {
+        return Lane::load_joined(loaded.high.values[k], loaded.low.values[k]);
+    }
+    __device__ void store_vector(int v, const Lane* weights) const {
+        Loaded split;
+        for (int k = 0; k < width; ++k) {
+            weights[k].store_high(split.high.values[k]);
+            weights[k].store_low(split.low.values[k]);
+        }
+        store(params, v, split.high);
+        store(remainder, v, split.low);
+    }
+    __device__ Lane load_one(int i) const { return Lane::load_joined(params[i], remainder[i]); }
+    __device__ void store_one(int i, Lane weight) const {
+        weight.store_high(params[i]);
+        weight.store_low(remainder[i]);
+    }
+};
+
+template <class G, class Masters>
+__device__ void adam_chunk(const G* grads, const Masters& masters, float* exp_avg, float* exp_avg_sq, int numel,
+                           const AdamVectors<Lane>& f) {
+    const bool aligned = is_aligned<width>(grads) && masters.are_aligned() && is_aligned<width>(exp_avg) &&
+                         is_aligned<width>(exp_avg_sq);
+    const int vectors = aligned ? numel / width : 0;
+    for (int first = threadIdx.x; first < vectors; first += block_threads * together) {
+        Vector<G, width> grad[together];
+        typename Masters::Loaded weight[together];
+        Vector<float, width> m[together], v[together];
+#pragma unroll
+        for (int u = 0; u < together; ++u) {
+            const int i = first + u * block_threads;
+            if (i >= vectors) break;
+            grad[u] = load<G, width>(grads, i);
+            weight[u] = masters.load_vector(i);
+            m[u] = load<float, width>(exp_avg, i);
+            v[u] = load<float, width>(exp_avg_sq, i);
+        }
+#pragma unroll
+        for (int u = 0; u < together; ++u) {
+            const int i = first + u * block_threads;
+            if (i >= vectors) break;
+            Lane weights[width];
+            for (int k = 0; k < width; ++k) {
+                Lane m_k = Lane::load(m[u].values[k]), v_k = Lane::load(v[u].values[k]);
+                weights[k] = Masters::weight(weight[u], k);
+                adam_update(weights[k], m_k, v_k, Lane::load(grad[u].values[k]), f);
+                m_k.store(m[u].values[k]);
+                v_k.store(v[u].values[k]);
+            }
+            masters.store_vector(i, weights);
+            store(exp_avg, i, m[u]);
+            store(exp_avg_sq, i, v[u]);
+        }
+    }
+    for (int i = vectors * width + threadIdx.x; i < numel; i += block_threads) {
+        Lane weight = masters.load_one(i), m = Lane::load(exp_avg[i]), v = Lane::load(exp_avg_sq[i]);
+        adam_update(weight, m, v, Lane::load(grads[i]), f);
+        masters.store_one(i, weight);
+        m.store(exp_avg[i]);
+        v.store(exp_avg_sq[i]);
+    }
+}
+
+template <class G, class Masters>
+__global__ void __launch_bounds__(block_threads, resident_blocks) adam_kernel(const __grid_constant__ AdamTable table) {
+    if (table.control->skip != 0) return;
+    __shared__ AdamFactors factors[table_groups];
+    if (static_cast<int>(threadIdx.x) < table.group_count) {
+        factors[threadIdx.x] = adam_factors(table.groups[threadIdx.x], *table.control);
+    }
+    __syncthreads();
+    const auto& rows = table.rows;
+    for (std::int64_t chunk = blockIdx.x; chunk < rows.first_chunk[rows.count]; chunk += gridDim.x) {
+        const int r = rows.find(chunk);
+        const AdamRow& row = rows.rows[r];
+        const std::int64_t done = (chunk - rows.first_chunk[r]) * chunk_numel, begin = row.offset + done;
+        const int numel = static_cast<int>(row.numel - done < chunk_numel ? row.numel - done : chunk_numel);
+        const auto& buffers = table.buffers;
+        adam_chunk(static_cast<const G*>(buffers.grads.data) + begin, Masters(buffers, begin),
+                   static_cast<float*>(buffers.exp_avg.data) + begin,
+                   static_cast<float*>(buffers.exp_avg_sq.data) + begin, numel, AdamVectors<Lane>(factors[row.group]));
+    }
+}
+
+template <class G, class Masters>
+void run(AdamTable& table, const std::vector<AdamRow>& rows, Stream stream) {
+    for_each_table(rows, chunk_numel, [&](const Rows<AdamRow>& part) {
+        table.rows = part;
+        launch("adam", stream, part.chunks(), block_threads, adam_kernel<G, Masters>, table);
+    });
+}
+
+// The segments of the optimizer groups [first, first + count).
+std::vector<AdamRow> rows_of(const Segments& segments, int first, int count) {
+    std::vector<AdamRow> rows;
+    for (const Segment& s : segments.rows()) {
+        if (s.group >= first && s.group < first + count) rows.push_back({s.offset, s.numel, s.group - first});
+    }
+    return rows;
+}
+
+}  // namespace
+}  // namespace cuda
+
+void adam(const AdamBuffers& buffers, const Segments& segments, const std::vector<AdamGroup>& groups,
+          const StepControl* control, Stream stream) {
+    check(buffers, segments, groups.size());
+    for (int first = 0; first < static_cast<int>(groups.size()); first += cuda::table_groups) {
+        cuda::AdamTable table{};
+        table.group_count = std::min(cuda::table_groups, static_cast<int>(groups.size()) - first);
+        table.buffers = buffers;
+        table.control = control;
+        std::copy_n(groups.begin() + first, table.group_count, table.groups);
+        const std::vector<cuda::AdamRow> rows = cuda::rows_of(segments, first, table.group_count);
+        cuda::with_type(buffers.grads.dtype, [&](auto g) {
+            using G = decltype(g);
+            if (buffers.remainder != nullptr) {
+                cuda::run<G, cuda::SplitMasters>(table, rows, stream);
+            } else {
+                cuda::with_type(buffers.params.dtype,
+                                [&](auto p) { cuda::run<G, cuda::WholeMasters<decltype(p)>>(table, rows, stream); });
+            }
+        });
+    }
+}
+
+}  // namespace partita

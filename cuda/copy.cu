@@ -1,0 +1,112 @@
+// pack, unpack and cast: every thread has several vectors under way.
+#include "copy_pairs.h"
+#include "dispatch.cuh"
+#include "launch.cuh"
+#include "partita/copy.h"
+#include "rows.cuh"
+#include "vectors.cuh"
+
+namespace partita {
+namespace cuda {
+namespace {
+
+constexpr std::int64_t chunk_numel = 4096;
+
+struct CopyRow {
+    void* to;
+    const void* from;  // null: zeros
+    std::int64_t numel;
+};
+
+template <class From, class To>
+__device__ void put(To& to, From from, Lane scale, bool accumulate, To old) {
+    Lane value = Lane::load(from) * scale;
+    if (accumulate) value = Lane::load(old) + value;
+    value.store(to);
+}
+
+template <class From, class To>
+__device__ void copy_chunk(To* to, const From* from, int numel, Lane scale, bool accumulate) {
+    constexpr int width = vector_width<From, To>;
+    constexpr int together = 16 / width;  // vectors per thread and turn; with more, registers run out
+    const int vectors = is_aligned<width>(to) && is_aligned<width>(from) ? numel / width : 0;
+    for (int first = threadIdx.x; first < vectors; first += block_threads * together) {
+        Vector<From, width> in[together];
+        Vector<To, width> old[together] = {};
+#pragma unroll
+        for (int u = 0; u < together; ++u) {
+            const int v = first + u * block_threads;
+            if (v >= vectors) break;
+            in[u] = load<From, width>(from, v);
+            if (accumulate) old[u] = load<To, width>(to, v);
+        }
+#pragma unroll
+        for (int u = 0; u < together; ++u) {
+            const int v = first + u * block_threads;
+            if (v >= vectors) break;
+            Vector<To, width> out;
+            for (int k = 0; k < width; ++k) put(out.values[k], in[u].values[k], scale, accumulate, old[u].values[k]);
+            store(to, v, out);
+        }
+    }
+    for (int i = vectors * width + threadIdx.x; i < numel; i += block_threads) {
+        put(to[i], from[i], scale, accumulate, accumulate ? to[i] : To{});
+    }
+}
+
+template <class From, class To>
+__global__ void __launch_bounds__(block_threads, resident_blocks)
+    copy_kernel(const __grid_constant__ Rows<CopyRow> table, const Scale scale, const bool accumulate) {
+    const Lane factor = Lane::broadcast(product(scale));
+    for (std::int64_t chunk = blockIdx.x; chunk < table.first_chunk[table.count]; chunk += gridDim.x) {
+        const int r = table.find(chunk);
+        const CopyRow& row = table.rows[r];
+        const std::int64_t begin = (chunk - table.first_chunk[r]) * chunk_numel;
+        const int numel = static_cast<int>(row.numel - begin < chunk_numel ? row.numel - begin : chunk_numel);
+        To* to = static_cast<To*>(row.to) + begin;
+        if (row.from != nullptr) {
+            copy_chunk(to, static_cast<const From*>(row.from) + begin, numel, factor, accumulate);
+        } else if (!accumulate) {
+            for (int i = threadIdx.x; i < numel; i += block_threads) to[i] = To{};
+        }
+    }
+}
+
+void run(const char* function, const std::vector<CopyPair>& pairs, Scale scale, bool accumulate, Stream stream) {
+    std::vector<CopyRow> rows[dtype_count][dtype_count];
+    for (const CopyPair& pair : pairs) {
+        rows[static_cast<int>(pair.from.dtype)][static_cast<int>(pair.to.dtype)].push_back(
+            {pair.to.data, pair.from.data, pair.to.numel});
+    }
+    for (const DType from : {DType::f32, DType::f16, DType::bf16}) {
+        for (const DType to : {DType::f32, DType::f16, DType::bf16}) {
+            for_each_table(rows[static_cast<int>(from)][static_cast<int>(to)], chunk_numel, [&](const auto& table) {
+                with_type(from, [&](auto f) {
+                    with_type(to, [&](auto t) {
+                        launch(function, stream, table.chunks(), block_threads, copy_kernel<decltype(f), decltype(t)>,
+                               table, scale, accumulate);
+                    });
+                });
+            });
+        }
+    }
+}
+
+}  // namespace
+}  // namespace cuda
+
+void pack(Span destination, const std::vector<Span>& sources, const std::vector<std::int64_t>& offsets, Scale scale,
+          bool accumulate, Stream stream) {
+    cuda::run("pack", pack_pairs(destination, sources, offsets), scale, accumulate, stream);
+}
+
+void unpack(Span source, const std::vector<Span>& destinations, const std::vector<std::int64_t>& offsets, Scale scale,
+            bool accumulate, Stream stream) {
+    cuda::run("unpack", unpack_pairs(source, destinations, offsets), scale, accumulate, stream);
+}
+
+void cast(Span destination, Span source, Scale scale, bool accumulate, Stream stream) {
+    cuda::run("cast", cast_pairs(destination, source), scale, accumulate, stream);
+}
+
+}  // namespace partita

@@ -1,0 +1,77 @@
+"""What the host does about a step once it knows what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from partita.monitor import StepReport, StepReporter
+from partita.optim import PendingOutcome
+from partita.skip_guard import SkipGuard
+
+
+@dataclass
+class _Entry:
+    step: int
+    outcome: PendingOutcome
+    finiteness: list[tuple[int, Tensor]]
+    is_known: bool = False
+
+
+class StepLedger:
+    """Moves the learning rate, reports the step, and ends a run that only skips, for one step at a time.
+
+    On the CPU that happens at the end of the step. On a GPU the outcome arrives later; it is asked for at the beginning
+    of the next update, when the GPU has a whole forward and backward to do, and the host waits for what is long done.
+
+    Args:
+        scheduler: has step(); None: the learning rate stays.
+        learning_rates: of each param group, as they are now.
+    """
+
+    def __init__(
+        self, scheduler: Any, learning_rates: Callable[[], list[float]], reporter: StepReporter, skips: SkipGuard
+    ) -> None:
+        self._scheduler = scheduler
+        self._learning_rates = learning_rates
+        self._reporter = reporter
+        self._skips = skips
+        self._last: _Entry | None = None
+
+    def enter(self, step: int, outcome: PendingOutcome, finiteness: list[tuple[int, Tensor]]) -> None:
+        """A step has been queued; the one before it is settled."""
+        self._last = _Entry(step, outcome, finiteness)
+
+    def learn(self) -> None:
+        """The learning rate moves and the step is reported, if that has not happened. Concerns this rank alone."""
+        if self._last is None or self._last.is_known:
+            return
+        self._last.is_known = True
+        outcome = self._last.outcome.wait()
+        control, state = outcome.control, outcome.loss_scale
+        if self._scheduler is not None and not control.skip:
+            self._scheduler.step()
+        self._reporter.report(
+            StepReport(
+                step=self._last.step,
+                lr=self._learning_rates(),
+                grad_norm=control.grad_norm,
+                loss_scale=state.scale,
+                skipped_steps=state.skipped_steps,
+                skipped=control.skip,
+            )
+        )
+
+    def settle(self) -> None:
+        """The last step is done with. All ranks call this at the same place of a step.
+
+        Raises:
+            FloatingPointError: the run skips its steps and does nothing else, see `SkipGuard`.
+        """
+        self.learn()
+        if self._last is not None:
+            last, self._last = self._last, None
+            self._skips.check(last.step, last.outcome.wait().loss_scale, last.finiteness)

@@ -1,0 +1,140 @@
+"""The order of work on a device, and what the host may know of it when."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class HostCopy(Protocol):
+    """Bytes of a device on their way to the host."""
+
+    def wait(self) -> Tensor:
+        """The bytes, in host memory, once they have arrived."""
+
+
+class Streams(ABC):
+    """The queues of one device, as seen by the thread that fills them.
+
+    Work is queued on the current stream and done in that order. On the CPU it is done at once, so nothing here takes
+    time there.
+    """
+
+    device: torch.device
+    # Whether calls return before their work is done. If so, the host learns the outcome of a step during the next one.
+    is_asynchronous: bool
+
+    @abstractmethod
+    def current(self) -> Any:
+        """The stream that work is queued on now; hashable."""
+
+    @abstractmethod
+    def come_after(self, stream: Any, tensors: Iterable[Tensor]) -> None:
+        """What is queued from now on runs after what is queued on `stream` by now, and may use `tensors` made there:
+        their memory is not given to others before it is done."""
+
+    @abstractmethod
+    def copy_to_host(self, tensor: Tensor) -> HostCopy:
+        """Starts copying a tensor, as it is at this place of the current stream."""
+
+    @abstractmethod
+    def mark(self) -> Any:
+        """A moment in the current stream, for `milliseconds`."""
+
+    @abstractmethod
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """Time between two marks; waits until the second one is reached."""
+
+
+class _Arrived:
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def wait(self) -> Tensor:
+        return self._tensor
+
+
+class HostStreams(Streams):
+    """The CPU: one stream, whose work is done when it is queued."""
+
+    device = torch.device("cpu")
+    is_asynchronous = False
+
+    def current(self) -> Any:
+        return None
+
+    def come_after(self, stream: Any, tensors: Iterable[Tensor]) -> None:
+        return
+
+    def copy_to_host(self, tensor: Tensor) -> HostCopy:
+        return _Arrived(tensor.clone())
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def milliseconds(self, start: float, end: float) -> float:
+        return (end - start) * 1e3
+
+
+class _Arriving:
+    def __init__(self, host: Tensor, event: torch.cuda.Event) -> None:
+        self._host = host
+        self._event = event
+
+    def wait(self) -> Tensor:
+        self._event.synchronize()
+        return self._host
+
+
+class CudaStreams(Streams):
+    """A GPU, through torch's streams."""
+
+    is_asynchronous = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def current(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)
+
+    def come_after(self, stream: torch.cuda.Stream, tensors: Iterable[Tensor]) -> None:
+        current = self.current()
+        if stream == current:
+            return
+        current.wait_stream(stream)
+        for tensor in tensors:
+            tensor.record_stream(current)
+
+    def copy_to_host(self, tensor: Tensor) -> HostCopy:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self.current())
+        return _Arriving(host, event)
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(self.current())
+        return event
+
+    def milliseconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+
+def streams_of(device: torch.device) -> Streams:
+    """The streams of a CPU or CUDA device.
+
+    Raises:
+        ValueError: another kind of device.
+    """
+    if device.type == "cpu":
+        return HostStreams()
+    if device.type == "cuda":
+        return CudaStreams(device)
+    raise ValueError(f"device '{device}': Partita trains on the CPU and on CUDA devices")

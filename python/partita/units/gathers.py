@@ -1,0 +1,53 @@
+"""Updated parameters on their way from the ranks that updated them."""
+
+from __future__ import annotations
+
+from collections import deque
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from partita.comm import Handle
+from partita.units.unit import Unit
+
+
+class ParameterGathers:
+    """The all-gathers of a step, waited for together, or each where forward first needs it.
+
+    Args:
+        model: whose modules' forwards wait, or None: nobody waits but `wait()`.
+    """
+
+    def __init__(self, units: list[Unit], model: nn.Module | None) -> None:
+        self._under_way: deque[tuple[int, Handle]] = deque()  # by unit, in the order of their start
+        unit_of = {p: i for i, unit in enumerate(units) for p in unit.parameters}
+        self._hooks: list[RemovableHandle] = []
+        if model is None:
+            return
+        wait: Any = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
+        for module in model.modules():
+            used = {unit_of[p] for p in module._parameters.values() if p in unit_of}
+            if used:
+                self._hooks.append(module.register_forward_pre_hook(partial(wait, used)))
+
+    def add(self, unit: int, handle: Handle) -> None:
+        """A unit's parameters are being gathered."""
+        self._under_way.append((unit, handle))
+
+    def wait(self) -> None:
+        """All parameters are there (on a GPU: for what is queued from now on)."""
+        while self._under_way:
+            self._under_way.popleft()[1].wait()
+
+    def close(self) -> None:
+        """Lets go of the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _before_forward(self, used: set[int], _module: nn.Module, _inputs: Any) -> None:
+        while any(unit in used for unit, _ in self._under_way):
+            self._under_way.popleft()[1].wait()
