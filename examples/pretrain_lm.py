@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import signal
 import sys
 import time
@@ -90,10 +91,15 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
     return ModelConfig(context=args.context, layers=args.layers, heads=args.heads, width=args.width)
 
 
+def device_of_this_rank(kind: str) -> torch.device:
+    """A GPU of its own for each rank of a host, or the CPU."""
+    return torch.device("cpu") if kind == "cpu" else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
 def make_engine(args: argparse.Namespace, train: Windows) -> tuple[partita.Engine, Iterator[Any]]:
     """The engine, and this rank's micro-batches without end."""
     torch.manual_seed(args.seed)
-    model = MODELS[args.model](model_config(args))
+    model = MODELS[args.model](model_config(args)).to(device_of_this_rank(args.device))
     try:
         engine, _, loader, _ = partita.initialize(model, training_data=train, config=engine_config(args))
     except ValueError as error:  # a ConfigError, or what the config asks for does not fit the model or the data
@@ -263,8 +269,8 @@ def run(args: argparse.Namespace) -> bool:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[None]:
-    partita.init_distributed()
+def process_group(device: str) -> Iterator[None]:
+    partita.init_distributed("nccl" if device == "cuda" else "gloo")
     try:
         yield
     finally:
@@ -274,7 +280,7 @@ def process_group() -> Iterator[None]:
 def main() -> int:
     args = parse_arguments((__doc__ or "").split("\n\n")[0])
     try:
-        with process_group():
+        with process_group(args.device):
             return INTERRUPTED if run(args) else 0
     except TextError as error:
         fail(str(error))

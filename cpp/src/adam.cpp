@@ -17,6 +17,9 @@ void check(const AdamBuffers& b, const Segments& segments, std::size_t groups) {
         throw std::invalid_argument("adam: a remainder takes the place of master weights and needs bf16 params");
     }
     const std::int64_t numel = b.exp_avg.numel;
+    if (numel > 0 && (split ? b.params : b.master).data == nullptr) {
+        throw std::invalid_argument("adam: neither master weights nor bf16 params with a remainder");
+    }
     if (b.grads.numel != numel || (!split && b.master.numel != numel) || b.exp_avg_sq.numel != numel ||
         ((split || b.params.data != nullptr) && b.params.numel != numel) || segments.end() > numel) {
         throw std::invalid_argument("adam: buffers or segments differ in size from the first moment (" +

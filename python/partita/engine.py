@@ -313,7 +313,7 @@ class Engine:
         if not self._streams.is_asynchronous and not total.item():
             raise ValueError("token_mean(): no rank has a valid token in this step")
         factor = self._batch.accumulation * self._communicator.world_size / total
-        return loss_sum * factor.to(loss_sum.dtype).reshape(())
+        return loss_sum * factor.to(torch.promote_types(loss_sum.dtype, torch.float32)).reshape(())
 
     # -- what a run is asked
 
@@ -451,7 +451,7 @@ class Engine:
             self._communicator.transport,
             precision,
             optimizer,
-            _core.cpu_level(),
+            self._streams.name,
             f"{numel:,}",
             len(self._units),
             self._batch.train,
@@ -459,6 +459,8 @@ class Engine:
             self._batch.accumulation,
             self.world_size,
         )
+        if self.device.type == "cpu" and _core.cuda_device_count():
+            logger.warning("the model is on the CPU and trains there; for a GPU: model.to('cuda') before initialize()")
         if self.config.dump_state:
             logger.info("config: %s", self.config.model_dump_json(indent=2))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from partita.units import Unit
@@ -19,7 +17,7 @@ class ModelGuard:
         self._frozen = [(name, p) for name, p in untrained.items() if not p.requires_grad]
         self._trained = {p: slot.name for u in units for slot, p in zip(u.layout.slots, u.parameters, strict=True)}
         self._known = {*self._trained, *untrained.values()}
-        self._registered = self._snapshot()
+        self._snapshot()
 
     def check(self) -> None:
         """Called when an update is due.
@@ -36,9 +34,9 @@ class ModelGuard:
                     f"parameter '{name}' was frozen at initialize() and requires gradients now: it has no optimizer "
                     "state and would not be trained; freeze it again, or initialize() anew"
                 )
-        if any(_differ(owner, then) for owner, then in self._registered):
+        if self._now() != self._then:
             self._check_registered()
-            self._registered = self._snapshot()
+            self._snapshot()
 
     def _check_registered(self) -> None:
         """Modules may be wrapped or exchanged, as long as the parameters stay the same objects."""
@@ -57,11 +55,11 @@ class ModelGuard:
                     "it, or change the model before initialize()"
                 )
 
-    def _snapshot(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """What each module has now, beside the dict in which the module keeps it."""
-        owners = [owner for module in self._model.modules() for owner in (module._modules, module._parameters)]
-        return [(owner, dict(owner)) for owner in owners]
+    def _snapshot(self) -> None:
+        """Remembers what each module has, by the dicts in which modules keep it."""
+        self._owners = [owner for module in self._model.modules() for owner in (module._modules, module._parameters)]
+        self._values = [value for owner in self._owners for value in owner.values()]  # kept, so that ids stay theirs
+        self._then = self._now()
 
-
-def _differ(now: dict[str, Any], then: dict[str, Any]) -> bool:
-    return len(now) != len(then) or any(now.get(name) is not value for name, value in then.items())
+    def _now(self) -> list[int]:
+        return [id(value) for owner in self._owners for value in owner.values()]

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from partita import _core
+
 
 class HostCopy(Protocol):
     """Bytes of a device on their way to the host."""
@@ -26,6 +28,7 @@ class Streams(ABC):
     """
 
     device: torch.device
+    name: str  # of what computes, for people
     # Whether calls return before their work is done. If so, the host learns the outcome of a step during the next one.
     is_asynchronous: bool
 
@@ -63,6 +66,7 @@ class HostStreams(Streams):
     """The CPU: one stream, whose work is done when it is queued."""
 
     device = torch.device("cpu")
+    name = _core.cpu_level()
     is_asynchronous = False
 
     def current(self) -> Any:
@@ -98,6 +102,7 @@ class CudaStreams(Streams):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.name = torch.cuda.get_device_name(device)
 
     def current(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device)

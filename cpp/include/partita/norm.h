@@ -12,7 +12,7 @@ namespace partita {
 // when an element is: it is its own overflow flag.
 void norm(double* sum_of_squares, Span values, const Segments& segments, int threads);
 // The same on a device; `scratch` has room for one number per block of the segments. The order of additions depends on
-// the segments alone.
+// the segments and on whether `values` starts on a 16-byte boundary, not on the device or the stream.
 void norm(double* sum_of_squares, Span values, const Segments& segments, double* scratch, Stream stream);
 
 }  // namespace partita

@@ -96,7 +96,8 @@ class TorchCommunicator(Communicator):
         return self._handle([dist.irecv(_raw(tensor), group=self._group, tag=SEND_TAG, group_src=source)], tensor)
 
     def barrier(self) -> None:
-        dist.barrier(self._group)
+        on_gpu = self.device.type == "cuda"
+        dist.barrier(self._group, device_ids=[self.device.index] if on_gpu else None)
 
     def close(self) -> None:
         """The process group is not ours to end."""

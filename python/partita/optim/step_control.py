@@ -22,14 +22,14 @@ class StepOutcome:
 class PendingOutcome:
     """The outcome of a step, on its way to the host."""
 
-    def __init__(self, control: HostCopy, state: HostCopy) -> None:
-        self._control = control
-        self._state = state
+    def __init__(self, memory: HostCopy) -> None:
+        self._memory = memory
 
     def wait(self) -> StepOutcome:
         """The outcome, once the step is done."""
-        control, state = self._control.wait(), self._state.wait()
-        return StepOutcome(_core.StepControl.read(control.data_ptr()), _core.LossScaleState.read(state.data_ptr()))
+        memory = self._memory.wait()
+        state = memory[_core.StepControl.nbytes :]
+        return StepOutcome(_core.StepControl.read(memory.data_ptr()), _core.LossScaleState.read(state.data_ptr()))
 
 
 class StepController:
@@ -41,10 +41,11 @@ class StepController:
     def __init__(self, scaler: _core.LossScaler, streams: Streams) -> None:
         self.scaler = scaler
         self.sum_of_squares = torch.zeros(1, dtype=torch.float64, device=streams.device)
-        self.control = torch.zeros(_core.StepControl.nbytes, dtype=torch.uint8, device=streams.device)
-        state = torch.zeros(_core.LossScaleState.nbytes, dtype=torch.uint8)
-        scaler.initial().write(state.data_ptr())
-        self._state = state.to(streams.device)
+        memory = torch.zeros(_core.StepControl.nbytes + _core.LossScaleState.nbytes, dtype=torch.uint8)
+        scaler.initial().write(memory[_core.StepControl.nbytes :].data_ptr())
+        self._memory = memory.to(streams.device)  # together, so that one copy brings both to the host
+        self.control: Tensor = self._memory[: _core.StepControl.nbytes]
+        self._state: Tensor = self._memory[_core.StepControl.nbytes :]
         self._streams = streams
 
     def decide(self, *, mean: float, clip: float) -> None:
@@ -53,7 +54,7 @@ class StepController:
 
     def outcome(self) -> PendingOutcome:
         """What the last decision was; the host gets it without holding up the device."""
-        return PendingOutcome(self._streams.copy_to_host(self.control), self._streams.copy_to_host(self._state))
+        return PendingOutcome(self._streams.copy_to_host(self._memory))
 
     @property
     def scale(self) -> Tensor:
