@@ -43,9 +43,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
     run.add_argument("--lr", type=rate, default=3e-3, help="highest learning rate of AdamW")
     run.add_argument("--stage", type=int, choices=(0, 1, 2), default=1, help="ZeRO stage: what ranks share out")
     run.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the parameters")
-    run.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="what computes"
-    )
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    run.add_argument("--device", choices=("cpu", "cuda"), default=best, help="what computes")
     run.add_argument("--seed", type=number(int, 0), default=0, help="of the weights, the order of the data, the sample")
     run.add_argument("--config", type=Path, metavar="FILE", help="JSON whose keys replace those of the engine's config")
     report = parser.add_argument_group("reports")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from typing import Any
+
 from torch import nn
 
 from partita.units import Unit
@@ -57,9 +60,10 @@ class ModelGuard:
 
     def _snapshot(self) -> None:
         """Remembers what each module has, by the dicts in which modules keep it."""
-        self._owners = [owner for module in self._model.modules() for owner in (module._modules, module._parameters)]
-        self._values = [value for owner in self._owners for value in owner.values()]  # kept, so that ids stay theirs
+        modules = list(self._model.modules())
+        self._owners: list[dict[str, Any]] = [*(m._modules for m in modules), *(m._parameters for m in modules)]
+        self._values = [list(owner.values()) for owner in self._owners]  # kept, so that ids stay theirs
         self._then = self._now()
 
     def _now(self) -> list[int]:
-        return [id(value) for owner in self._owners for value in owner.values()]
+        return list(map(id, chain.from_iterable(map(dict.values, self._owners))))

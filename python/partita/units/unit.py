@@ -99,7 +99,7 @@ class Unit:
 
     def check_parameters_in_place(self) -> None:
         """Raises RuntimeError when a parameter's memory was replaced, so that updates would no longer reach it."""
-        if [p.data_ptr() for p in self.parameters] == self.addresses:
+        if list(map(Tensor.data_ptr, self.parameters)) == self.addresses:
             return
         moved = next(
             slot.name
