@@ -1,5 +1,6 @@
 // Adam: every byte of weights, moments and gradients is read once and written once.
 #include "adam_update.h"
+#include "checks.h"
 #include "dispatch.cuh"
 #include "launch.cuh"
 #include "partita/adam.h"
@@ -13,10 +14,15 @@ namespace {
 constexpr std::int64_t chunk_numel = 4096;
 constexpr int width = vector_width<float>;
 constexpr int together = 2;       // vectors per thread and turn
-constexpr int table_groups = 16;  // optimizer groups of one launch
+constexpr int table_groups = 64;  // optimizer groups of one launch
 
 struct AdamRow {
-    std::int64_t offset;
+    const void* grads;
+    float* master;
+    float* exp_avg;
+    float* exp_avg_sq;
+    void* params;
+    std::uint16_t* remainder;
     std::int64_t numel;
     std::int32_t group;  // of the launch
 };
@@ -25,10 +31,9 @@ struct AdamTable {
     Rows<AdamRow> rows;
     AdamGroup groups[table_groups];
     int group_count;
-    AdamBuffers buffers;
     const StepControl* control;
 };
-static_assert(sizeof(AdamTable) <= 4096, "more than a kernel's arguments may have");
+static_assert(sizeof(AdamTable) <= 32764, "more than a kernel's arguments may have");
 
 // Where a weight is: an fp32 master, with or without a parameter beside it ...
 template <class P>
@@ -39,9 +44,8 @@ struct WholeMasters {
     float* master;
     P* params;
 
-    __device__ WholeMasters(const AdamBuffers& b, std::int64_t begin)
-        : master(static_cast<float*>(b.master.data) + begin),
-          params(b.params.data == nullptr ? nullptr : static_cast<P*>(b.params.data) + begin) {}
+    __device__ WholeMasters(const AdamRow& row, std::int64_t begin)
+        : master(row.master + begin), params(row.params == nullptr ? nullptr : static_cast<P*>(row.params) + begin) {}
     __device__ bool are_aligned() const { return is_aligned<width>(master) && is_aligned<width>(params); }
     __device__ Loaded load_vector(int v) const { return {load<float, width>(master, v)}; }
     static __device__ Lane weight(const Loaded& loaded, int k) { return Lane::load(loaded.master.values[k]); }
@@ -71,8 +75,8 @@ struct SplitMasters {
     bf16* params;
     std::uint16_t* remainder;
 
-    __device__ SplitMasters(const AdamBuffers& b, std::int64_t begin)
-        : params(static_cast<bf16*>(b.params.data) + begin), remainder(b.remainder + begin) {}
+    __device__ SplitMasters(const AdamRow& row, std::int64_t begin)
+        : params(static_cast<bf16*>(row.params) + begin), remainder(row.remainder + begin) {}
     __device__ bool are_aligned() const { return is_aligned<width>(params) && is_aligned<width>(remainder); }
     __device__ Loaded load_vector(int v) const {
         return {load<bf16, width>(params, v), load<std::uint16_t, width>(remainder, v)};
@@ -153,12 +157,10 @@ __global__ void __launch_bounds__(block_threads, resident_blocks) adam_kernel(co
     for (std::int64_t chunk = blockIdx.x; chunk < rows.first_chunk[rows.count]; chunk += gridDim.x) {
         const int r = rows.find(chunk);
         const AdamRow& row = rows.rows[r];
-        const std::int64_t done = (chunk - rows.first_chunk[r]) * chunk_numel, begin = row.offset + done;
-        const int numel = static_cast<int>(row.numel - done < chunk_numel ? row.numel - done : chunk_numel);
-        const auto& buffers = table.buffers;
-        adam_chunk(static_cast<const G*>(buffers.grads.data) + begin, Masters(buffers, begin),
-                   static_cast<float*>(buffers.exp_avg.data) + begin,
-                   static_cast<float*>(buffers.exp_avg_sq.data) + begin, numel, AdamVectors<Lane>(factors[row.group]));
+        const std::int64_t begin = (chunk - rows.first_chunk[r]) * chunk_numel;
+        const int numel = static_cast<int>(row.numel - begin < chunk_numel ? row.numel - begin : chunk_numel);
+        adam_chunk(static_cast<const G*>(row.grads) + begin, Masters(row, begin), row.exp_avg + begin,
+                   row.exp_avg_sq + begin, numel, AdamVectors<Lane>(factors[row.group]));
     }
 }
 
@@ -170,37 +172,65 @@ void run(AdamTable& table, const std::vector<AdamRow>& rows, Stream stream) {
     });
 }
 
-// The segments of the optimizer groups [first, first + count).
-std::vector<AdamRow> rows_of(const Segments& segments, int first, int count) {
+// What one kernel does: gradients and parameters of one type each, masters whole or split.
+struct Kind {
+    DType grads;
+    DType params;
+    bool splits;
+
+    bool operator==(const Kind& other) const {
+        return grads == other.grads && params == other.params && splits == other.splits;
+    }
+};
+
+Kind kind_of(const AdamBuffers& b) { return {b.grads.dtype, b.params.dtype, b.remainder != nullptr}; }
+
+// The segments of one kind in the optimizer groups [first, first + count).
+std::vector<AdamRow> rows_of(const std::vector<AdamPart>& parts, Kind kind, int first, int count) {
     std::vector<AdamRow> rows;
-    for (const Segment& s : segments.rows()) {
-        if (s.group >= first && s.group < first + count) rows.push_back({s.offset, s.numel, s.group - first});
+    for (const AdamPart& part : parts) {
+        const AdamBuffers& b = part.buffers;
+        if (!(kind_of(b) == kind)) continue;
+        for (const Segment& s : part.segments->rows()) {
+            if (s.group < first || s.group >= first + count) continue;
+            const auto at = [&](Span span) {
+                return span.data == nullptr ? nullptr : span.part(s.offset, s.numel).data;
+            };
+            rows.push_back({at(b.grads), static_cast<float*>(at(b.master)), static_cast<float*>(at(b.exp_avg)),
+                            static_cast<float*>(at(b.exp_avg_sq)), at(b.params),
+                            kind.splits ? b.remainder + s.offset : nullptr, s.numel, s.group - first});
+        }
     }
     return rows;
+}
+
+void run(AdamTable& table, const std::vector<AdamRow>& rows, Kind kind, Stream stream) {
+    with_type(kind.grads, [&](auto g) {
+        using G = decltype(g);
+        if (kind.splits) return run<G, SplitMasters>(table, rows, stream);
+        with_type(kind.params, [&](auto p) { run<G, WholeMasters<decltype(p)>>(table, rows, stream); });
+    });
 }
 
 }  // namespace
 }  // namespace cuda
 
-void adam(const AdamBuffers& buffers, const Segments& segments, const std::vector<AdamGroup>& groups,
-          const StepControl* control, Stream stream) {
-    check(buffers, segments, groups.size());
+void adam(const std::vector<AdamPart>& parts, const std::vector<AdamGroup>& groups, const StepControl* control,
+          Stream stream) {
+    check(parts, groups.size());
+    std::vector<cuda::Kind> kinds;
+    for (const AdamPart& part : parts) {
+        const cuda::Kind kind = cuda::kind_of(part.buffers);
+        if (std::find(kinds.begin(), kinds.end(), kind) == kinds.end()) kinds.push_back(kind);
+    }
     for (int first = 0; first < static_cast<int>(groups.size()); first += cuda::table_groups) {
         cuda::AdamTable table{};
         table.group_count = std::min(cuda::table_groups, static_cast<int>(groups.size()) - first);
-        table.buffers = buffers;
         table.control = control;
         std::copy_n(groups.begin() + first, table.group_count, table.groups);
-        const std::vector<cuda::AdamRow> rows = cuda::rows_of(segments, first, table.group_count);
-        cuda::with_type(buffers.grads.dtype, [&](auto g) {
-            using G = decltype(g);
-            if (buffers.remainder != nullptr) {
-                cuda::run<G, cuda::SplitMasters>(table, rows, stream);
-            } else {
-                cuda::with_type(buffers.params.dtype,
-                                [&](auto p) { cuda::run<G, cuda::WholeMasters<decltype(p)>>(table, rows, stream); });
-            }
-        });
+        for (const cuda::Kind& kind : kinds) {
+            cuda::run(table, cuda::rows_of(parts, kind, first, table.group_count), kind, stream);
+        }
     }
 }
 

@@ -10,7 +10,7 @@ namespace partita {
 namespace cuda {
 namespace {
 
-constexpr std::int64_t chunk_numel = 4096;
+constexpr std::int64_t chunk_numel = 16384;
 
 struct CopyRow {
     void* to;
@@ -18,17 +18,17 @@ struct CopyRow {
     std::int64_t numel;
 };
 
-template <class From, class To>
-__device__ void put(To& to, From from, Lane scale, bool accumulate, To old) {
+template <bool accumulate, class From, class To>
+__device__ void put(To& to, From from, Lane scale, To old) {
     Lane value = Lane::load(from) * scale;
-    if (accumulate) value = Lane::load(old) + value;
+    if constexpr (accumulate) value = Lane::load(old) + value;
     value.store(to);
 }
 
-template <class From, class To>
-__device__ void copy_chunk(To* to, const From* from, int numel, Lane scale, bool accumulate) {
+template <bool accumulate, class From, class To>
+__device__ void copy_chunk(To* to, const From* from, int numel, Lane scale) {
     constexpr int width = vector_width<From, To>;
-    constexpr int together = 16 / width;  // vectors per thread and turn; with more, registers run out
+    constexpr int together = accumulate && width == 8 ? 2 : 4;  // vectors per thread and turn; registers are limited
     const int vectors = is_aligned<width>(to) && is_aligned<width>(from) ? numel / width : 0;
     for (int first = threadIdx.x; first < vectors; first += block_threads * together) {
         Vector<From, width> in[together];
@@ -38,25 +38,27 @@ __device__ void copy_chunk(To* to, const From* from, int numel, Lane scale, bool
             const int v = first + u * block_threads;
             if (v >= vectors) break;
             in[u] = load<From, width>(from, v);
-            if (accumulate) old[u] = load<To, width>(to, v);
+            if constexpr (accumulate) old[u] = load<To, width>(to, v);
         }
 #pragma unroll
         for (int u = 0; u < together; ++u) {
             const int v = first + u * block_threads;
             if (v >= vectors) break;
             Vector<To, width> out;
-            for (int k = 0; k < width; ++k) put(out.values[k], in[u].values[k], scale, accumulate, old[u].values[k]);
+            for (int k = 0; k < width; ++k) {
+                put<accumulate>(out.values[k], in[u].values[k], scale, old[u].values[k]);
+            }
             store(to, v, out);
         }
     }
     for (int i = vectors * width + threadIdx.x; i < numel; i += block_threads) {
-        put(to[i], from[i], scale, accumulate, accumulate ? to[i] : To{});
+        put<accumulate>(to[i], from[i], scale, accumulate ? to[i] : To{});
     }
 }
 
-template <class From, class To>
+template <bool accumulate, class From, class To>
 __global__ void __launch_bounds__(block_threads, resident_blocks)
-    copy_kernel(const __grid_constant__ Rows<CopyRow> table, const Scale scale, const bool accumulate) {
+    copy_kernel(const __grid_constant__ Rows<CopyRow> table, const Scale scale) {
     const Lane factor = Lane::broadcast(product(scale));
     for (std::int64_t chunk = blockIdx.x; chunk < table.first_chunk[table.count]; chunk += gridDim.x) {
         const int r = table.find(chunk);
@@ -65,10 +67,19 @@ __global__ void __launch_bounds__(block_threads, resident_blocks)
         const int numel = static_cast<int>(row.numel - begin < chunk_numel ? row.numel - begin : chunk_numel);
         To* to = static_cast<To*>(row.to) + begin;
         if (row.from != nullptr) {
-            copy_chunk(to, static_cast<const From*>(row.from) + begin, numel, factor, accumulate);
+            copy_chunk<accumulate>(to, static_cast<const From*>(row.from) + begin, numel, factor);
         } else if (!accumulate) {
             for (int i = threadIdx.x; i < numel; i += block_threads) to[i] = To{};
         }
+    }
+}
+
+template <class From, class To>
+void run_table(const char* function, const Rows<CopyRow>& table, Scale scale, bool accumulate, Stream stream) {
+    if (accumulate) {
+        launch(function, stream, table.chunks(), block_threads, copy_kernel<true, From, To>, table, scale);
+    } else {
+        launch(function, stream, table.chunks(), block_threads, copy_kernel<false, From, To>, table, scale);
     }
 }
 
@@ -83,8 +94,7 @@ void run(const char* function, const std::vector<CopyPair>& pairs, Scale scale, 
             for_each_table(rows[static_cast<int>(from)][static_cast<int>(to)], chunk_numel, [&](const auto& table) {
                 with_type(from, [&](auto f) {
                     with_type(to, [&](auto t) {
-                        launch(function, stream, table.chunks(), block_threads, copy_kernel<decltype(f), decltype(t)>,
-                               table, scale, accumulate);
+                        run_table<decltype(f), decltype(t)>(function, table, scale, accumulate, stream);
                     });
                 });
             });

@@ -25,10 +25,8 @@ int cuda_device_count() { return 0; }
 void pack(Span, const std::vector<Span>&, const std::vector<std::int64_t>&, Scale, bool, Stream) { refuse("pack"); }
 void unpack(Span, const std::vector<Span>&, const std::vector<std::int64_t>&, Scale, bool, Stream) { refuse("unpack"); }
 void cast(Span, Span, Scale, bool, Stream) { refuse("cast"); }
-void norm(double*, Span, const Segments&, double*, Stream) { refuse("norm"); }
-void adam(const AdamBuffers&, const Segments&, const std::vector<AdamGroup>&, const StepControl*, Stream) {
-    refuse("adam");
-}
+void norm(double*, const std::vector<NormPart>&, double*, Stream) { refuse("norm"); }
+void adam(const std::vector<AdamPart>&, const std::vector<AdamGroup>&, const StepControl*, Stream) { refuse("adam"); }
 void loss_scale_update(StepControl*, LossScaleState*, const LossScaler&, const double*, double, double, Stream) {
     refuse("loss_scale_update");
 }

@@ -1,4 +1,5 @@
 // The sum of squares: one number per block of the segments, then their sum, each by a tree whose shape is fixed.
+#include "checks.h"
 #include "dispatch.cuh"
 #include "launch.cuh"
 #include "partita/norm.h"
@@ -14,7 +15,7 @@ constexpr int warp_threads = 32;
 constexpr int total_threads = 1024;  // of the one block that adds the blocks' sums
 
 struct NormRow {
-    std::int64_t offset;
+    const void* values;
     std::int64_t numel;
 };
 
@@ -65,13 +66,14 @@ __device__ double sum_of_squares(const T* values, int numel) {
 
 template <class T>
 __global__ void __launch_bounds__(block_threads, resident_blocks)
-    norm_kernel(const __grid_constant__ Rows<NormRow> table, const T* values, double* sums) {
+    norm_kernel(const __grid_constant__ Rows<NormRow> table, double* sums) {
     for (std::int64_t chunk = blockIdx.x; chunk < table.first_chunk[table.count]; chunk += gridDim.x) {
         const int r = table.find(chunk);
         const std::int64_t begin = (chunk - table.first_chunk[r]) * Segments::block_numel;
         const std::int64_t left = table.rows[r].numel - begin;
         const int numel = static_cast<int>(left < Segments::block_numel ? left : Segments::block_numel);
-        const double sum = sum_of_block<block_threads>(sum_of_squares(values + table.rows[r].offset + begin, numel));
+        const double sum =
+            sum_of_block<block_threads>(sum_of_squares(static_cast<const T*>(table.rows[r].values) + begin, numel));
         if (threadIdx.x == 0) sums[chunk] = sum;
         __syncthreads();
     }
@@ -87,19 +89,25 @@ __global__ void __launch_bounds__(total_threads) total_kernel(double* total, con
 }  // namespace
 }  // namespace cuda
 
-void norm(double* sum_of_squares, Span values, const Segments& segments, double* scratch, Stream stream) {
-    if (segments.end() > values.numel) throw std::invalid_argument("norm: segments reach beyond the buffer");
-    std::vector<cuda::NormRow> rows;
-    for (const Segment& s : segments.rows()) rows.push_back({s.offset, s.numel});
+void norm(double* sum_of_squares, const std::vector<NormPart>& parts, double* scratch, Stream stream) {
+    check(parts);
     std::int64_t done = 0;
-    cuda::for_each_table(rows, Segments::block_numel, [&](const auto& table) {
-        cuda::with_type(values.dtype, [&](auto type) {
-            using T = decltype(type);
-            cuda::launch("norm", stream, table.chunks(), cuda::block_threads, cuda::norm_kernel<T>, table,
-                         static_cast<const T*>(values.data), scratch + done);
+    for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+        std::vector<cuda::NormRow> rows;
+        for (const NormPart& part : parts) {
+            if (part.values.dtype != dtype) continue;
+            for (const Segment& s : part.segments->rows()) {
+                rows.push_back({part.values.part(s.offset, s.numel).data, s.numel});
+            }
+        }
+        cuda::for_each_table(rows, Segments::block_numel, [&](const auto& table) {
+            cuda::with_type(dtype, [&](auto type) {
+                cuda::launch("norm", stream, table.chunks(), cuda::block_threads, cuda::norm_kernel<decltype(type)>,
+                             table, scratch + done);
+            });
+            done += table.chunks();
         });
-        done += table.chunks();
-    });
+    }
     cuda::launch("norm", stream, done > 0 ? 1 : 0, cuda::total_threads, cuda::total_kernel, sum_of_squares, scratch,
                  done);
 }

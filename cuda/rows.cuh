@@ -1,5 +1,5 @@
-// A table of pieces of work of any size, cut into chunks; small enough to be a kernel's argument, so that it needs no
-// device memory, no copy and no waiting.
+// A table of pieces of work of any size, cut into chunks; small enough to be a kernel's argument (these may have 32764
+// bytes since CUDA 12.1), so that it needs no device memory, no copy and no waiting.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace partita::cuda {
 
 template <class Row>
 struct Rows {
-    static constexpr int capacity = 96;  // kernel arguments may have 4096 bytes
+    static constexpr int capacity = 28000 / (sizeof(Row) + sizeof(std::int64_t));
 
     int count = 0;
     std::int64_t first_chunk[capacity + 1];  // of each row, and after the last one

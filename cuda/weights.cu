@@ -1,4 +1,4 @@
-#include "check_weights.h"
+#include "checks.h"
 #include "dispatch.cuh"
 #include "launch.cuh"
 #include "partita/weights.h"

@@ -137,7 +137,7 @@ def train(
     total, first, started = torch.zeros((), device=engine.device), 0, time.perf_counter()
     for step in range(1, args.steps + 1):
         for _ in range(engine.gradient_accumulation_steps()):
-            tokens, targets = (part.to(engine.device) for part in next(batches))
+            tokens, targets = (part.to(engine.device, non_blocking=True) for part in next(batches))
             loss = engine(tokens, targets)
             engine.backward(loss)
             engine.step()

@@ -59,8 +59,13 @@ def adam(dtype: torch.dtype, split: bool = False) -> Callable[[int, torch.device
         segments = _core.Segments([(0, numel, 0)])
         groups = [_core.AdamGroup(1e-3, 0.9, 0.999, 1e-8, 0.01, True)]
         control = control_on(device)
-        update: Callable[..., None] = kernels.adam
-        return lambda: update(**buffers, segments=segments, groups=groups, control=control)
+        part: Callable[..., _core.AdamPart] = kernels.adam_part
+        parts = [part(**buffers, segments=segments)]
+
+        def action(keep_alive: dict[str, Tensor | None] = buffers) -> None:
+            kernels.adam(parts, groups, control)
+
+        return action
 
     return build
 

@@ -45,7 +45,8 @@ def model_on(device: torch.device, sizes: Sizes, compiled: bool) -> Callable[[],
         with torch.device(device):
             model = GPT(config)
         if compiled:
-            model.compile()
+            for block in model.blocks:  # one graph for all of them
+                block.compile()
         return model
 
     return made

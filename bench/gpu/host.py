@@ -33,10 +33,11 @@ SYNC_CASES = ["fp16 0", "fp16 1", "bf16 0", "bf16 1", "bf16-split 1"]
 TIME_CASES = ["fp32 partita0", "bf16 partita0", "fp16 partita0", "bf16 partita1", "bf16 partita0-split"]
 TIME_CASES += ["fp32 torch-fused", "fp32 torch-foreach", "fp32 torch-fused and clip", "fp16 torch-masters and clip"]
 BLOCKING_CALLS = (
-    *("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize"),
-    *("cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize"),
+    *("cudaStreamSynchronize", "cudaDeviceSynchronize", "cuStreamSynchronize", "cuCtxSynchronize"),
     *("cudaMemcpy", "cudaMalloc", "cudaFree"),
 )
+# For the outcome of the step before, when a GPU with more to do than the host has not got there; it never idles for it.
+WAITS_FOR_LAST_STEP = ("cudaEventSynchronize", "cuEventSynchronize")
 ACCUMULATION = 2
 OVERFLOWING_SCALE_POWER = 24  # halved in skipped steps: the watched steps are to see some of these, too
 SYNC_WARNING = "called a synchronizing"
@@ -134,7 +135,11 @@ def calls_in_range(events: list[dict[str, Any]]) -> dict[str, Any]:
     begin, end = ranges[0]["ts"], ranges[0]["ts"] + ranges[0]["dur"]
     calls = [event["name"] for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")
              and begin <= event["ts"] <= end]  # fmt: skip
-    return {"calls": len(calls), "blocking": {name: calls.count(name) for name in BLOCKING_CALLS if name in calls}}
+    return {
+        "calls": len(calls),
+        "blocking": {name: calls.count(name) for name in BLOCKING_CALLS if name in calls},
+        "waits_for_last_step": sum(calls.count(name) for name in WAITS_FOR_LAST_STEP),
+    }
 
 
 def measure_time(dtype: str, contender: str, arguments: argparse.Namespace) -> cases.Answer:

@@ -108,18 +108,15 @@ def test_adam(benchmark: Any, threads: int, dtype: str, splits: bool) -> None:
     _core.StepControl(grad_norm=1.0, grad_scale=1.0, skip=False, step=10).write(control.data_ptr())
     group = _core.AdamGroup(1e-3, 0.9, 0.999, 1e-8, 0.01, True)
 
-    def ours() -> None:
-        kernels.adam(
-            grads=grads,
-            master=master,
-            remainder=remainder,
-            exp_avg=exp_avg,
-            exp_avg_sq=exp_avg_sq,
-            params=params,
-            segments=SEGMENTS,
-            groups=[group],
-            control=control,
-        )
+    part = kernels.adam_part(
+        grads=grads,
+        master=master,
+        remainder=remainder,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        params=params,
+        segments=SEGMENTS,
+    )
 
     peers: dict[str, Action] = {}
     if dtype == "fp32":
@@ -127,7 +124,7 @@ def test_adam(benchmark: Any, threads: int, dtype: str, splits: bool) -> None:
         peers["the same in our memory"] = torch_fused_in_flat_buffers()
         if (peer := deepspeed_cpu_adam()) is not None:
             peers["DeepSpeedCPUAdam"] = peer
-    in_turns(benchmark, (26 if splits else 28) * NUMEL, ours, peers)
+    in_turns(benchmark, (26 if splits else 28) * NUMEL, lambda: kernels.adam([part], [group], control), peers)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -51,20 +51,22 @@ void register_for(py::module_& m) {
 void register_copies(py::module_& m) {
     register_for<int>(m);
     register_for<Stream>(m);
+    py::class_<NormPart>(m, "NormPart")
+        .def(py::init([](Span values, const Segments& segments) { return NormPart{values, &segments}; }),
+             py::arg("values"), py::arg("segments"), py::keep_alive<1, 3>())
+        .def_property_readonly("blocks", [](const NormPart& part) { return part.segments->blocks().size(); });
     m.def(
         "norm",
-        [](std::uintptr_t sum_of_squares, Span values, const Segments& segments, int threads) {
-            norm(pointer<double>(sum_of_squares), values, segments, threads);
+        [](std::uintptr_t sum_of_squares, const std::vector<NormPart>& parts, int threads) {
+            norm(pointer<double>(sum_of_squares), parts, threads);
         },
-        py::arg("sum_of_squares"), py::arg("values"), py::arg("segments"), py::arg("threads"), release());
+        py::arg("sum_of_squares"), py::arg("parts"), py::arg("threads"), release());
     m.def(
         "norm",
-        [](std::uintptr_t sum_of_squares, Span values, const Segments& segments, std::uintptr_t scratch,
-           Stream stream) {
-            norm(pointer<double>(sum_of_squares), values, segments, pointer<double>(scratch), stream);
+        [](std::uintptr_t sum_of_squares, const std::vector<NormPart>& parts, std::uintptr_t scratch, Stream stream) {
+            norm(pointer<double>(sum_of_squares), parts, pointer<double>(scratch), stream);
         },
-        py::arg("sum_of_squares"), py::arg("values"), py::arg("segments"), py::arg("scratch"), py::arg("stream"),
-        release());
+        py::arg("sum_of_squares"), py::arg("parts"), py::arg("scratch"), py::arg("stream"), release());
 }
 
 }  // namespace partita::bindings

@@ -32,8 +32,7 @@ void register_memory(py::module_& m) {
              }),
              py::arg("segments"))
         .def_property_readonly("numel", &Segments::numel)
-        .def_property_readonly("end", &Segments::end)
-        .def_property_readonly("blocks", [](const Segments& s) { return s.blocks().size(); });
+        .def_property_readonly("end", &Segments::end);
 }
 
 }  // namespace partita::bindings

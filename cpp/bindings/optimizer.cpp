@@ -9,13 +9,9 @@ template <class Where>
 void register_for(py::module_& m) {
     m.def(
         "adam",
-        [](Span grads, Span master, std::uintptr_t remainder, Span exp_avg, Span exp_avg_sq, Span params,
-           const Segments& segments, const std::vector<AdamGroup>& groups, std::uintptr_t control, Where where) {
-            adam({grads, master, exp_avg, exp_avg_sq, params, pointer<std::uint16_t>(remainder)}, segments, groups,
-                 pointer<StepControl>(control), where);
-        },
-        py::arg("grads"), py::arg("master"), py::arg("remainder"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
-        py::arg("params"), py::arg("segments"), py::arg("groups"), py::arg("control"), py::arg("where"),
+        [](const std::vector<AdamPart>& parts, const std::vector<AdamGroup>& groups, std::uintptr_t control,
+           Where where) { adam(parts, groups, pointer<StepControl>(control), where); },
+        py::arg("parts"), py::arg("groups"), py::arg("control"), py::arg("where"),
         py::call_guard<py::gil_scoped_release>());
 }
 
@@ -28,6 +24,14 @@ void register_optimizer(py::module_& m) {
              }),
              py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
              py::arg("decoupled"));
+    py::class_<AdamPart>(m, "AdamPart")
+        .def(py::init([](Span grads, Span master, std::uintptr_t remainder, Span exp_avg, Span exp_avg_sq, Span params,
+                         const Segments& segments) {
+                 return AdamPart{{grads, master, exp_avg, exp_avg_sq, params, pointer<std::uint16_t>(remainder)},
+                                 &segments};
+             }),
+             py::arg("grads"), py::arg("master"), py::arg("remainder"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
+             py::arg("params"), py::arg("segments"), py::keep_alive<1, 8>());
     register_for<int>(m);
     register_for<Stream>(m);
 }

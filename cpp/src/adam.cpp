@@ -3,10 +3,12 @@
 #include <vector>
 
 #include "adam_update.h"
+#include "checks.h"
 #include "parallel.h"
 #include "simd/kernels.h"
 
 namespace partita {
+namespace {
 
 void check(const AdamBuffers& b, const Segments& segments, std::size_t groups) {
     const bool split = b.remainder != nullptr;
@@ -31,13 +33,8 @@ void check(const AdamBuffers& b, const Segments& segments, std::size_t groups) {
     }
 }
 
-void adam(const AdamBuffers& buffers, const Segments& segments, const std::vector<AdamGroup>& groups,
-          const StepControl* control, int threads) {
-    check(buffers, segments, groups.size());
-    if (control->skip != 0) return;
-    if (control->step < 1) throw std::invalid_argument("adam: steps count from 1");
-    std::vector<AdamFactors> factors;
-    for (const AdamGroup& group : groups) factors.push_back(adam_factors(group, *control));
+void update(const AdamBuffers& buffers, const Segments& segments, const std::vector<AdamFactors>& factors,
+            int threads) {
     const bool split = buffers.remainder != nullptr;
     const auto kernel = split ? kernels().split_adam[index(buffers.grads.dtype)]
                               : kernels().adam[index(buffers.grads.dtype)][index(buffers.params.dtype)];
@@ -54,6 +51,22 @@ void adam(const AdamBuffers& buffers, const Segments& segments, const std::vecto
                 block.numel},
                factors[static_cast<std::size_t>(block.group)]);
     });
+}
+
+}  // namespace
+
+void check(const std::vector<AdamPart>& parts, std::size_t groups) {
+    for (const AdamPart& part : parts) check(part.buffers, *part.segments, groups);
+}
+
+void adam(const std::vector<AdamPart>& parts, const std::vector<AdamGroup>& groups, const StepControl* control,
+          int threads) {
+    check(parts, groups.size());
+    if (control->skip != 0) return;
+    if (control->step < 1) throw std::invalid_argument("adam: steps count from 1");
+    std::vector<AdamFactors> factors;
+    for (const AdamGroup& group : groups) factors.push_back(adam_factors(group, *control));
+    for (const AdamPart& part : parts) update(part.buffers, *part.segments, factors, threads);
 }
 
 }  // namespace partita

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cmath>
-#include <cstddef>
 
 #include "host_device.h"
 #include "partita/adam.h"
@@ -73,8 +72,5 @@ PARTITA_DEVICE inline void adam_update(V& weight, V& m, V& v, V stored_grad, con
     const V denominator = V::fma(v.sqrt(), f.inverse_sqrt_correction2, f.eps);
     weight = weight * f.keep - f.step_size * m / denominator;
 }
-
-// Throws std::invalid_argument unless the buffers fit together.
-void check(const AdamBuffers& buffers, const Segments& segments, std::size_t groups);
 
 }  // namespace partita

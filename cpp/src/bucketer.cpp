@@ -48,6 +48,11 @@ Bucketer::Range Bucketer::mark_ready(std::int32_t p) {
     return {begin, next_};
 }
 
+bool Bucketer::is_complete(std::int32_t p) const {
+    const std::int32_t unit = unit_of_.at(static_cast<std::size_t>(p));
+    return missing_[static_cast<std::size_t>(unit)] == 0;
+}
+
 Bucketer::Range Bucketer::finish() {
     if (!in_backward_) throw std::logic_error("finish outside of a backward");
     in_backward_ = false;

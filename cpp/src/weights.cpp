@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "check_weights.h"
+#include "checks.h"
 #include "parallel.h"
 #include "simd/kernels.h"
 

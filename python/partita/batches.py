@@ -25,13 +25,13 @@ def on_device(batch: Any, device: torch.device) -> Any:
         return batch
 
     def move(leaf: Any) -> Any:
+        if isinstance(leaf, Mapping):  # of those that pytree does not know, a tokenizer's output say
+            return {key: on_device(value, device) for key, value in leaf.items()}
         if isinstance(leaf, Tensor) and leaf.is_cpu:
             return leaf.pin_memory().to(device, non_blocking=True)
         return leaf
 
-    if isinstance(batch, Mapping):  # also those that pytree does not know, a tokenizer's output say
-        return {key: on_device(value, device) for key, value in batch.items()}
-    return pytree.tree_map(move, batch)
+    return pytree.tree_map(move, batch, is_leaf=lambda node: isinstance(node, Mapping))
 
 
 def loss_in(outputs: Any) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from partita import _core
 from partita.assembly import OptimizerSource, choose_optimizer, choose_scheduler, show_log_on, with_batch_sizes
 from partita.backward_watch import BackwardWatch
 from partita.batches import call_with, differentiable_tensors, loss_in, micro_batches, on_device
@@ -81,6 +80,8 @@ class Engine:
         loaded = load_config(config)
         device = device_of(model)
         self._streams = streams_of(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what is made without naming a device belongs here, and not on GPU 0
         init_distributed(backend_for(device))
         comm = loaded.comm
         self._communicator = world_communicator(comm.transport, timedelta(seconds=comm.timeout_seconds), device)
@@ -210,11 +211,9 @@ class Engine:
         if at_boundary:
             with self._timers.phase("step"):
                 self._update()
-            try:
-                if not self._streams.is_asynchronous:
-                    self._ledger.settle()
-            finally:
-                self._reducer.reset()
+            if not self._streams.is_asynchronous:
+                self._settle()
+            self._reducer.reset()
 
     def train_batch(self, batch: Any = None) -> Tensor:
         """One whole optimizer step; returns the mean loss of this rank's micro-batches, detached.
@@ -384,6 +383,7 @@ class Engine:
         self._phase = Phase.DESTROYED
         self._gathers.close()
         try:
+            self._gathers.wait()
             self._ledger.learn()
             self._reducer.close()
         finally:  # the collectives under way may have failed
@@ -426,7 +426,7 @@ class Engine:
     def _update(self) -> None:
         if self._sharded is None:
             raise RuntimeError("engine.step() has no optimizer: give initialize() one, or name one in the config")
-        self._ledger.settle()
+        self._settle()
         self._guard.check()
         self._gathers.wait()  # of parameters that no forward has used since
         for unit in self._units:
@@ -437,6 +437,14 @@ class Engine:
             self._gathers.wait()
         self.global_steps += 1
         self._ledger.enter(self.global_steps, self._controller.outcome(), self._reducer.take_finiteness())
+
+    def _settle(self) -> None:
+        """Acts on the outcome of the last step; if that ends the run, the gradients at hand go with it."""
+        try:
+            self._ledger.settle()
+        except FloatingPointError:
+            self._reducer.reset()
+            raise
 
     def _announce(self, precision: str) -> None:
         if self.global_rank != 0:
@@ -459,7 +467,7 @@ class Engine:
             self._batch.accumulation,
             self.world_size,
         )
-        if self.device.type == "cpu" and _core.cuda_device_count():
+        if self.device.type == "cpu" and torch.cuda.device_count():
             logger.warning("the model is on the CPU and trains there; for a GPU: model.to('cuda') before initialize()")
         if self.config.dump_state:
             logger.info("config: %s", self.config.model_dump_json(indent=2))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from partita import _core
-from partita._core import AdamGroup, LossScaler, Reduction, Segments, Span, Stream
+from partita._core import AdamGroup, AdamPart, LossScaler, NormPart, Reduction, Segments, Span, Stream
 
 DTYPES = {torch.float32: _core.DType.f32, torch.float16: _core.DType.f16, torch.bfloat16: _core.DType.bf16}
 NOTHING = Span(0, 0, _core.DType.f32)
@@ -85,19 +85,35 @@ def cast(destination: Tensor, source: Tensor, *, scale: float = 1.0, accumulate:
 def reduce(destination: Tensor, sources: list[Tensor], reduction: Reduction) -> None:
     """The reduction of CPU tensors of one size and dtype, in their order, in fp32, rounded once; `destination` may be
     one of them."""
+    for tensor in (destination, *sources):
+        if not tensor.is_cpu:
+            raise ValueError(
+                f"a tensor to reduce is on device '{tensor.device}': only tensors on the CPU are reduced here"
+            )
     spans = [span(source, f"source {i}") for i, source in enumerate(sources)]
     _core.reduce(span(destination, "destination"), spans, reduction, torch.get_num_threads())
 
 
-def add_sum_of_squares(total: Tensor, values: Tensor, segments: Segments) -> None:
-    """Adds the sum of squares of the segments of `values` to `total` (float64, one element)."""
-    where = _where(values=values, total=total)
-    sum_of_squares = address(_one_double(total), "total")
+def norm_part(values: Tensor, segments: Segments) -> NormPart:
+    """What `sum_of_squares` adds up of a buffer, which must not move."""
+    return NormPart(span(values, "values"), segments)
+
+
+def sum_of_squares(total: Tensor, parts: list[NormPart]) -> None:
+    """Adds the sum of squares of all parts to `total` (float64, one element, on the device of all parts)."""
+    where, address_of_total = _where(total=total), address(_one_double(total), "total")
     if isinstance(where, Stream):
-        scratch = torch.empty(segments.blocks, dtype=torch.float64, device=values.device)
-        _core.norm(sum_of_squares, span(values, "values"), segments, scratch.data_ptr(), where)
+        blocks = sum(part.blocks for part in parts)
+        scratch = torch.empty(blocks, dtype=torch.float64, device=total.device)
+        _core.norm(address_of_total, parts, scratch.data_ptr(), where)
     else:
-        _core.norm(sum_of_squares, span(values, "values"), segments, where)
+        _core.norm(address_of_total, parts, where)
+
+
+def add_sum_of_squares(total: Tensor, values: Tensor, segments: Segments) -> None:
+    """`sum_of_squares` of one buffer."""
+    _where(values=values, total=total)
+    sum_of_squares(total, [norm_part(values, segments)])
 
 
 def split_master(params: Tensor, master: Tensor, remainder: Tensor | None = None) -> None:
@@ -127,7 +143,7 @@ def is_finite(tensor: Tensor) -> Tensor:
     return torch.isfinite(tensor).all()
 
 
-def adam(
+def adam_part(
     *,
     grads: Tensor,
     master: Tensor | None,
@@ -135,26 +151,23 @@ def adam(
     exp_avg_sq: Tensor,
     params: Tensor | None,
     segments: Segments,
-    groups: list[AdamGroup],
-    control: Tensor,
     remainder: Tensor | None = None,
-) -> None:
-    """One Adam or AdamW update of flat buffers of equal size (see `adam.h`).
+) -> AdamPart:
+    """Flat buffers of equal size on one device that `adam` updates; they must not move.
 
     `params` None: the master is the parameter. `master` None: it is split into bf16 `params` and `remainder`.
-    `control` is a `StepControl` in memory: uint8, of its number of bytes.
     """
+    if master is None and remainder is None:
+        raise ValueError("there are neither master weights nor a remainder")
     named = {"grads": grads, "master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "params": params}
     buffers = {name: buffer for name, buffer in named.items() if buffer is not None}
     numel = next(buffer.numel() for buffer in (master, params, exp_avg) if buffer is not None)
     for name, buffer in buffers.items():
         if buffer.numel() != numel:
             raise ValueError(f"{name} has {buffer.numel()} elements, the weights have {numel}")
-    if control.dtype != torch.uint8 or control.numel() != _core.StepControl.nbytes:
-        raise TypeError(f"control is {_core.StepControl.nbytes} bytes, not {control.numel()} x {control.dtype}")
-    where = _where(**buffers, remainder=remainder, control=control)
+    _where(**buffers, remainder=remainder)
     spans = {name: span(buffer, name) for name, buffer in buffers.items()}
-    _core.adam(
+    return AdamPart(
         spans["grads"],
         spans.get("master", NOTHING),
         _remainder(remainder, exp_avg),
@@ -162,10 +175,18 @@ def adam(
         spans["exp_avg_sq"],
         spans.get("params", NOTHING),
         segments,
-        groups,
-        address(control, "control"),
-        where,
     )
+
+
+def adam(parts: list[AdamPart], groups: list[AdamGroup], control: Tensor) -> None:
+    """One Adam or AdamW update of all parts (see `adam.h`).
+
+    `control` is a `StepControl` in memory, on the device of all parts: uint8, of its number of bytes.
+    """
+    if control.dtype != torch.uint8 or control.numel() != _core.StepControl.nbytes:
+        raise TypeError(f"control is {_core.StepControl.nbytes} bytes, not {control.numel()} x {control.dtype}")
+    where = _where(control=control)
+    _core.adam(parts, groups, address(control, "control"), where)
 
 
 def loss_scale_update(

@@ -48,14 +48,13 @@ def device_of(model: nn.Module) -> torch.device:
     Raises:
         ValueError: neither the CPU nor a CUDA device; names the parameter.
     """
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    name, tensor = next(tensors, ("", torch.empty(0)))
+    parameters = ((f"parameter '{name}'", p) for name, p in model.named_parameters())
+    buffers = ((f"buffer '{name}'", b) for name, b in model.named_buffers())
+    what, tensor = next(itertools.chain(parameters, buffers), ("", torch.empty(0)))
     if tensor.is_cpu or tensor.is_cuda:
         return tensor.device
     advice = "give it values with to_empty() first" if tensor.is_meta else "move the model to one of those first"
-    raise ValueError(
-        f"parameter '{name}' is on device '{tensor.device}': Partita trains on the CPU and on CUDA devices; {advice}"
-    )
+    raise ValueError(f"{what} is on device '{tensor.device}': Partita trains on the CPU and on CUDA devices; {advice}")
 
 
 def untrained_parameters(model: nn.Module, trained: list[tuple[str, nn.Parameter, int]]) -> dict[str, nn.Parameter]:

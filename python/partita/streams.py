@@ -88,10 +88,12 @@ class HostStreams(Streams):
 class _Arriving:
     def __init__(self, host: Tensor, event: torch.cuda.Event) -> None:
         self._host = host
-        self._event = event
+        self._event: torch.cuda.Event | None = event
 
     def wait(self) -> Tensor:
-        self._event.synchronize()
+        if self._event is not None and not self._event.query():  # type: ignore[no-untyped-call]
+            self._event.synchronize()
+        self._event = None
         return self._host
 
 
@@ -136,10 +138,16 @@ def streams_of(device: torch.device) -> Streams:
     """The streams of a CPU or CUDA device.
 
     Raises:
+        RuntimeError: a CUDA device and a build without CUDA code.
         ValueError: another kind of device.
     """
     if device.type == "cpu":
         return HostStreams()
     if device.type == "cuda":
+        if not _core.built_with_cuda():
+            raise RuntimeError(
+                f"the model is on '{device}', and this build of Partita has no CUDA code: build it again with nvcc in "
+                "PATH, or move the model to the CPU"
+            )
         return CudaStreams(device)
     raise ValueError(f"device '{device}': Partita trains on the CPU and on CUDA devices")

@@ -15,7 +15,9 @@
 #include <string>
 #include <vector>
 
+#include "partita/adam.h"
 #include "partita/cpu_level.h"
+#include "partita/norm.h"
 #include "partita/span.h"
 
 namespace partita {
@@ -171,6 +173,17 @@ inline ::testing::AssertionResult same(const Buffer& actual, const Buffer& expec
     }
     if (repaired.bytes() == expected.bytes()) return ::testing::AssertionSuccess();
     return ::testing::AssertionFailure() << "bytes outside of the " << actual.numel() << " elements were written";
+}
+
+// A norm or an update of one part.
+template <class... Where>
+void norm(double* sum_of_squares, Span values, const Segments& segments, const Where&... where) {
+    norm(sum_of_squares, {{values, &segments}}, where...);
+}
+template <class Where>
+void adam(const AdamBuffers& buffers, const Segments& segments, const std::vector<AdamGroup>& groups,
+          const StepControl* control, const Where& where) {
+    adam({{buffers, &segments}}, groups, control, where);
 }
 
 class Random {

@@ -162,5 +162,23 @@ TEST(Bucketer, MisuseThrows) {
     EXPECT_THROW(bucketer.finish(), std::logic_error);
 }
 
+TEST(Bucketer, AUnitIsCompleteBeforeItsTurn) {
+    Bucketer bucketer({0, 1, 1}, 2);
+    for (const bool overlap : {false, true}) {
+        bucketer.begin_backward(overlap);
+        EXPECT_FALSE(bucketer.is_complete(1));
+        bucketer.mark_ready(1);
+        EXPECT_FALSE(bucketer.is_complete(2));
+        const Bucketer::Range none = bucketer.mark_ready(2);
+        EXPECT_EQ(none.begin, none.end);
+        EXPECT_TRUE(bucketer.is_complete(1));
+        EXPECT_TRUE(bucketer.is_complete(2));
+        EXPECT_FALSE(bucketer.is_complete(0));
+        bucketer.mark_ready(0);
+        EXPECT_TRUE(bucketer.is_complete(0));
+        bucketer.finish();
+    }
+}
+
 }  // namespace
 }  // namespace partita

@@ -20,6 +20,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": {"enabled": True}},
     "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8, "hysteresis": 1000}},
 }
+SPLIT: dict[str, Any] = {"bf16": {"enabled": True, "master_weights": "split"}}
 
 
 class Dictated(nn.Module):
@@ -72,7 +73,7 @@ def masters(engine: partita.Engine) -> dict[str, Tensor]:
         for slot in unit.layout.slots:
             result[slot.name] = torch.full((slot.numel,), float("nan"))
         for s in unit.layout.slices(unit.own):
-            piece = unit.master[s.shard_offset : s.shard_offset + s.numel]
+            piece = unit.full_precision()[s.shard_offset : s.shard_offset + s.numel]
             result[s.slot.name][s.parameter_offset : s.parameter_offset + s.numel] = piece
     return result
 

@@ -27,6 +27,7 @@ STATES = {  # bytes per parameter on 2 ranks: parameters + gradients + optimizer
     ("bf16", 0): 2 + 2 + 12,
     ("bf16", 1): 2 + 2 + 12 / 2,
     ("bf16", 2): 2 + 2 / 2 + 12 / 2,
+    ("split", 0): 2 + 2 + 10,
 }
 
 
@@ -86,7 +87,7 @@ def _config(stage: int, precision: str) -> dict[str, object]:
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
         "zero_optimization": {"stage": stage, "reduce_bucket_size": WIDTH * WIDTH},
         "steps_per_print": 0,
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {"enabled": precision != "fp32", "master_weights": "split" if precision == "split" else "fp32"},
     }
 
 
@@ -95,7 +96,7 @@ def _model(width: int, layers: int) -> nn.Module:
 
 
 def _peak_bytes_per_parameter(stage: int, precision: str) -> float:
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     small = partita.Engine(model=_model(64, 2), config=_config(stage, precision))
     _train(small, dtype, 2)  # what libraries allocate once is not the model's
     small.destroy()

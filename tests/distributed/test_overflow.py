@@ -10,7 +10,7 @@ from typing import Any
 import partita
 import pytest
 import torch
-from dictated import PRECISIONS, Dictated, config_for, dictate, masters, share, take_step
+from dictated import PRECISIONS, SPLIT, Dictated, config_for, dictate, masters, share, take_step
 from torch import Tensor
 
 STAGES = (0, 1, 2)
@@ -26,7 +26,8 @@ def _snapshot(engine: partita.Engine) -> dict[str, Tensor]:
     """Every byte that a step may change: parameters, masters, moments (padding too)."""
     tensors = dict(engine.module.named_parameters())
     for i, unit in enumerate(engine._units):
-        tensors |= {f"params {i}": unit.params, f"master {i}": unit.master}
+        kept = {f"params {i}": unit.params, f"master {i}": unit.master, f"remainder {i}": unit.remainder}
+        tensors |= {name: tensor for name, tensor in kept.items() if tensor is not None}
     update = engine._sharded._update
     for kind in ("exp_avg", "exp_avg_sq"):
         tensors |= {f"{kind} {i}": tensor for i, tensor in enumerate(getattr(update, kind, []))}
@@ -89,7 +90,7 @@ def _skips_bad_steps(config: dict[str, Any]) -> None:
     assert engine.get_lr() == clean.get_lr()
     ours, theirs = _snapshot(engine), _snapshot(clean)
     for key in theirs:
-        if not key.startswith(("params", "master")):  # whose padding is arbitrary
+        if not key.startswith(("params", "master", "remainder")):  # whose padding is arbitrary
             assert torch.equal(ours[key], theirs[key]), f"{key} differs from a run without the skipped steps"
     for (name, ours), theirs in zip(masters(engine).items(), masters(clean).values(), strict=True):
         assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32)), f"master of {name} differs"
@@ -116,8 +117,9 @@ def test_one_bad_element_skips_the_step_on_every_rank(ranks, world_size, stage, 
         {"optimizer": OPTIMIZERS["SGD"]},
         {"optimizer": OPTIMIZERS["SGD"], "bf16": {"enabled": True}},
         {"communication_data_type": "fp32", "bf16": {"enabled": True}},
+        {"gradient_clipping": 0.5, **SPLIT},
     ],
-    ids=["accumulation", "clipping", "torch optimizer", "torch optimizer on bf16", "communication dtype"],
+    ids=["accumulation", "clipping", "torch optimizer", "torch optimizer on bf16", "communication dtype", "split"],
 )
 def test_bad_steps_are_skipped_whatever_else_is_configured(ranks, stage, changes):
     """N1: the bad micro-batch is the first of three; clipping; an optimizer that is not native."""

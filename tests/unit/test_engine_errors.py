@@ -13,6 +13,8 @@ from small_models import Regression, config, inputs, seeded
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
+SPLIT = {"enabled": True, "master_weights": "split"}
+
 
 def initialize(settings: Any = None, make: Callable[[], nn.Module] = Regression, **arguments: Any) -> partita.Engine:
     return partita.initialize(seeded(make), config=config() if settings is None else settings, **arguments)[0]
@@ -127,6 +129,21 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "no optimizer": (lambda: initialize(optimizer="AdamW"), TypeError, ["optimizer", "str"]),
     "makes no optimizer": (lambda: initialize(optimizer=lambda p: 3), TypeError, ["optimizer", "int"]),
     "used optimizer": (stepped, ValueError, ["AdamW", "state", "fresh"]),
+    "split masters without bf16": (
+        lambda: initialize(config(bf16={"master_weights": "split"})),
+        ConfigError,
+        ["bf16", "master_weights", "split", "enabled"],
+    ),
+    "split masters of SGD": (
+        lambda: initialize(config(optimizer={"type": "SGD", "params": {"lr": 0.1}}, bf16=SPLIT)),
+        ValueError,
+        ["SGD", "bf16.master_weights", "split", "AdamW"],
+    ),
+    "split masters of amsgrad": (
+        lambda: initialize(config(bf16=SPLIT), optimizer=lambda p: torch.optim.Adam(p, amsgrad=True)),
+        ValueError,
+        ["Adam", "bf16.master_weights", "options"],
+    ),
     # schedule
     "metric schedule": (lambda: initialize(lr_scheduler=plateau), TypeError, ["ReduceLROnPlateau", "step(metric)"]),
     "no step()": (lambda: initialize(lr_scheduler=3), TypeError, ["lr_scheduler", "int", "step()"]),

@@ -21,6 +21,13 @@ def _parameters(dtype: torch.dtype, seed: int = 0) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
 
 
+def _rounded(master: Tensor, dtype: torch.dtype) -> Tensor:
+    """To nearest; of two equally near, bf16 takes the larger magnitude, others the even one."""
+    if dtype != torch.bfloat16:
+        return master.to(dtype)
+    return ((master.view(torch.int32) + 0x8000) & ~0xFFFF).view(torch.float32).to(dtype)
+
+
 def _set_grads(parameters: list[nn.Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(100 + step)
     for parameter in parameters:
@@ -54,13 +61,29 @@ def test_equals_torch(dtype, decoupled):
             _weights(optimizer, parameters), [p.detach() for p in expected], rtol=1e-6, atol=1e-6
         )
         for parameter, weight in zip(parameters, _weights(optimizer, parameters), strict=True):
-            assert torch.equal(parameter, weight.to(dtype))
+            assert torch.equal(parameter, _rounded(weight, dtype))
     for parameter, other in zip(parameters, expected, strict=True):
         state = optimizer.state[parameter]
         assert state["step"] == 10
         for moment in ("exp_avg", "exp_avg_sq"):
             assert state[moment].dtype == torch.float32
             torch.testing.assert_close(state[moment], reference.state[other][moment], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_ties_are_rounded_as_documented(dtype):
+    """A weight in the middle between two bf16 numbers becomes the larger in magnitude, in float16 the even one."""
+    between = 2**-8 if dtype == torch.bfloat16 else 2**-11
+    parameter = nn.Parameter(torch.zeros(4, dtype=dtype))
+    optimizer = FusedAdam([parameter], lr=0.0)
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    master = torch.tensor([1 + between, 1 + 3 * between, -1 - between, -1 - 3 * between])
+    optimizer.state[parameter]["master"].copy_(master)
+    optimizer.step()
+    above = [1 + 2 * between, 1 + 4 * between]
+    first = above[0] if dtype == torch.bfloat16 else 1.0
+    assert parameter.tolist() == [first, above[1], -first, -above[1]]
 
 
 def test_groups_and_missing_gradients():
@@ -201,7 +224,7 @@ def test_weights_loaded_between_steps_are_kept(dtype):
     optimizer.step()
     for weight, master, parameter in zip(_weights(optimizer, parameters), masters, parameters, strict=True):
         assert torch.equal(weight, master)
-        assert torch.equal(parameter, master.to(dtype))
+        assert torch.equal(parameter, _rounded(master, dtype))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_part import adam
 from partita import _core, kernels
 from partita._core import AdamGroup, Segments, Span
 from torch import Tensor
@@ -66,7 +67,7 @@ SAYS = {"dtype": "float64", "device": "meta", "strides": r"strides \(2,\)", "siz
 def test_adam_names_the_buffer_and_what_is_wrong_with_it(name, kind):
     """Promise 7."""
     with pytest.raises((TypeError, ValueError), match=SAYS[kind]) as error:
-        kernels.adam(**adam_arguments(**{name: bad(kind)}))
+        adam(**adam_arguments(**{name: bad(kind)}))
     assert name in str(error.value) or name == "master"  # a master of another size makes all others differ from it
 
 
@@ -119,15 +120,15 @@ def test_the_sum_of_squares_goes_into_one_float64_in_reach(total, says):
 def test_adam_reads_its_control_block_only_from_memory_that_can_hold_it(memory):
     """Promise 7."""
     with pytest.raises((TypeError, ValueError), match="control"):
-        kernels.adam(**adam_arguments(control=memory))
+        adam(**adam_arguments(control=memory))
 
 
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: kernels.adam(**adam_arguments(segments=Segments([(0, 9, 0)]))), "segments"),
-        (lambda: kernels.adam(**adam_arguments(segments=Segments([(0, 8, 1)]))), "group 1 of 1"),
-        (lambda: kernels.adam(**adam_arguments(exp_avg=torch.ones(8).half())), "moments must be f32"),
+        (lambda: adam(**adam_arguments(segments=Segments([(0, 9, 0)]))), "segments"),
+        (lambda: adam(**adam_arguments(segments=Segments([(0, 8, 1)]))), "group 1 of 1"),
+        (lambda: adam(**adam_arguments(exp_avg=torch.ones(8).half())), "moments must be f32"),
         (lambda: Segments([(-1, 4, 0)]), "offset -1"),
         (lambda: Segments([(0, 4, 0), (3, 4, 0)]), "offset 3"),
         (lambda: Segments([(0, 4, -1)]), "group -1"),
@@ -226,7 +227,7 @@ def test_adam_equals_torch_over_three_steps(numel, grad_dtype, param_dtype, offs
         grads = values(numel, grad_dtype, seed + step)
         reference.grad = grads.float() * 0.5
         optimizer.step()
-        kernels.adam(
+        adam(
             grads=shifted(grads, offset),
             master=master,
             exp_avg=moments[0],
@@ -248,7 +249,7 @@ def test_a_skipped_step_changes_no_bit(numel, seed):
     before = {n: t.clone() for n, t in buffers.items()}
     params = torch.full((numel,), 7.0, dtype=torch.bfloat16)
     arguments = adam_arguments(**buffers, params=params, segments=Segments([(0, numel, 0)]))
-    kernels.adam(**{**arguments, "grads": torch.full((numel,), float("inf")), "control": control(skip=True)})
+    adam(**{**arguments, "grads": torch.full((numel,), float("inf")), "control": control(skip=True)})
     assert all(torch.equal(buffers[n], before[n]) for n in buffers)
     assert torch.equal(params, torch.full_like(params, 7.0))
 

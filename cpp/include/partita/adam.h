@@ -31,13 +31,20 @@ struct AdamBuffers {
     std::uint16_t* remainder = nullptr;
 };
 
-// One update, one pass (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1 with its bias corrections; decoupled decay:
-// Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2). Reads gradient scale, skip flag and step number from
-// `control`; a skipped step writes nothing. Throws std::invalid_argument when sizes, dtypes or groups do not match.
-void adam(const AdamBuffers& buffers, const Segments& segments, const std::vector<AdamGroup>& groups,
-          const StepControl* control, int threads);
+// A shard, and which of its elements belong to which optimizer group.
+struct AdamPart {
+    AdamBuffers buffers;
+    const Segments* segments;
+};
+
+// One update of all parts, one pass (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1 with its bias corrections;
+// decoupled decay: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2). Reads gradient scale, skip flag and step
+// number from `control`; a skipped step writes nothing. Throws std::invalid_argument when sizes, dtypes or groups do
+// not match.
+void adam(const std::vector<AdamPart>& parts, const std::vector<AdamGroup>& groups, const StepControl* control,
+          int threads);
 // The same on a device. A step number below 1 is not noticed there.
-void adam(const AdamBuffers& buffers, const Segments& segments, const std::vector<AdamGroup>& groups,
-          const StepControl* control, Stream stream);
+void adam(const std::vector<AdamPart>& parts, const std::vector<AdamGroup>& groups, const StepControl* control,
+          Stream stream);
 
 }  // namespace partita

@@ -26,6 +26,8 @@ class Bucketer {
     // begin_backward, none before finish. Throws std::logic_error when its unit was launched already.
     Range mark_ready(std::int32_t p);
     void begin_backward(bool overlap);
+    // Whether all parameters of p's unit were accumulated as often as expected, though it may not be its turn yet.
+    bool is_complete(std::int32_t p) const;
     // Backward is over: the units not launched yet.
     Range finish();
     bool in_backward() const { return in_backward_; }

@@ -29,7 +29,7 @@ def init_distributed(backend: str | None = None, timeout: timedelta = GROUP_TIME
     """Makes the default process group, unless there is one.
 
     Under torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) all ranks join; in a plain
-    `python train.py` the group is this process alone, without a socket.
+    `python train.py` the group is this process alone, without a socket and without NCCL.
 
     Args:
         backend: "nccl", "gloo", or another that torch.distributed knows; None: NCCL when this build has CUDA kernels
@@ -46,8 +46,9 @@ def init_distributed(backend: str | None = None, timeout: timedelta = GROUP_TIME
     missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
     if not missing:
         dist.init_process_group(backend, timeout=timeout)
-    elif "RANK" in missing and "WORLD_SIZE" in missing:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    elif "RANK" in missing and "WORLD_SIZE" in missing:  # alone, where NCCL and its threads have nothing to do
+        alone = "gloo" if backend == "nccl" else backend
+        dist.init_process_group(alone, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         present = [name for name in LAUNCHER_VARIABLES if name not in missing]
         raise RuntimeError(
@@ -68,9 +69,13 @@ def world_communicator(
     if group is None:
         raise RuntimeError("no process group: call init_distributed() first")
     carrier = backend_of(group, device)
-    if dist.get_world_size(group) > 1 and (carrier is None or (device.type == "cuda" and carrier == "gloo")):
-        group = dist.new_group(backend=backend_for(device))
-    return communicator_of(group, transport, timeout, device=device)
+    if dist.get_world_size(group) == 1 or (carrier is not None and (device.type != "cuda" or carrier != "gloo")):
+        return communicator_of(group, transport, timeout, device=device)
+    beside = dist.new_group(backend=backend_for(device))
+    made = communicator_of(beside, transport, timeout, device=device)
+    if isinstance(made, TorchCommunicator):
+        made.owns_group = True
+    return made
 
 
 def backend_for(device: torch.device) -> str:

@@ -60,6 +60,7 @@ class TorchCommunicator(Communicator):
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self.transport = backend_of(group, device) or str(dist.get_backend(group))
+        self.owns_group = False
         self._gloo = self.transport == "gloo"
         self._reducing: deque[WorkHandle] = deque()
         self._received: dict[torch.dtype, list[Tensor]] = {}  # buffers free for the next reduce-scatter
@@ -100,7 +101,9 @@ class TorchCommunicator(Communicator):
         dist.barrier(self._group, device_ids=[self.device.index] if on_gpu else None)
 
     def close(self) -> None:
-        """The process group is not ours to end."""
+        """Ends the process group if it was made for this communicator alone."""
+        if self.owns_group:
+            dist.destroy_process_group(self._group)
 
     def _gloo_reduce_scatter(self, buffer: Tensor, reduction: Reduction) -> Handle:
         while len(self._reducing) >= GLOO_REDUCE_SCATTERS_IN_FLIGHT:

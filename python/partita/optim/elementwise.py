@@ -20,10 +20,14 @@ def why_not_elementwise(optimizer: Optimizer) -> str | None:
     that needs a closure (LBFGS) cannot run over shards. A copy of the optimizer is tried on small random tensors, once
     whole and once in pieces; the optimizer itself is not touched.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        start = [torch.randn(shape) for shape in PROBE_SHAPES]
-        grads = [[torch.randn(shape) for shape in PROBE_SHAPES] for _ in range(PROBE_STEPS)]
+    device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+
+    def random(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    start = [random(shape) for shape in PROBE_SHAPES]
+    grads = [[random(shape) for shape in PROBE_SHAPES] for _ in range(PROBE_STEPS)]
     try:
         whole = [_run(optimizer, [t], [[g[i]] for g in grads])[0] for i, t in enumerate(start)]
         together = _run(optimizer, start, grads)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from partita import _core, kernels
-from partita._core import AdamGroup
+from partita._core import AdamGroup, AdamPart
 
 # Options of torch.optim.Adam that change the arithmetic; the native update has none of them.
 UNSUPPORTED_OPTIONS = ("amsgrad", "maximize", "capturable", "differentiable")
@@ -69,12 +69,17 @@ class FusedAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        controls: dict[tuple[torch.device, int], Tensor] = {}
-        for group in self.param_groups:
-            native_group = adam_group(group)
+        grads: list[Tensor] = []  # alive until they are used
+        parts: dict[tuple[torch.device, int], list[AdamPart]] = {}  # by device and number of the update
+        for i, group in enumerate(self.param_groups):
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, native_group, controls)
+                    grads.append(parameter.grad.contiguous())
+                    part = self._part(parameter, grads[-1], i)
+                    parts.setdefault((parameter.device, self.state[parameter]["step"]), []).append(part)
+        groups = [adam_group(group) for group in self.param_groups]
+        for (device, step), together in parts.items():
+            kernels.adam(together, groups, _control_of(device, step))
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -91,7 +96,7 @@ class FusedAdam(Optimizer):
         super().__setstate__(state)
         self._versions = {}
 
-    def _update(self, parameter: Tensor, group: AdamGroup, controls: dict[tuple[torch.device, int], Tensor]) -> None:
+    def _part(self, parameter: Tensor, grad: Tensor, group: int) -> AdamPart:
         state = self.state[parameter]
         if not state:
             state["step"] = 0
@@ -104,18 +109,13 @@ class FusedAdam(Optimizer):
                 kernels.adopt_written(state["master"], parameter)
             self._versions[parameter] = parameter._version  # the native update does not count
         state["step"] = int(state["step"]) + 1
-        key = (parameter.device, state["step"])
-        if key not in controls:
-            controls[key] = _control_of(*key)
-        kernels.adam(
-            grads=parameter.grad.contiguous(),  # type: ignore[union-attr]
+        return kernels.adam_part(
+            grads=grad,
             master=state.get("master", parameter),
             exp_avg=state["exp_avg"],
             exp_avg_sq=state["exp_avg_sq"],
             params=parameter if "master" in state else None,
-            segments=_core.Segments([(0, parameter.numel(), 0)]),
-            groups=[group],
-            control=controls[key],
+            segments=_core.Segments([(0, parameter.numel(), group)]),
         )
 
 

@@ -66,6 +66,7 @@ class ShardedOptimizer(Optimizer):
         self._controller = controller
         self._gathers = gathers
         self._update = self._choose_update(inner)
+        self._norm_parts = [kernels.norm_part(unit.reduced, unit.norm_segments) for unit in units]
         super().__init__([torch.empty(0)], dict(inner.defaults))
         self.param_groups = inner.param_groups
         # Schedules warn when step() was not seen before theirs; ours runs inside engine.step().
@@ -86,17 +87,17 @@ class ShardedOptimizer(Optimizer):
         The new parameters of other ranks are there when their gathers have been waited for.
         """
         total = self._controller.sum_of_squares.zero_()
-        for unit in self._units:
-            kernels.add_sum_of_squares(total, unit.reduced, unit.norm_segments)
+        kernels.sum_of_squares(total, self._norm_parts)
         self._communicator.all_reduce(total).wait()
         self._controller.decide(mean=mean, clip=clip)
         self._update.begin()
+        if not self._policy.shards_states or self._communicator.world_size == 1:
+            self._update.update(range(len(self._units)))
+            return
         # Forward needs the last units first; the gathering of each goes on beside the update of the next.
         for i in reversed(range(len(self._units))):
-            unit = self._units[i]
-            self._update.update(i, unit)
-            if self._policy.shards_states:
-                self._gathers.add(i, self._communicator.all_gather(unit.params))
+            self._update.update([i])
+            self._gathers.add(i, self._communicator.all_gather(self._units[i].params))
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Not for callers: gradients are reduced, scaled and counted by the engine.

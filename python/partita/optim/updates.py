@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -23,12 +24,12 @@ class ShardUpdate(ABC):
         """A step starts: read hyper-parameters that may have changed."""
 
     @abstractmethod
-    def update(self, index: int, unit: Unit) -> None:
-        """Writes `unit`'s new weights into its own part of `unit.params`."""
+    def update(self, indices: Iterable[int]) -> None:
+        """Writes the new weights of these units into their own parts of `Unit.params`."""
 
 
 class NativeAdam(ShardUpdate):
-    """One native pass per unit; the moments are float32."""
+    """One native pass over the units; the moments are float32."""
 
     def __init__(self, optimizer: Optimizer, units: list[Unit], controller: StepController) -> None:
         self._optimizer = optimizer
@@ -36,22 +37,24 @@ class NativeAdam(ShardUpdate):
         self.exp_avg = [flat_buffer(len(unit.own), torch.float32, unit.params.device) for unit in units]
         self.exp_avg_sq = [flat_buffer(len(unit.own), torch.float32, unit.params.device) for unit in units]
         self._groups = [adam_group(group) for group in optimizer.param_groups]
+        self._parts = [
+            kernels.adam_part(
+                grads=unit.reduced,
+                master=unit.master,
+                remainder=unit.remainder,
+                exp_avg=exp_avg,
+                exp_avg_sq=exp_avg_sq,
+                params=None if unit.dtype == torch.float32 else unit.part(unit.params),
+                segments=unit.segments,
+            )
+            for unit, exp_avg, exp_avg_sq in zip(units, self.exp_avg, self.exp_avg_sq, strict=True)
+        ]
 
     def begin(self) -> None:
         self._groups = [adam_group(group) for group in self._optimizer.param_groups]
 
-    def update(self, index: int, unit: Unit) -> None:
-        kernels.adam(
-            grads=unit.reduced,
-            master=unit.master,
-            remainder=unit.remainder,
-            exp_avg=self.exp_avg[index],
-            exp_avg_sq=self.exp_avg_sq[index],
-            params=None if unit.dtype == torch.float32 else unit.part(unit.params),
-            segments=unit.segments,
-            groups=self._groups,
-            control=self._controller.control,
-        )
+    def update(self, indices: Iterable[int]) -> None:
+        kernels.adam([self._parts[i] for i in indices], self._groups, self._controller.control)
 
 
 class TorchUpdate(ShardUpdate):
@@ -94,9 +97,10 @@ class TorchUpdate(ShardUpdate):
             for piece in pieces:
                 piece.grad = None
 
-    def update(self, index: int, unit: Unit) -> None:
-        if unit.dtype != torch.float32 and not self._skips:
-            kernels.split_master(unit.part(unit.params), unit.full_precision())
+    def update(self, indices: Iterable[int]) -> None:
+        for unit in (self._units[i] for i in indices):
+            if unit.dtype != torch.float32 and not self._skips:
+                kernels.split_master(unit.part(unit.params), unit.full_precision())
 
 
 def _slices(unit: Unit) -> list[ShardSlice]:

@@ -29,7 +29,7 @@ class ParameterGathers:
             return
         wait: Any = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
         for module in model.modules():
-            used = {unit_of[p] for p in module._parameters.values() if p in unit_of}
+            used = {unit_of[p] for p in module.parameters(recurse=_reads_children(module)) if p in unit_of}
             if used:
                 self._hooks.append(module.register_forward_pre_hook(partial(wait, used)))
 
@@ -51,3 +51,10 @@ class ParameterGathers:
     def _before_forward(self, used: set[int], _module: nn.Module, _inputs: Any) -> None:
         while any(unit in used for unit, _ in self._under_way):
             self._under_way.popleft()[1].wait()
+
+
+def _reads_children(module: nn.Module) -> bool:
+    """Modules of torch.nn such as MultiheadAttention use parameters of their children without calling these."""
+    return type(module).__module__.startswith("torch.nn.modules") and not isinstance(
+        module, nn.Sequential | nn.ModuleList | nn.ModuleDict
+    )

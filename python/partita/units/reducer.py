@@ -86,8 +86,9 @@ class GradientReducer:
 
     [Note: streams]
     Gradients are packed on the stream that is current when their unit is complete, after waiting for the other streams
-    that made some of them. The collective is queued behind that on a stream of the transport's, so backward goes on
-    beside it; waiting for its handle makes the current stream wait, not the host.
+    that made some of them, and for the stream that the reducer used last: its buffers are used again. The collective is
+    queued behind that on a stream of the transport's, so backward goes on beside it; waiting for its handle makes the
+    current stream wait, not the host.
 
     [Note: several backwards]
     A unit's first reduction of a step happens in its own full buffer where it has one. When more gradients come
@@ -113,6 +114,7 @@ class GradientReducer:
         self._policy = policy
         self._settings = settings
         self._streams = streams
+        self._last_stream = streams.current()  # that this reducer has queued work on
         self._producers: list[set[Any]] = [set() for _ in units]  # streams that gradients under way come from
         self._plan_backward = plan_backward
         self._after_backward = after_backward
@@ -154,6 +156,7 @@ class GradientReducer:
     def reduce_all(self) -> None:
         """Returns when `Unit.reduced` holds the sum over ranks of all gradients since the last reset."""
         self.finish_backward()
+        self._enter_stream()
         self._wait()
         for unit in self.units:
             # Accumulated in backwards that did not reduce, and no boundary came after them.
@@ -213,17 +216,29 @@ class GradientReducer:
         self._producers[self._unit_of[index]].add(self._streams.current())
         if begin < end:
             self._launch_all(begin, end)
+        elif self._bucketer.is_complete(index):
+            self._collect(self._unit_of[index])
 
     def _launch_all(self, begin: int, end: int) -> None:
         with torch.no_grad():
             for i in range(begin, end):
                 self._launch(i)
 
+    @torch.no_grad()
+    def _collect(self, index: int) -> None:
+        """Takes the gradients of a unit whose turn has not come, so that they do not exist beside its full buffer."""
+        unit = self.units[index]
+        if unit.full_grads is None or unit.grad_state is GradState.REDUCED:
+            return
+        accumulate = unit.grad_state is GradState.LOCAL
+        if not accumulate or any(p.grad is not None for p in unit.parameters):
+            self._pack(index, unit.full_grads, accumulate=accumulate)
+            unit.grad_state = GradState.LOCAL
+
     def _launch(self, index: int) -> None:
         unit = self.units[index]
         if unit.full_grads is not None and unit.grad_state is not GradState.REDUCED:
-            self._pack(index, unit.full_grads, accumulate=unit.grad_state is GradState.LOCAL)
-            unit.grad_state = GradState.LOCAL
+            self._collect(index)
             if self._plan.reduces:
                 self._reduce_local(unit, unit.full_grads)
         else:
@@ -259,8 +274,14 @@ class GradientReducer:
             self._complete_oldest()
         return buffer
 
+    def _enter_stream(self) -> None:
+        """What is queued next comes after all that this reducer has queued."""
+        self._streams.come_after(self._last_stream, [])
+        self._last_stream = self._streams.current()
+
     def _complete_oldest(self) -> None:
         flight = self._in_flight[0]
+        self._enter_stream()
         flight.handle.wait()  # if this raises, the collective stays under way: it was not completed
         self._in_flight.popleft()
         unit = flight.unit
@@ -273,6 +294,7 @@ class GradientReducer:
     def _pack(self, index: int, buffer: Tensor, *, accumulate: bool) -> None:
         """Moves the gradients of a unit into a full buffer; autograd's own tensors are released."""
         unit = self.units[index]
+        self._enter_stream()
         for stream in self._producers[index]:
             self._streams.come_after(stream, [p.grad for p in unit.parameters if p.grad is not None])
         self._producers[index].clear()

@@ -8,9 +8,10 @@
 namespace partita {
 namespace {
 
-constexpr std::int64_t numel = (std::int64_t{1} << 31) + 17;
+constexpr std::int64_t numel = (std::int64_t{1} << 31) + 1001;
 constexpr std::int64_t window = 64;
-constexpr std::int64_t windows[] = {0, numel / 2, (std::int64_t{1} << 31) - 40, numel - window};
+constexpr std::int64_t windows[] = {0, numel / 2, (std::int64_t{1} << 31) - 40, numel - window};  // apart
+static_assert(windows[2] + window <= windows[3] && windows[3] + window == numel);
 
 class CudaLarge : public ::testing::Test {
   protected:
