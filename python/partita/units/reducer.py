@@ -143,7 +143,7 @@ class GradientReducer:
         if not self._bucketer.in_backward:
             return
         self._launch_all(*self._bucketer.finish())
-        if self._first_backward:  # it held all gradients until its end; later ones release them as they go
+        if self._first_backward:  # without full buffers it held all gradients until its end; later ones let them go
             self._first_backward = False
             return_free_memory()
         self._after_backward()
