@@ -59,7 +59,7 @@ def adam(dtype: torch.dtype, split: bool = False) -> Callable[[int, torch.device
         segments = _core.Segments([(0, numel, 0)])
         groups = [_core.AdamGroup(1e-3, 0.9, 0.999, 1e-8, 0.01, True)]
         control = control_on(device)
-        part: Callable[..., _core.AdamPart] = kernels.adam_part
+        part: Callable[..., kernels.Part[_core.AdamPart]] = kernels.adam_part
         parts = [part(**buffers, segments=segments)]
 
         def action(keep_alive: dict[str, Tensor | None] = buffers) -> None:

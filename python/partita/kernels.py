@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from partita import _core
 from partita._core import AdamGroup, AdamPart, LossScaler, NormPart, Reduction, Segments, Span, Stream
 
 DTYPES = {torch.float32: _core.DType.f32, torch.float16: _core.DType.f16, torch.bfloat16: _core.DType.bf16}
+NativePart = TypeVar("NativePart", NormPart, AdamPart)
 NOTHING = Span(0, 0, _core.DType.f32)
 
 
@@ -94,25 +98,41 @@ def reduce(destination: Tensor, sources: list[Tensor], reduction: Reduction) -> 
     _core.reduce(span(destination, "destination"), spans, reduction, torch.get_num_threads())
 
 
-def norm_part(values: Tensor, segments: Segments) -> NormPart:
-    """What `sum_of_squares` adds up of a buffer, which must not move."""
-    return NormPart(span(values, "values"), segments)
+@dataclass(frozen=True)
+class Part(Generic[NativePart]):
+    """One of the shards that a kernel works on in one call; memory that must not move."""
+
+    native: NativePart
+    device: torch.device
 
 
-def sum_of_squares(total: Tensor, parts: list[NormPart]) -> None:
+def _native_parts(parts: list[Part[NativePart]], name: str, tensor: Tensor) -> list[NativePart]:
+    """What the native core takes of parts that are on the device of `tensor`."""
+    for part in parts:
+        if part.device != tensor.device:
+            raise ValueError(f"{name} is on device '{tensor.device}' but a part is on '{part.device}'")
+    return [part.native for part in parts]
+
+
+def norm_part(values: Tensor, segments: Segments) -> Part[NormPart]:
+    """What `sum_of_squares` adds up of a buffer."""
+    return Part(NormPart(span(values, "values"), segments), values.device)
+
+
+def sum_of_squares(total: Tensor, parts: list[Part[NormPart]]) -> None:
     """Adds the sum of squares of all parts to `total` (float64, one element, on the device of all parts)."""
     where, address_of_total = _where(total=total), address(_one_double(total), "total")
+    native = _native_parts(parts, "total", total)
     if isinstance(where, Stream):
-        blocks = sum(part.blocks for part in parts)
+        blocks = sum(part.blocks for part in native)
         scratch = torch.empty(blocks, dtype=torch.float64, device=total.device)
-        _core.norm(address_of_total, parts, scratch.data_ptr(), where)
+        _core.norm(address_of_total, native, scratch.data_ptr(), where)
     else:
-        _core.norm(address_of_total, parts, where)
+        _core.norm(address_of_total, native, where)
 
 
 def add_sum_of_squares(total: Tensor, values: Tensor, segments: Segments) -> None:
     """`sum_of_squares` of one buffer."""
-    _where(values=values, total=total)
     sum_of_squares(total, [norm_part(values, segments)])
 
 
@@ -152,8 +172,8 @@ def adam_part(
     params: Tensor | None,
     segments: Segments,
     remainder: Tensor | None = None,
-) -> AdamPart:
-    """Flat buffers of equal size on one device that `adam` updates; they must not move.
+) -> Part[AdamPart]:
+    """Flat buffers of equal size on one device that `adam` updates.
 
     `params` None: the master is the parameter. `master` None: it is split into bf16 `params` and `remainder`.
     """
@@ -167,7 +187,7 @@ def adam_part(
             raise ValueError(f"{name} has {buffer.numel()} elements, the weights have {numel}")
     _where(**buffers, remainder=remainder)
     spans = {name: span(buffer, name) for name, buffer in buffers.items()}
-    return AdamPart(
+    native = AdamPart(
         spans["grads"],
         spans.get("master", NOTHING),
         _remainder(remainder, exp_avg),
@@ -176,9 +196,10 @@ def adam_part(
         spans.get("params", NOTHING),
         segments,
     )
+    return Part(native, grads.device)
 
 
-def adam(parts: list[AdamPart], groups: list[AdamGroup], control: Tensor) -> None:
+def adam(parts: list[Part[AdamPart]], groups: list[AdamGroup], control: Tensor) -> None:
     """One Adam or AdamW update of all parts (see `adam.h`).
 
     `control` is a `StepControl` in memory, on the device of all parts: uint8, of its number of bytes.
@@ -186,7 +207,7 @@ def adam(parts: list[AdamPart], groups: list[AdamGroup], control: Tensor) -> Non
     if control.dtype != torch.uint8 or control.numel() != _core.StepControl.nbytes:
         raise TypeError(f"control is {_core.StepControl.nbytes} bytes, not {control.numel()} x {control.dtype}")
     where = _where(control=control)
-    _core.adam(parts, groups, address(control, "control"), where)
+    _core.adam(_native_parts(parts, "control", control), groups, address(control, "control"), where)
 
 
 def loss_scale_update(

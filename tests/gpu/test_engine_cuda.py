@@ -411,6 +411,7 @@ def test_steps_on_a_stream_of_the_users():
 NCCL = """
     import partita, torch, torch.distributed as dist
     from partita.comm import Reduction, TorchCommunicator
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     model = torch.nn.Linear(3, 1).cuda()
     config = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "AdamW"}, "steps_per_print": 0}
     engine = partita.Engine(model, config=config)

@@ -123,6 +123,19 @@ def test_adam_reads_its_control_block_only_from_memory_that_can_hold_it(memory):
         adam(**adam_arguments(control=memory))
 
 
+def test_parts_on_another_device_are_refused():
+    """Promise 7: neither device would read the other's addresses."""
+    elsewhere = torch.device("cuda", 0)
+    arguments = adam_arguments()
+    groups, memory = arguments.pop("groups"), arguments.pop("control")
+    part = kernels.Part(kernels.adam_part(**arguments).native, elsewhere)
+    with pytest.raises(ValueError, match="control is on device 'cpu' but a part is on 'cuda:0'"):
+        kernels.adam([part], groups, memory)
+    norm = kernels.Part(kernels.norm_part(torch.ones(8), Segments([(0, 8, 0)])).native, elsewhere)
+    with pytest.raises(ValueError, match="total is on device 'cpu' but a part is on 'cuda:0'"):
+        kernels.sum_of_squares(torch.zeros(1, dtype=torch.float64), [norm])
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [

@@ -70,7 +70,7 @@ class FusedAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grads: list[Tensor] = []  # alive until they are used
-        parts: dict[tuple[torch.device, int], list[AdamPart]] = {}  # by device and number of the update
+        parts: dict[tuple[torch.device, int], list[kernels.Part[AdamPart]]] = {}  # by device and number of the update
         for i, group in enumerate(self.param_groups):
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -96,7 +96,7 @@ class FusedAdam(Optimizer):
         super().__setstate__(state)
         self._versions = {}
 
-    def _part(self, parameter: Tensor, grad: Tensor, group: int) -> AdamPart:
+    def _part(self, parameter: Tensor, grad: Tensor, group: int) -> kernels.Part[AdamPart]:
         state = self.state[parameter]
         if not state:
             state["step"] = 0
