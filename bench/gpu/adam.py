@@ -81,7 +81,7 @@ def norm(dtype: torch.dtype) -> Callable[[int, torch.device], Action]:
         values = torch.full((numel,), 1e-3, dtype=dtype, device=device)
         total = torch.zeros(1, dtype=torch.float64, device=device)
         segments = _core.Segments([(0, numel, 0)])
-        return lambda: kernels.add_sum_of_squares(total, values, segments)
+        return lambda: kernels.sum_of_squares(total, [kernels.norm_part(values, segments)])
 
     return build
 

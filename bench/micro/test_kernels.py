@@ -135,7 +135,7 @@ def test_norm(benchmark: Any, threads: int, dtype: str) -> None:
     in_turns(
         benchmark,
         NUMEL * values.element_size(),
-        lambda: kernels.add_sum_of_squares(total, values, SEGMENTS),
+        lambda: kernels.sum_of_squares(total, [kernels.norm_part(values, SEGMENTS)]),
         {"torch vector_norm": lambda: torch.linalg.vector_norm(values)},
     )
 

@@ -98,7 +98,7 @@ class Engine:
         self._autocast = precision.autocast
         self._controller = StepController(loss_scaler_of(self.config, precision), self._streams)
         zero = self.config.zero_optimization
-        splits_masters = self.config.bf16.enabled and self.config.bf16.master_weights == "split"
+        splits_masters = self.config.bf16.master_weights == "split"
         policy = stage_policy(zero.stage, reduce_scatter=zero.reduce_scatter)
         inner = choose_optimizer(optimizer, model, model_parameters, self.config)
         if inner is not None:
@@ -116,7 +116,7 @@ class Engine:
         )
         place_untrained(model, untrained, self._communicator, precision.compute, precision.buffers)
         self._guard = ModelGuard(model, self._units, untrained)
-        self._gathers = ParameterGathers(self._units, model if zero.overlap_gather else None)
+        self._gathers = ParameterGathers()
         self._sharded: ShardedOptimizer | None = None
         if inner is not None:
             self._sharded = ShardedOptimizer(
@@ -126,7 +126,9 @@ class Engine:
         self.lr_scheduler = choose_scheduler(lr_scheduler, self.optimizer, self.config)
         self.dataloader = None if train_data is None else self._make_loader(train_data, collate_fn)
         self._endless: Iterator[Any] | None = None  # over the dataloader, for train_batch()
-        # What refuses its arguments comes first: the reducer leaves hooks on the model.
+        # What refuses its arguments comes first: the following leave hooks on the model.
+        if zero.overlap_gather:
+            self._gathers.wait_in_forward(model, self._units)
         # Stored gradients are sums over micro-batches and ranks, divided by `predivide`.
         predivide = self._predivide()
         self._mean = predivide / (self._batch.accumulation * self._communicator.world_size)

@@ -131,11 +131,6 @@ def sum_of_squares(total: Tensor, parts: list[Part[NormPart]]) -> None:
         _core.norm(address_of_total, native, where)
 
 
-def add_sum_of_squares(total: Tensor, values: Tensor, segments: Segments) -> None:
-    """`sum_of_squares` of one buffer."""
-    sum_of_squares(total, [norm_part(values, segments)])
-
-
 def split_master(params: Tensor, master: Tensor, remainder: Tensor | None = None) -> None:
     """Writes 16-bit `params` from their fp32 `master`, and the 16 bits (int16) that bf16 ones lack to be exact.
 

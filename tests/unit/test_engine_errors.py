@@ -306,3 +306,17 @@ def test_named_parameters_are_accepted_as_torch_does():
     engine = partita.initialize(model, model_parameters=model.named_parameters(), config=config())[0]
     engine.train_batch(inputs())
     assert engine.get_global_grad_norm() > 0
+
+
+def test_a_refused_engine_leaves_no_hooks():
+    """Whatever refuses its arguments does so before the model is touched by hooks."""
+    model = nn.Linear(2, 2)
+    zero = {"stage": 1, "overlap_gather": True}
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW"}, "zero_optimization": zero}
+    with pytest.raises(TypeError, match="has no step"):
+        partita.Engine(model, config=config, lr_scheduler=7)
+    assert not model._forward_pre_hooks
+    engine = partita.Engine(model, config=config)
+    assert model._forward_pre_hooks
+    engine.destroy()
+    assert not model._forward_pre_hooks

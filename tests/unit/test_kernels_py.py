@@ -87,7 +87,7 @@ def test_span_pack_and_norm_name_what_is_wrong(kind):
     calls = [
         lambda: kernels.span(bad(kind)),
         lambda: kernels.pack(bad(kind), [], [], scale=1.0, accumulate=False),
-        lambda: kernels.add_sum_of_squares(torch.zeros(1, dtype=torch.float64), bad(kind), Segments([(0, 8, 0)])),
+        lambda: kernels.norm_part(bad(kind), Segments([(0, 8, 0)])),
     ]
     for call, name in zip(calls, ("tensor", "destination", "values"), strict=True):
         with pytest.raises((TypeError, ValueError), match=SAYS[kind]) as error:
@@ -106,7 +106,7 @@ def test_span_pack_and_norm_name_what_is_wrong(kind):
 def test_the_sum_of_squares_goes_into_one_float64_in_reach(total, says):
     """Promise 7; a tensor without memory is an error, not an access to address 0."""
     with pytest.raises((TypeError, ValueError), match=says):
-        kernels.add_sum_of_squares(total, torch.ones(4), Segments([(0, 4, 0)]))
+        kernels.sum_of_squares(total, [kernels.norm_part(torch.ones(4), Segments([(0, 4, 0)]))])
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_the_sum_of_squares_reads_segments_only(numel, dtype, offset, seed, data
     tensor = values(numel, dtype, seed)
     padded = shifted(torch.where(real, tensor, torch.tensor(float("nan"), dtype=dtype)), offset)
     total = torch.tensor([3.0], dtype=torch.float64)
-    kernels.add_sum_of_squares(total, padded, Segments(segments))
+    kernels.sum_of_squares(total, [kernels.norm_part(padded, Segments(segments))])
     torch.testing.assert_close(total.item(), 3.0 + tensor[real].double().square().sum().item(), rtol=1e-12, atol=0.0)
 
 

@@ -15,18 +15,15 @@ from partita.units.unit import Unit
 
 
 class ParameterGathers:
-    """The all-gathers of a step, waited for together, or each where forward first needs it.
+    """The all-gathers of a step, waited for together, or each where forward first needs it."""
 
-    Args:
-        model: whose modules' forwards wait, or None: nobody waits but `wait()`.
-    """
-
-    def __init__(self, units: list[Unit], model: nn.Module | None) -> None:
+    def __init__(self) -> None:
         self._under_way: deque[tuple[int, Handle]] = deque()  # by unit, in the order of their start
-        unit_of = {p: i for i, unit in enumerate(units) for p in unit.parameters}
         self._hooks: list[RemovableHandle] = []
-        if model is None:
-            return
+
+    def wait_in_forward(self, model: nn.Module, units: list[Unit]) -> None:
+        """From now on the forward of each module waits for the parameters that it uses."""
+        unit_of = {p: i for i, unit in enumerate(units) for p in unit.parameters}
         wait: Any = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
         for module in model.modules():
             used = {unit_of[p] for p in module.parameters(recurse=_reads_children(module)) if p in unit_of}
