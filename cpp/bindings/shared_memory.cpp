@@ -76,6 +76,8 @@ void register_group(py::module_& m) {
         .def("close", &Listener::close);
     py::class_<Allocation, std::shared_ptr<Allocation>>(m, "SharedBuffer", py::buffer_protocol())
         .def_buffer([](Allocation& a) { return py::buffer_info(a.data(), a.bytes()); });
+    py::class_<MappedSlices, std::shared_ptr<MappedSlices>>(m, "MappedSlices", py::buffer_protocol())
+        .def_buffer([](MappedSlices& s) { return py::buffer_info(s.data(), s.bytes()); });
     py::class_<Pending<Operation>>(m, "Operation").def("wait", &Pending<Operation>::wait, release());
     py::class_<Pending<Transfer>>(m, "Transfer").def("wait", &Pending<Transfer>::wait, release());
 
@@ -96,6 +98,7 @@ void register_group(py::module_& m) {
         .def_property_readonly("world_size", &Group::world_size)
         .def_property_readonly("committed_bytes", &Group::committed_bytes)
         .def("allocate", &Group::allocate, py::arg("nbytes"))
+        .def("map_slices", &Group::map_slices, py::arg("nbytes_per_rank"), release())
         .def(
             "launch",
             [](const GroupPointer& g, Collective collective, std::uintptr_t address, std::int64_t numel,

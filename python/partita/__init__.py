@@ -1,5 +1,6 @@
 """Partita: ZeRO data parallelism and mixed precision for PyTorch, on a native core."""
 
+from partita import utils, zero
 from partita.comm import CommunicationError, init_distributed
 from partita.config import Config, ConfigError, default_config
 from partita.engine import Engine, initialize
@@ -18,4 +19,6 @@ __all__ = [
     "default_config",
     "init_distributed",
     "initialize",
+    "utils",
+    "zero",
 ]

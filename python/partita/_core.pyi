@@ -200,6 +200,9 @@ class Listener:
 class SharedBuffer(Buffer):
     """Memory that all ranks of a group can read; freed with the object."""
 
+class MappedSlices(Buffer):
+    """Memory with a slice of each rank, which all ranks read and write; unmapped with the object."""
+
 class Operation:
     """A collective under way."""
 
@@ -229,6 +232,7 @@ class SharedMemoryGroup:
     @property
     def committed_bytes(self) -> int: ...
     def allocate(self, nbytes: int) -> SharedBuffer: ...
+    def map_slices(self, nbytes_per_rank: int) -> MappedSlices: ...
     def launch(
         self,
         collective: Collective,

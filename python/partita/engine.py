@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from partita.access import ParameterAccess
 from partita.assembly import OptimizerSource, choose_optimizer, choose_scheduler, show_log_on, with_batch_sizes
 from partita.backward_watch import BackwardWatch
 from partita.batches import call_with, differentiable_tensors, loss_in, micro_batches, on_device
@@ -23,7 +26,14 @@ from partita.lifecycle import Phase, require
 from partita.model_guard import ModelGuard
 from partita.monitor import PhaseTimers, StepReporter
 from partita.optim import ShardedOptimizer, StepController, require_supported
-from partita.placement import clone_state_dict, device_of, optimized_parameters, place_untrained, untrained_parameters
+from partita.placement import (
+    clone_state_dict,
+    device_of,
+    optimized_parameters,
+    place_untrained,
+    refuse_compiled,
+    untrained_parameters,
+)
 from partita.precision import loss_scaler_of, precision_of
 from partita.skip_guard import SkipGuard
 from partita.step_ledger import StepLedger
@@ -31,11 +41,16 @@ from partita.streams import streams_of
 from partita.units import (
     BackwardPlan,
     GradientReducer,
+    Lifetime,
     ParameterGathers,
+    ParameterLifetimes,
     ReductionSettings,
+    UnitSettings,
     build_units,
+    lifetime_of,
     stage_policy,
 )
+from partita.zero import WeightSource, load_weights
 
 logger = logging.getLogger("partita")
 
@@ -83,8 +98,10 @@ class Engine:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # what is made without naming a device belongs here, and not on GPU 0
         init_distributed(backend_for(device))
-        comm = loaded.comm
-        self._communicator = world_communicator(comm.transport, timedelta(seconds=comm.timeout_seconds), device)
+        connect = partial(
+            world_communicator, loaded.comm.transport, timedelta(seconds=loaded.comm.timeout_seconds), device
+        )
+        self._communicator = connect()
         show_log_on(self._communicator.rank)
         self.config, self._batch = with_batch_sizes(loaded, self._communicator.world_size)
         self.module = model
@@ -103,18 +120,32 @@ class Engine:
         inner = choose_optimizer(optimizer, model, model_parameters, self.config)
         if inner is not None:
             require_supported(inner, policy, splits_masters=splits_masters)  # while the model is as the user gave it
+        if policy.shards_params:
+            refuse_compiled(model)
         trained = optimized_parameters(model, inner)
         untrained = untrained_parameters(model, trained)
-        self._units = build_units(
-            trained,
-            communicator=self._communicator,
-            policy=policy,
+        settings = UnitSettings(
             bucket_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
             compute_dtype=precision.compute,
             grad_dtype=precision.grads,
             splits_masters=splits_masters,
+            unit_classes=zero.unit_classes,
+            persistent_numel=zero.stage3_param_persistence_threshold,
         )
-        place_untrained(model, untrained, self._communicator, precision.compute, precision.buffers)
+        lifetime = lifetime_of(policy, self._communicator)
+        self._gathering = connect(beside=True) if lifetime is Lifetime.GATHERED else self._communicator
+        built = build_units(
+            model,
+            trained,
+            untrained,
+            settings,
+            communicator=self._communicator,
+            gathering=self._gathering,
+            policy=policy,
+        )
+        self._units = built.trained
+        partitioned = {p for unit in built.frozen for p in unit.parameters}
+        place_untrained(model, untrained, partitioned, self._communicator, precision.compute, precision.buffers)
         self._guard = ModelGuard(model, self._units, untrained)
         self._gathers = ParameterGathers()
         self._sharded: ShardedOptimizer | None = None
@@ -129,6 +160,12 @@ class Engine:
         # What refuses its arguments comes first: the following leave hooks on the model.
         if zero.overlap_gather:
             self._gathers.wait_in_forward(model, self._units)
+        self._lifetimes = ParameterLifetimes(
+            built.groups,
+            self._gathering if lifetime is Lifetime.GATHERED else None,
+            prefetch_numel=zero.stage3_prefetch_bucket_size,
+            max_live_numel=zero.stage3_max_live_parameters,
+        )
         # Stored gradients are sums over micro-batches and ranks, divided by `predivide`.
         predivide = self._predivide()
         self._mean = predivide / (self._batch.accumulation * self._communicator.world_size)
@@ -140,6 +177,7 @@ class Engine:
             self._streams,
             plan_backward=self._plan_backward,
             after_backward=self._end_backward,
+            before_reduction=self._lifetimes.before_reduction,
         )
         scale = self._controller.scale if precision.scales_loss else None
         self._backwards = BackwardWatch(scale, self._reducer.finish_backward)
@@ -154,6 +192,16 @@ class Engine:
             limit=self.config.max_consecutive_skipped_steps,
             lag=1 if self._streams.is_asynchronous else 0,
         )
+        self._access = ParameterAccess(
+            self._units,
+            self._sharded,
+            self._reducer,
+            self._gathers,
+            self._communicator,
+            grad_factor=lambda: self._mean / self._controller.loss_scale.scale,
+        )
+        for unit in self._units:
+            unit.access = weakref.ref(self._access)
         self._ledger = StepLedger(self.lr_scheduler, self._learning_rates, reporter, skips)
         self._announce(precision.name)
 
@@ -168,7 +216,11 @@ class Engine:
         """Runs the model. In training mode with gradients enabled this begins a micro-batch."""
         require("__call__()", self._phase, Phase.READY, Phase.FORWARD, Phase.BACKWARD)
         with self._timers.phase("forward"), self._autocast_context():
-            outputs = self.module(*args, **kwargs)
+            try:
+                outputs = self.module(*args, **kwargs)
+            except BaseException:
+                self._lifetimes.release_all()
+                raise
         if self.module.training and torch.is_grad_enabled():
             if self._phase is Phase.READY:
                 self._phase = Phase.FORWARD
@@ -294,6 +346,7 @@ class Engine:
         """Begins the step anew: drops the gradients since the last update, and what an interrupted backward left."""
         self._reducer.reset()
         self._backwards.backward_ended()
+        self._lifetimes.release_all()
         self.micro_steps -= self.micro_steps % self._batch.accumulation
         if self._phase is not Phase.DESTROYED:
             self._phase = Phase.READY
@@ -369,17 +422,29 @@ class Engine:
         self._ledger.learn()
         return self._learning_rates()
 
-    def module_state_dict(self) -> dict[str, Any]:
-        """The model's state dict with memory of its own (a plain `state_dict()` shares the flat buffers)."""
+    def module_state_dict(self, rank: int | None = None) -> dict[str, Any]:
+        """The model's state dict with memory of its own (a plain `state_dict()` shares the flat buffers).
+
+        In stage 3 a collective, unit by unit. `rank`: the one that wants it, where the others get an empty dict and
+        need no memory for it; None: all.
+        """
         self._gathers.wait()
-        return clone_state_dict(self.module)
+        return clone_state_dict(self.module, wanted=rank in (None, self.global_rank))
+
+    def load_module_state_dict(self, source: WeightSource, *, strict: bool = True, rank: int = 0) -> list[str]:
+        """Gives the model the weights of a full state dict or of safetensors files, see `partita.zero.load_weights`."""
+        self._gathers.wait()
+        return load_weights(self.module, source, strict=strict, rank=rank)
 
     def save_config(self, path: str | os.PathLike[str]) -> None:
         """Writes the whole config as JSON, batch sizes resolved."""
         save_config(self.config, path)
 
     def destroy(self) -> None:
-        """Lets go of the model: hooks are removed, buffers are freed with the last parameter that lies in them."""
+        """Lets go of the model: hooks are removed, buffers are freed with the last parameter that lies in them.
+
+        In stage 3 the parameters of the model have no values any more: take `module_state_dict()` before.
+        """
         if self._phase is Phase.DESTROYED:
             return
         self._phase = Phase.DESTROYED
@@ -389,8 +454,11 @@ class Engine:
             self._ledger.learn()
             self._reducer.close()
         finally:  # the collectives under way may have failed
+            self._lifetimes.close()
             self._units.clear()
             self._sharded = self.optimizer = self.lr_scheduler = None
+            if self._gathering is not self._communicator:
+                self._gathering.close()
             self._communicator.close()
 
     # -- parts
@@ -419,19 +487,23 @@ class Engine:
         return nullcontext() if self._autocast is None else torch.autocast(self.device.type, self._autocast)
 
     def _plan_backward(self) -> BackwardPlan:
+        self._lifetimes.begin_backward()
         reduces = self.is_gradient_accumulation_boundary() and not self._no_sync
         return BackwardPlan(reduces, self._backwards.missing_scale())
 
     def _end_backward(self) -> None:
         self._phase = Phase.BACKWARD
+        self._lifetimes.end_backward()
 
     def _update(self) -> None:
         if self._sharded is None:
             raise RuntimeError("engine.step() has no optimizer: give initialize() one, or name one in the config")
         self._settle()
+        self._lifetimes.release_all()
         self._guard.check()
         self._gathers.wait()  # of parameters that no forward has used since
         for unit in self._units:
+            unit.check_unwritten()
             unit.adopt_written_parameters()
         self._reducer.reduce_all()
         self._sharded.run(mean=self._mean, clip=self.config.gradient_clipping)

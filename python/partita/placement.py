@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from partita.comm import Communicator
-from partita.units import has_reducer, require_on
+from partita.units import Holder, full_values, has_reducer, holder_of, require_on, take_back
 
 logger = logging.getLogger("partita")
 
@@ -57,6 +58,16 @@ def device_of(model: nn.Module) -> torch.device:
     raise ValueError(f"{what} is on device '{tensor.device}': Partita trains on the CPU and on CUDA devices; {advice}")
 
 
+def refuse_compiled(model: nn.Module) -> None:
+    """Raises ValueError, naming the module, if torch.compile was applied: it keeps the addresses of parameters."""
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule):
+            raise ValueError(
+                f"module '{name or type(module).__name__}' is compiled (torch.compile), which ZeRO stage 3 does not "
+                "support: its parameters come and go; use stage 0, 1 or 2, or leave it uncompiled"
+            )
+
+
 def untrained_parameters(model: nn.Module, trained: list[tuple[str, nn.Parameter, int]]) -> dict[str, nn.Parameter]:
     """The model's other parameters: frozen, or unknown to the optimizer."""
     known = {p for _, p, _ in trained}
@@ -66,17 +77,23 @@ def untrained_parameters(model: nn.Module, trained: list[tuple[str, nn.Parameter
 def place_untrained(
     model: nn.Module,
     untrained: dict[str, nn.Parameter],
+    partitioned: set[nn.Parameter],
     communicator: Communicator,
     compute: torch.dtype | None,
     buffers: torch.dtype | None,
 ) -> None:
-    """Casts untrained parameters to the compute dtype, and buffers only if asked; all take rank 0's values.
+    """Casts untrained parameters to the compute dtype, and buffers only if asked; all take rank 0's values. Those that
+    are partitioned have been placed already.
 
     Raises:
         ValueError: one of them is on another device; names it.
     """
     for name, parameter in untrained.items():
+        if parameter in partitioned:
+            continue
         require_on(communicator.device, f"parameter '{name}'", parameter)
+        if holder_of(parameter) is not None:  # from a construction inside zero.Init()
+            take_back(parameter, full_values(parameter))
         if compute is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(compute)
         parameter.data = _from_rank_0(parameter.data, communicator)
@@ -108,15 +125,44 @@ def _from_rank_0(tensor: torch.Tensor, communicator: Communicator) -> torch.Tens
     return tensor.copy_(values)
 
 
-def clone_state_dict(module: nn.Module) -> dict[str, Any]:
-    """The module's state dict with memory of its own; tensors that share memory still do."""
+def state_tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What is in the module's state dict, by name, each valid until the next is asked for.
+
+    Partitioned parameters are gathered one unit at a time: a collective, which all ranks go through to the end. So what
+    comes first and last is not the order of the state dict.
+    """
+    state = module.state_dict(keep_vars=True)
+    held_by: dict[Holder | None, list[str]] = {}
+    for name, value in state.items():
+        holder = holder_of(value) if isinstance(value, torch.Tensor) else None
+        held_by.setdefault(holder, []).append(name)
+    for holder, names in held_by.items():
+        if holder is not None:
+            holder.hold()
+        try:
+            for name in names:
+                value = state[name]
+                yield name, value.detach() if isinstance(value, torch.Tensor) else value
+        finally:
+            if holder is not None:
+                holder.let_go()
+
+
+def clone_state_dict(module: nn.Module, wanted: bool = True) -> dict[str, Any]:
+    """The module's state dict with memory of its own; tensors that share memory still do.
+
+    A collective if parameters are partitioned. `wanted`: false where another rank asks and this one does not.
+    """
     clones: dict[tuple[object, ...], torch.Tensor] = {}
-    result: dict[str, Any] = {}
-    for name, value in module.state_dict().items():
+    values: dict[str, Any] = {}
+    for name, value in state_tensors(module):
+        if not wanted:
+            continue
         if isinstance(value, torch.Tensor):
-            key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+            storage = value.untyped_storage()._cdata
+            key = (storage, value.storage_offset(), value.shape, value.stride(), value.dtype)
             if value.numel() == 0 or key not in clones:
-                clones[key] = value.detach().clone()
+                clones[key] = value.clone()
             value = clones[key]
-        result[name] = value
-    return result
+        values[name] = value
+    return {name: values[name] for name in module.state_dict(keep_vars=True) if name in values}

@@ -52,7 +52,7 @@ def config_for(stage: int = 0, precision: str = "fp32", **changes: Any) -> dict[
     """Units of some 40 elements, so that parameters lie across the shards of ranks."""
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 40},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 40, "stage3_param_persistence_threshold": 0},
         "steps_per_print": 0,
         **PRECISIONS[precision],
         **changes,

@@ -30,7 +30,7 @@ from reference import (
 from support import make_model
 from torch import Tensor, nn
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 
 
 class Weighted(nn.Module):

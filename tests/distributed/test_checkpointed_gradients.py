@@ -26,7 +26,7 @@ from reference import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 
 
 class Checkpointed(nn.Module):

@@ -25,7 +25,7 @@ from reference import (
 from support import make_model
 from torch import Tensor, nn
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 
 
 def _leaves(config: dict[str, Any], backward: str, create_graph: bool) -> None:

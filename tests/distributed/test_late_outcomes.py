@@ -17,7 +17,7 @@ from dictated import SPLIT, Dictated, config_for, dictate, share, take_step
 from late_streams import LateStreams, on_late_streams
 from torch import Tensor
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
 WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 6, "warmup_max_lr": 0.1, "warmup_type": "linear"}}
 PATTERN = "..x.xx...x"  # x: a step that is skipped

@@ -10,7 +10,7 @@ import torch
 from dictated import PRECISIONS, Dictated, config_for, dictate, masters, merged, take_step
 from torch import Tensor
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 STILL = {
     "AdamW": {"type": "AdamW", "params": {"lr": 0.0, "weight_decay": 0.1}},
     "SGD": {"type": "SGD", "params": {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.1}},

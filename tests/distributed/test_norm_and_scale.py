@@ -13,7 +13,7 @@ from partita.config import ConfigError, load_config
 from support import base_config, train, train_plain
 from torch import nn
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 SGD = {"type": "SGD", "params": {"lr": 0.5, "momentum": 0.5}}  # unlike Adam it shows a wrong factor on all gradients
 SETTINGS: dict[str, dict[str, Any]] = {
     **PRECISIONS,

@@ -24,7 +24,7 @@ from reference import (
 from support import base_config
 from torch import Tensor, nn
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
 
 

@@ -22,7 +22,7 @@ from dictated import (
 from partita.config import ConfigError
 from torch import Tensor, nn
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 ADAM = {"lr": 0.03, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1}
 
 

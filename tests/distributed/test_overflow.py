@@ -13,7 +13,7 @@ import torch
 from dictated import PRECISIONS, SPLIT, Dictated, config_for, dictate, masters, share, take_step
 from torch import Tensor
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 BAD_VALUES = (float("inf"), float("-inf"), float("nan"))
 OPTIMIZERS = {
     "AdamW": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}},

@@ -24,7 +24,7 @@ from reference import (
 from support import make_model
 from torch import Tensor, nn
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 LAYERS = 6
 WIDTH = 8
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import base_config, make_model, train, train_plain
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"bf16": {"enabled": True}},

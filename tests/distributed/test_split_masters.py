@@ -11,7 +11,7 @@ from dictated import SPLIT, Dictated, config_for, dictate, masters, merged, shar
 from test_odd_parameters import Vectors
 from torch import Tensor, nn
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 WHOLE: dict[str, Any] = {"bf16": {"enabled": True, "master_weights": "fp32"}}
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
 KINDS = {"fp32": WHOLE, "split": SPLIT}

@@ -12,7 +12,7 @@ from dictated import SHAPES, Dictated, assert_follows, config_for, dictate, mast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 STEPS = 10
 
 

@@ -27,7 +27,7 @@ from support import base_config, global_batch, make_model, part, train
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 PRECISIONS: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}}
 TIMEOUT = timedelta(seconds=30)
 SHARED: dict[str, Any] = {"comm": {"transport": "shared_memory"}}

@@ -14,11 +14,6 @@ constexpr std::int64_t times_the_share = 4;
 
 std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-std::int64_t page_bytes() {
-    static const std::int64_t bytes = sysconf(_SC_PAGESIZE);
-    return bytes;
-}
-
 }  // namespace
 
 Allocation::~Allocation() {

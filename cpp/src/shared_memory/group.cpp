@@ -252,6 +252,9 @@ std::shared_ptr<Allocation> Group::allocate(std::int64_t bytes) {
     state_->peers().require_member();
     return state_->membership().arena->allocate(bytes);
 }
+std::shared_ptr<MappedSlices> Group::map_slices(std::int64_t bytes_per_rank) {
+    return MappedSlices::create(*this, state_->peers(), state_->membership(), bytes_per_rank);
+}
 std::int64_t Group::committed_bytes() const { return state_->membership().arena->committed_bytes(); }
 
 std::shared_ptr<Operation> Group::launch(const Request& request, void* data) { return state_->launch(request, data); }

@@ -40,10 +40,28 @@ class Communicator(ABC):
     world_size: int
     transport: str  # what carries the bytes, for people
     device: torch.device = HOST  # of its buffers
+    shares_memory: bool = False  # whether mapped() returns a buffer
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A flat buffer that this transport can work on in place; its content is undefined."""
         return flat_buffer(numel, dtype, self.device)
+
+    def mapped(self, numel: int, dtype: torch.dtype) -> Tensor | None:
+        """A flat buffer whose slices lie each in its rank's memory, and that all ranks see as one: what any of them
+        writes is there for all. None where ranks share no memory. A collective.
+
+        Its content is undefined. It stays as it is while this rank holds the tensor, also when others have dropped
+        theirs, have closed the group or have died. The memory is free again when all ranks have dropped theirs and
+        closed the group, not before.
+
+        Raises:
+            ValueError: the slices are no multiple of `mapped_multiple`.
+        """
+        return None
+
+    def mapped_multiple(self, dtype: torch.dtype) -> int:
+        """The number of elements in a slice of `mapped()` must be a multiple of this."""
+        return 1
 
     def slice_of(self, buffer: Tensor) -> Tensor:
         """This rank's slice of a buffer, as a view.
@@ -92,6 +110,11 @@ class Communicator(ABC):
     def all_gather(self, buffer: Tensor) -> Handle:
         """Every slice becomes what its rank has there."""
 
+    def all_gather_into(self, full: Tensor, shard: Tensor) -> Handle:
+        """The slice of every rank r in `full`, a buffer of any memory, becomes the `shard` of rank r."""
+        self.slice_of(full).copy_(shard)
+        return self.all_gather(full)
+
     @abstractmethod
     def broadcast(self, tensor: Tensor, root: int) -> Handle:
         """A contiguous tensor of any dtype becomes rank `root`'s."""
@@ -117,7 +140,7 @@ class Communicator(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Leaves the group: nothing can be called any more. Buffers stay valid."""
+        """Leaves the group: nothing can be called any more. Buffers stay valid, mapped ones too."""
 
 
 class SingleProcess(Communicator):

@@ -58,21 +58,25 @@ def init_distributed(backend: str | None = None, timeout: timedelta = GROUP_TIME
 
 
 def world_communicator(
-    transport: str = "auto", timeout: timedelta = timedelta(seconds=30), device: torch.device = HOST
+    transport: str = "auto",
+    timeout: timedelta = timedelta(seconds=30),
+    device: torch.device = HOST,
+    *,
+    beside: bool = False,
 ) -> Communicator:
     """The communicator of all ranks of the default process group; see `communicator_of`.
 
     A default group that cannot carry the device's tensors (NCCL and a model on the CPU, say) gets one beside it that
-    can.
+    can. `beside`: a group of its own in any case, whose collectives have an order of their own.
     """
     group = dist.group.WORLD
     if group is None:
         raise RuntimeError("no process group: call init_distributed() first")
     carrier = backend_of(group, device)
-    if dist.get_world_size(group) == 1 or (carrier is not None and (device.type != "cuda" or carrier != "gloo")):
+    carries = carrier is not None and (device.type != "cuda" or carrier != "gloo")
+    if dist.get_world_size(group) == 1 or (carries and not beside):
         return communicator_of(group, transport, timeout, device=device)
-    beside = dist.new_group(backend=backend_for(device))
-    made = communicator_of(beside, transport, timeout, device=device)
+    made = communicator_of(dist.new_group(backend=backend_for(device)), transport, timeout, device=device)
     if isinstance(made, TorchCommunicator):
         made.owns_group = True
     return made

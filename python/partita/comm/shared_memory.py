@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,7 @@ class SharedMemoryCommunicator(Communicator):
     """
 
     transport = "shared memory"
+    shares_memory = True
 
     def __init__(self, group: SharedMemoryGroup) -> None:
         self._open_group: SharedMemoryGroup | None = group
@@ -67,6 +70,20 @@ class SharedMemoryCommunicator(Communicator):
         if numel == 0:
             return torch.empty(0, dtype=dtype)
         return torch.frombuffer(self._group.allocate(numel * dtype.itemsize), dtype=dtype)
+
+    def mapped(self, numel: int, dtype: torch.dtype) -> Tensor:
+        multiple = self.mapped_multiple(dtype)
+        if numel % (self.world_size * multiple):
+            raise ValueError(
+                f"a mapped buffer of {numel} elements does not divide among {self.world_size} ranks into whole pages: "
+                f"of {dtype}, a slice has a multiple of {multiple} elements"
+            )
+        if numel == 0:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self._group.map_slices(numel // self.world_size * dtype.itemsize), dtype=dtype)
+
+    def mapped_multiple(self, dtype: torch.dtype) -> int:
+        return mmap.PAGESIZE // dtype.itemsize
 
     def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
         return self._launch(Collective.all_reduce, buffer, _summable(buffer), reduction=reduction)

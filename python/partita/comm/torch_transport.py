@@ -86,6 +86,12 @@ class TorchCommunicator(Communicator):
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return self._handle([all_gather(buffer, slices[self.rank], group=self._group, async_op=True)], buffer)
 
+    def all_gather_into(self, full: Tensor, shard: Tensor) -> Handle:
+        if self._gloo:
+            return super().all_gather_into(full, shard)
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return self._handle([all_gather(_contiguous(full), shard, group=self._group, async_op=True)], full)
+
     def broadcast(self, tensor: Tensor, root: int) -> Handle:
         self._check_rank("broadcast from", root)
         return self._handle([dist.broadcast(_raw(tensor), group_src=root, group=self._group, async_op=True)], tensor)

@@ -77,6 +77,9 @@ TransportName = Literal["auto", "shared_memory", "torch"]
 ElementCount = Annotated[int, Field(ge=1), BeforeValidator(_whole_number)]
 """A number of tensor elements; 5e8 is as good as 500000000."""
 
+ElementLimit = Annotated[int, Field(ge=0), BeforeValidator(_whole_number)]
+"""A number of tensor elements, or none."""
+
 Params = Annotated[dict[str, Any], BeforeValidator(_plain_json)]
 """Keyword arguments. Who builds the optimizer or the schedule checks them; here they only have to be JSON."""
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
 from partita.config.fields import (
     AutocastName,
     DeepSpeedDefault,
     ElementCount,
+    ElementLimit,
     FloatName,
     MasterWeights,
     OwnKey,
@@ -19,12 +20,6 @@ from partita.config.fields import (
     Section,
     TransportName,
 )
-
-
-def _refuse_stage_3(value: Any) -> Any:
-    if value == 3:
-        raise ValueError("ZeRO stage 3 (partitioned parameters) is not in this version; use stage 0, 1 or 2")
-    return value
 
 
 def _refuse_scattered_gradients(value: bool) -> bool:
@@ -110,8 +105,26 @@ class TorchAutocastConfig(Section):
 class ZeroConfig(Section):
     """What is partitioned over the data-parallel ranks, and how it travels."""
 
-    stage: Annotated[int, Field(ge=0, le=2), BeforeValidator(_refuse_stage_3)] = Field(
-        0, description="0: nothing is partitioned; 1: optimizer state; 2: optimizer state and gradients."
+    stage: Annotated[int, Field(ge=0, le=3)] = Field(
+        0,
+        description="0: nothing is partitioned; 1: optimizer state; 2: optimizer state and gradients; 3: parameters "
+        "too, which are there only while they compute.",
+    )
+    unit_classes: Annotated[list[str] | None, OwnKey()] = Field(
+        None,
+        description="Stage 3: names of the module classes whose parameters are gathered together; null finds the "
+        "repeated layers of the model. Between CPU processes of one host nothing is gathered.",
+    )
+    stage3_prefetch_bucket_size: Annotated[ElementLimit, DeepSpeedDefault("50000000")] = Field(
+        8_388_608,
+        description="Stage 3: the next layer is gathered while one computes, and further ones while they have at most "
+        "this many elements together.",
+    )
+    stage3_param_persistence_threshold: Annotated[ElementLimit, DeepSpeedDefault("100000")] = Field(
+        10_000, description="Stage 3: parameters of at most this many elements stay on every rank."
+    )
+    stage3_max_live_parameters: ElementCount = Field(
+        1_000_000_000, description="Stage 3: elements of gathered parameters above which nothing is gathered ahead."
     )
     reduce_bucket_size: Annotated[ElementCount, DeepSpeedDefault("500000000")] = Field(
         8_388_608, description="Elements per gradient collective. Smaller ones start sooner, larger ones cost less."

@@ -25,7 +25,11 @@ class ShardUpdate(ABC):
 
     @abstractmethod
     def update(self, indices: Iterable[int]) -> None:
-        """Writes the new weights of these units into their own parts of `Unit.params`."""
+        """Writes the new weights of these units into `Unit.own_params`."""
+
+    @abstractmethod
+    def states(self, index: int, key: str) -> list[tuple[ShardSlice, Tensor]]:
+        """An optimizer state in this rank's own range of a unit, by parameter; nothing if there is none (yet)."""
 
 
 class NativeAdam(ShardUpdate):
@@ -33,6 +37,7 @@ class NativeAdam(ShardUpdate):
 
     def __init__(self, optimizer: Optimizer, units: list[Unit], controller: StepController) -> None:
         self._optimizer = optimizer
+        self._units = units
         self._controller = controller
         self.exp_avg = [flat_buffer(len(unit.own), torch.float32, unit.params.device) for unit in units]
         self.exp_avg_sq = [flat_buffer(len(unit.own), torch.float32, unit.params.device) for unit in units]
@@ -44,7 +49,7 @@ class NativeAdam(ShardUpdate):
                 remainder=unit.remainder,
                 exp_avg=exp_avg,
                 exp_avg_sq=exp_avg_sq,
-                params=None if unit.dtype == torch.float32 else unit.part(unit.params),
+                params=None if unit.dtype == torch.float32 else unit.own_params,
                 segments=unit.segments,
             )
             for unit, exp_avg, exp_avg_sq in zip(units, self.exp_avg, self.exp_avg_sq, strict=True)
@@ -55,6 +60,11 @@ class NativeAdam(ShardUpdate):
 
     def update(self, indices: Iterable[int]) -> None:
         kernels.adam([self._parts[i] for i in indices], self._groups, self._controller.control)
+
+    def states(self, index: int, key: str) -> list[tuple[ShardSlice, Tensor]]:
+        flat = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}.get(key)
+        slices = _slices(self._units[index])
+        return [] if flat is None else [(s, flat[index][s.shard_offset : s.shard_offset + s.numel]) for s in slices]
 
 
 class TorchUpdate(ShardUpdate):
@@ -100,7 +110,15 @@ class TorchUpdate(ShardUpdate):
     def update(self, indices: Iterable[int]) -> None:
         for unit in (self._units[i] for i in indices):
             if unit.dtype != torch.float32 and not self._skips:
-                kernels.split_master(unit.part(unit.params), unit.full_precision())
+                kernels.split_master(unit.own_params, unit.full_precision())
+
+    def states(self, index: int, key: str) -> list[tuple[ShardSlice, Tensor]]:
+        found = []
+        for s, piece in zip(_slices(self._units[index]), self._pieces[index], strict=True):
+            state = self._optimizer.state.get(piece, {}).get(key)
+            if isinstance(state, Tensor) and state.numel() == s.numel:
+                found.append((s, state))
+        return found
 
 
 def _slices(unit: Unit) -> list[ShardSlice]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
+from math import lcm, prod
 
 ALIGNMENT_BYTES = 128
 
@@ -81,8 +81,8 @@ class UnitLayout:
         return result
 
 
-def make_layout(parameters: Iterable[ParameterInfo], world_size: int) -> UnitLayout:
-    """Lays parameters of one kind one behind the other."""
+def make_layout(parameters: Iterable[ParameterInfo], world_size: int, shard_multiple: int = 1) -> UnitLayout:
+    """Lays parameters of one kind one behind the other; the elements of a shard are a multiple of `shard_multiple`."""
     slots: list[Slot] = []
     end, alignment = 0, 1
     for parameter in parameters:
@@ -90,7 +90,8 @@ def make_layout(parameters: Iterable[ParameterInfo], world_size: int) -> UnitLay
         end = _round_up(end, alignment)
         slots.append(Slot(parameter.name, parameter.shape, end, parameter.group))
         end += parameter.numel
-    return UnitLayout(tuple(slots), _round_up(-(-end // world_size), alignment), world_size)
+    shard_numel = _round_up(-(-end // world_size), lcm(alignment, shard_multiple))
+    return UnitLayout(tuple(slots), shard_numel, world_size)
 
 
 def plan_buckets(parameters: list[ParameterInfo], bucket_numel: int) -> list[list[int]]:

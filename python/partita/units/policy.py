@@ -15,12 +15,13 @@ class StagePolicy:
     keeps_full_grads: bool
     reduces_to_shard: bool  # this rank needs its slice of the reduced gradients only
     reduce_scatter: bool  # how they are reduced when the slice is enough: reduce-scatter, or all-reduce
+    shards_params: bool  # full parameters exist only while their unit computes
 
 
 def stage_policy(stage: int, *, reduce_scatter: bool = True) -> StagePolicy:
-    """The policy of stage 0, 1 or 2."""
-    if stage not in (0, 1, 2):
-        raise ValueError(f"stage {stage}: this version has the stages 0, 1 and 2")
+    """The policy of stage 0, 1, 2 or 3."""
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"stage {stage}: there are the stages 0, 1, 2 and 3")
     sharded = stage >= 1
     return StagePolicy(
         stage=stage,
@@ -28,4 +29,5 @@ def stage_policy(stage: int, *, reduce_scatter: bool = True) -> StagePolicy:
         keeps_full_grads=stage <= 1,
         reduces_to_shard=sharded,
         reduce_scatter=sharded and reduce_scatter,
+        shards_params=stage == 3,
     )

@@ -82,7 +82,8 @@ class _InFlight:
 class GradientReducer:
     """Watches the parameters of the units; see `Bucketer` for when a unit is launched.
 
-    `plan_backward` is asked once per backward, when its first gradient arrives.
+    `plan_backward` is asked once per backward, when its first gradient arrives; `before_reduction` hears of every
+    reduction before it is launched.
 
     [Note: streams]
     Gradients are packed on the stream that is current when their unit is complete, after waiting for the other streams
@@ -106,6 +107,7 @@ class GradientReducer:
         *,
         plan_backward: Callable[[], BackwardPlan],
         after_backward: Callable[[], None],
+        before_reduction: Callable[[Unit], None],
     ) -> None:
         self.units = units
         self.watches_finiteness = False  # look at every gradient as it is packed
@@ -118,6 +120,7 @@ class GradientReducer:
         self._producers: list[set[Any]] = [set() for _ in units]  # streams that gradients under way come from
         self._plan_backward = plan_backward
         self._after_backward = after_backward
+        self._before_reduction = before_reduction
         self._first_backward = True
         self._plan = BackwardPlan(reduces=False)  # of the backward under way
         self._in_flight: deque[_InFlight] = deque()
@@ -157,20 +160,21 @@ class GradientReducer:
         """Returns when `Unit.reduced` holds the sum over ranks of all gradients since the last reset."""
         self.finish_backward()
         self._enter_stream()
-        self._wait()
+        self.wait()
         for unit in self.units:
             # Accumulated in backwards that did not reduce, and no boundary came after them.
             if unit.grad_state is GradState.LOCAL and unit.full_grads is not None:
                 self._reduce_local(unit, unit.full_grads)
-        self._wait()
+        self.wait()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Returns when no reduction is under way."""
         while self._in_flight:
             self._complete_oldest()
 
     def reset(self) -> None:
         """Forgets all gradients, those of an unfinished backward too."""
-        self._wait()
+        self.wait()
         if self._bucketer.in_backward:
             self._bucketer.finish()
         for unit in self.units:
@@ -193,11 +197,11 @@ class GradientReducer:
             hook.remove()
         self._hooks = []
         with suppress(RuntimeError):  # of a collective that failed: nobody wants its result any more
-            self._wait()
+            self.wait()
 
     def begin_backward(self) -> None:
         """Gradients are about to arrive; called by the first of them if by nobody else."""
-        self._wait()  # gradients of another backward may be under way in the buffers that this one writes
+        self.wait()  # gradients of another backward may be under way in the buffers that this one writes
         self._plan = self._plan_backward()
         self._bucketer.begin_backward(self._settings.overlap)
 
@@ -237,6 +241,7 @@ class GradientReducer:
 
     def _launch(self, index: int) -> None:
         unit = self.units[index]
+        self._before_reduction(unit)
         if unit.full_grads is not None and unit.grad_state is not GradState.REDUCED:
             self._collect(index)
             if self._plan.reduces:
@@ -267,7 +272,7 @@ class GradientReducer:
             handle = self._communicator.all_reduce(buffer)
         self._in_flight.append(_InFlight(unit, handle, staging))
         if not self._settings.overlap:
-            self._wait()
+            self.wait()
 
     def _take_staging(self, dtype: torch.dtype) -> Tensor:
         while (buffer := self._staging.take(dtype)) is None:

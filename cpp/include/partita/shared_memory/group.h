@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "partita/shared_memory/mapped_slices.h"
 #include "partita/shared_memory/membership.h"
 #include "partita/shared_memory/request.h"
 
@@ -32,7 +33,12 @@ class Group {
     int world_size() const;
     // Memory in which collectives work in place.
     std::shared_ptr<Allocation> allocate(std::int64_t bytes);
-    // Physical memory of this rank's allocations.
+    // One buffer for all ranks, see MappedSlices. A collective: returns when all ranks have called it, with the same
+    // size, which must be a multiple of page_bytes() above 0. Throws std::invalid_argument for another size, before
+    // this rank takes part; CommunicationError; std::runtime_error when a rank (and on that rank std::bad_alloc or
+    // std::system_error) has no addresses left: the group goes on.
+    std::shared_ptr<MappedSlices> map_slices(std::int64_t bytes_per_rank);
+    // Physical memory of this rank's allocations, and of its slices.
     std::int64_t committed_bytes() const;
 
     // Starts a collective on `data`. In memory of allocate() it works in place: the buffer must not be touched before
@@ -53,7 +59,7 @@ class Group {
     void wait(Transfer& transfer);
 
     // Leaves the group: peers that still wait for this rank get an error, and so does every further call here. Memory
-    // of allocate() stays valid.
+    // of allocate() and of map_slices() stays valid.
     void close();
 
   private:

@@ -1,0 +1,127 @@
+"""Parameters whose values are not here.
+
+[Note: absent parameters]
+A parameter of stage 3 stays the same object all its life, but has memory only while it computes. In between its class
+is `AbsentParameter`: what describes it (shape, dtype, .grad, ...) can be asked, everything else raises an error that
+names it. Operations inside autograd do not look at the class; torch refuses those, as the storage has no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from partita.comm import Communicator
+
+
+class AbsentParameterError(RuntimeError):
+    """A parameter was used while its values are not on this rank."""
+
+
+class Holder(Protocol):
+    """Who has the values of parameters while they are not here."""
+
+    parameters: list[nn.Parameter]
+    dtype: torch.dtype
+    communicator: Communicator
+
+    def name_of(self, parameter: nn.Parameter) -> str:
+        """For people."""
+
+    def hold(self) -> None:
+        """The values are here from now on, in memory of this rank's own. A collective."""
+
+    def let_go(self) -> None:
+        """The reverse of `hold`; what was written to them and not kept is forgotten."""
+
+    def keep(self, parameters: list[nn.Parameter]) -> None:
+        """What was written into these parameters, the same on every rank, are their values from now on. A collective,
+        while they are held."""
+
+
+def holder_of(parameter: Tensor) -> Holder | None:
+    """Who has the parameter's values; None for one that nobody has taken."""
+    holder: Holder | None = getattr(parameter, "_partita_holder", None)
+    return holder
+
+
+def give_to(holder: Holder, parameters: Iterable[nn.Parameter]) -> None:
+    """From now on `holder_of()` answers this holder."""
+    for parameter in parameters:
+        parameter._partita_holder = holder  # type: ignore[attr-defined]
+
+
+def make_absent(parameters: Iterable[nn.Parameter]) -> None:
+    """Their use raises, until `make_present`."""
+    for parameter in parameters:
+        if type(parameter) is not AbsentParameter:
+            parameter._partita_class = type(parameter)  # type: ignore[attr-defined]
+            parameter.__class__ = AbsentParameter
+
+
+def make_present(parameters: Iterable[nn.Parameter]) -> None:
+    """They can be used again."""
+    for parameter in parameters:
+        if type(parameter) is AbsentParameter:
+            parameter.__class__ = parameter._partita_class  # type: ignore[attr-defined]
+
+
+def take_back(parameter: nn.Parameter, values: Tensor) -> None:
+    """The parameter has these values again, in memory of its own, and no holder."""
+    make_present([parameter])
+    parameter._partita_holder = None  # type: ignore[attr-defined]
+    parameter.data = values
+
+
+class AbsentParameter(nn.Parameter):
+    """See [Note: absent parameters]."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in DESCRIBING:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        absent = next((p for p in _tensors(args, kwargs) if type(p) is cls), None)
+        name = _name(absent)
+        if func is Tensor.__repr__:
+            return f"AbsentParameter('{name}', shape={None if absent is None else tuple(absent.shape)})"
+        raise AbsentParameterError(
+            f"parameter '{name}' is used ({getattr(func, '__name__', func)}) while its values are partitioned over the "
+            "ranks (ZeRO stage 3): they are there in the forward of the module that they are registered in. Elsewhere, "
+            "read them inside `with partita.zero.GatheredParameters([parameter])`, write them with modifier_rank=, and "
+            "take a state dict from engine.module_state_dict()"
+        )
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Iterable[Any]:
+    for value in (*args, *(kwargs or {}).values()):
+        if isinstance(value, list | tuple):
+            yield from value
+        else:
+            yield value
+
+
+def _name(parameter: Any) -> str:
+    holder = None if parameter is None else holder_of(parameter)
+    return "?" if holder is None else holder.name_of(parameter)
+
+
+# What describes a parameter.
+_READABLE = """shape dtype device layout requires_grad grad grad_fn grad_dtype is_leaf ndim names nbytes itemsize
+is_cuda is_cpu is_meta is_mps is_xpu is_mkldnn is_sparse is_sparse_csr is_quantized is_nested _version _backward_hooks
+_post_accumulate_grad_hooks output_nr retains_grad"""
+_WRITABLE = "grad requires_grad _backward_hooks"
+_CALLABLE = """size stride dim numel nelement ndimension element_size storage_offset is_floating_point is_complex
+is_contiguous is_signed untyped_storage requires_grad_ register_hook register_post_accumulate_grad_hook get_device
+__len__"""
+
+DESCRIBING: set[Any] = {
+    *(getattr(Tensor, name).__get__ for name in _READABLE.split() if hasattr(Tensor, name)),
+    *(getattr(Tensor, name).__set__ for name in _WRITABLE.split()),
+    *(getattr(Tensor, name) for name in _CALLABLE.split()),
+}

@@ -1,0 +1,57 @@
+"""Which modules of a model are units in stage 3: pure decisions about its tree."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import nn
+
+
+def find_blocks(model: nn.Module, unit_classes: Sequence[str] | None) -> list[nn.Module]:
+    """The modules whose parameters are gathered together, in order of registration; none lies inside another.
+
+    Args:
+        unit_classes: names of their classes; None: the repeated children of `ModuleList` and `Sequential`, which is
+            what the layers of most models are.
+
+    Raises:
+        ValueError: no module is of a class that is named.
+    """
+    blocks: list[nn.Module] = []
+    _add_blocks(model, None if unit_classes is None else set(unit_classes), blocks)
+    if unit_classes is not None:
+        present = {type(module).__name__ for module in model.modules()}
+        for name in unit_classes:
+            if name not in present:
+                raise ValueError(
+                    f"zero_optimization.unit_classes: the model has no module of class '{name}'; it has "
+                    + ", ".join(sorted(present))
+                )
+    return blocks
+
+
+def _add_blocks(module: nn.Module, classes: set[str] | None, blocks: list[nn.Module]) -> None:
+    repeated: set[type] = set()
+    if isinstance(module, nn.ModuleList | nn.Sequential):
+        counts = Counter(type(child) for child in module.children() if any(True for _ in child.parameters()))
+        repeated = {kind for kind, count in counts.items() if count > 1}
+    for child in module.children():
+        is_block = type(child) in repeated if classes is None else type(child).__name__ in classes
+        if is_block and child not in blocks:
+            blocks.append(child)
+        elif not is_block:
+            _add_blocks(child, classes, blocks)
+
+
+def owners_of(parameters: list[nn.Parameter], blocks: list[nn.Module], model: nn.Module) -> list[int | None]:
+    """For each parameter the index of the one block that it belongs to; None: it is used outside of blocks or in
+    several of them, and belongs to the root."""
+    inside = [set(block.parameters()) for block in blocks]
+    members = {module for block in blocks for module in block.modules()}
+    outside = {p for module in model.modules() if module not in members for p in module._parameters.values()}
+    result: list[int | None] = []
+    for parameter in parameters:
+        found = [i for i, block in enumerate(inside) if parameter in block]
+        result.append(found[0] if len(found) == 1 and parameter not in outside else None)
+    return result

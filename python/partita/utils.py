@@ -1,0 +1,84 @@
+"""Whole parameters, gradients and optimizer states by parameter, in every ZeRO stage.
+
+All of these are collectives: every rank calls them for the same parameters in the same order, between steps (gradients:
+between `engine.backward()` and `engine.step()`). What they return is a copy.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from partita.access import ParameterAccess
+from partita.units import Unit, holder_of
+
+
+def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
+    """The fp32 master weights of a parameter, in its shape; None if no engine trains it."""
+    found = _find(param)
+    return None if found is None else found[0].weights(found[1], param)
+
+
+def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
+    """The gradient that the step will use, before clipping: fp32, the mean over micro-batches and ranks.
+
+    None if no engine trains the parameter, or there has been no backward since the last step.
+
+    Raises:
+        RuntimeError: before the last micro-batch of a step, when ranks have not shared their gradients (stages 0, 1).
+    """
+    found = _find(param)
+    return None if found is None else found[0].gradient(found[1], param)
+
+
+def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
+    """An optimizer state of a parameter (`exp_avg`, `exp_avg_sq`, ...), fp32, in its shape; None if there is none."""
+    found = _find(param)
+    return None if found is None else found[0].state(found[1], param, optim_state_key)
+
+
+def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
+    """Replaces master weights and parameter by `value`, which is the same on all ranks.
+
+    Raises:
+        ValueError: no engine trains the parameter, or the shape differs.
+    """
+    access, unit = _require(param, value)
+    access.set_weights(unit, param, value)
+
+
+def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
+    """Replaces the mean gradient by `value`, which is the same on all ranks; errors as in `safe_set_full_fp32_param`.
+
+    Raises:
+        RuntimeError: there is no gradient at this time.
+    """
+    access, unit = _require(param, value)
+    access.set_gradient(unit, param, value)
+
+
+def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
+    """Replaces an optimizer state by `value`, which is the same on all ranks; errors as in `safe_set_full_fp32_param`.
+
+    Raises:
+        KeyError: the optimizer has no such state.
+    """
+    access, unit = _require(param, value)
+    access.set_state(unit, param, optim_state_key, value)
+
+
+def _find(parameter: nn.Parameter) -> tuple[ParameterAccess, Unit] | None:
+    unit = holder_of(parameter)
+    if not isinstance(unit, Unit) or unit.access is None:
+        return None
+    access = unit.access()
+    return None if access is None else (access, unit)
+
+
+def _require(parameter: nn.Parameter, value: Tensor) -> tuple[ParameterAccess, Unit]:
+    found = _find(parameter)
+    if found is None:
+        raise ValueError(f"no engine trains this parameter of shape {tuple(parameter.shape)}")
+    if value.shape != parameter.shape:
+        name, shape = found[1].name_of(parameter), tuple(parameter.shape)
+        raise ValueError(f"parameter '{name}' has shape {shape}, the value {tuple(value.shape)}")
+    return found

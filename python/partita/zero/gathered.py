@@ -1,0 +1,97 @@
+"""Whole parameters for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from partita.units import Holder, holder_of
+
+
+class GatheredParameters:
+    """Inside the block, these parameters have all their values on every rank, in every ZeRO stage.
+
+    All ranks enter and leave together. Ranks may do different things inside, such as generating texts of different
+    lengths with a model that is gathered as a whole. All parameters that share a unit with one of `parameters` are
+    gathered with it, so one block for many parameters costs less than many blocks.
+
+    Writing needs a `modifier_rank`: when the block ends, the parameters take that rank's values on all ranks, and what
+    others wrote is dropped.
+
+    Args:
+        parameters: one, or several; those that no engine and no `Init` has taken are left as they are.
+        modifier_rank: the rank whose values count; None: they are only read.
+        enabled: false does nothing.
+
+    Raises:
+        RuntimeError: when the block ends, on all ranks: a parameter was written to on some rank, and `modifier_rank` is
+            None or the parameter is not in `parameters`. What was written to partitioned parameters is dropped.
+    """
+
+    def __init__(
+        self, parameters: nn.Parameter | Iterable[nn.Parameter], modifier_rank: int | None = None, enabled: bool = True
+    ) -> None:
+        given = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
+        self._modifier_rank = modifier_rank
+        self._held: dict[Holder, list[nn.Parameter]] = {}
+        for parameter in given if enabled else []:
+            holder = holder_of(parameter)
+            if holder is not None and not any(parameter is p for p in self._held.setdefault(holder, [])):
+                self._held[holder].append(parameter)
+        for holder in self._held:
+            if modifier_rank is not None and not 0 <= modifier_rank < holder.communicator.world_size:
+                raise ValueError(
+                    f"modifier_rank = {modifier_rank}: there are the ranks 0 to {holder.communicator.world_size - 1}"
+                )
+        self._versions: list[tuple[Holder, nn.Parameter, int]] = []
+
+    def __enter__(self) -> None:
+        held: list[Holder] = []
+        try:
+            for holder in self._held:
+                holder.hold()
+                held.append(holder)
+        except BaseException:
+            for holder in held:
+                holder.let_go()
+            raise
+        self._versions = [(holder, p, p._version) for holder in self._held for p in holder.parameters]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._refuse_unclaimed()
+                if self._modifier_rank is not None:
+                    self._keep(self._modifier_rank)
+        finally:
+            for holder in self._held:
+                holder.let_go()
+
+    def _refuse_unclaimed(self) -> None:
+        """A collective: whoever wrote, all ranks raise."""
+        claimed = {id(p) for given in self._held.values() for p in given if self._modifier_rank is not None}
+        written = next((h.name_of(p) for h, p, v in self._versions if p._version != v and id(p) not in claimed), None)
+        for communicator in {holder.communicator: None for holder in self._held}:
+            by_rank = torch.zeros(communicator.world_size, device=communicator.device)
+            by_rank[communicator.rank] = float(written is not None)
+            communicator.all_reduce(by_rank).wait()
+            writers = [rank for rank, wrote in enumerate(by_rank.tolist()) if wrote]
+            if writers:
+                what = "a parameter" if written is None else f"parameter '{written}'"
+                raise RuntimeError(
+                    f"{what} was written to inside GatheredParameters on rank {', '.join(map(str, writers))}, and "
+                    "would differ between ranks: give GatheredParameters that parameter, and modifier_rank= the rank "
+                    "whose values all shall have"
+                )
+
+    @torch.no_grad()
+    def _keep(self, rank: int) -> None:
+        for holder, given in self._held.items():
+            for parameter in given:
+                holder.communicator.broadcast(parameter.data, rank).wait()
+            holder.keep(given)

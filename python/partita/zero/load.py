@@ -1,0 +1,129 @@
+"""Weights from files or a state dict, straight into partitioned parameters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partita.units import Holder, holder_of
+from partita.zero.gathered import GatheredParameters
+
+WeightSource = Mapping[str, Tensor] | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+
+def load_weights(model: nn.Module, source: WeightSource, *, strict: bool = True, rank: int = 0) -> list[str]:
+    """Gives a model the weights of a full state dict, in every ZeRO stage; a collective.
+
+    Whole parameters exist for one unit at a time. Only `rank` reads the source; the others take its values.
+
+    Args:
+        model: partitioned (by `Init` or an engine) or not.
+        source: a state dict (needed on `rank` alone, {} elsewhere), a safetensors file, several, or a folder of them.
+        strict: every name of the model is in the source, and the other way round.
+
+    Returns:
+        Names of the model that the source does not have.
+
+    Raises:
+        ValueError: names are missing or unknown (`strict`), or a shape differs; on all ranks, before anything is
+            written.
+    """
+    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    tensors: dict[str, Any] = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    holders: dict[Holder, list[str]] = {}
+    plain: list[str] = []
+    for name, tensor in tensors.items():
+        holder = holder_of(tensor)
+        if holder is None:
+            plain.append(name)
+        else:
+            holders.setdefault(holder, []).append(name)
+    communicator = next((holder.communicator for holder in holders), None)
+    reads = communicator is None or communicator.rank == rank
+    with ExitStack() as files, torch.no_grad():
+        problem, read = "", None
+        shapes: dict[str, tuple[int, ...]] = {}
+        if reads:
+            try:
+                shapes, read = _open(source, files)
+                problem = _difference(tensors, shapes, strict)
+            except (OSError, ValueError) as error:
+                problem = str(error)
+        present = torch.zeros(len(tensors) + 1)
+        if reads:
+            present[:-1] = torch.tensor([float(name in shapes) for name in tensors])
+            present[-1] = float(bool(problem))
+        if communicator is not None:
+            present = present.to(communicator.device)
+            communicator.broadcast(present, rank).wait()
+        if bool(present[-1]):
+            raise ValueError(problem or f"the weights cannot be loaded: see the error of rank {rank}")
+        found = {name for name, is_there in zip(tensors, present.tolist(), strict=False) if is_there}
+        missing = _missing(tensors, found)
+        for names in holders.values():
+            there = [name for name in names if name in found]
+            with GatheredParameters([tensors[name] for name in there], modifier_rank=rank):
+                if read is not None:
+                    for name in there:
+                        tensors[name].copy_(read(name))
+        for name in (name for name in plain if name in found):
+            values = tensors[name].detach().contiguous() if read is None else read(name).to(tensors[name])
+            if communicator is not None:
+                values = values.clone()
+                communicator.broadcast(values, rank).wait()
+            tensors[name].copy_(values)
+    return missing
+
+
+def _open(source: WeightSource, files: ExitStack) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
+    """Shapes by name, and how a tensor is read."""
+    if isinstance(source, Mapping):
+        tensors = {name: value for name, value in source.items() if isinstance(value, Tensor)}
+        return {name: tuple(value.shape) for name, value in tensors.items()}, tensors.__getitem__
+    from safetensors import safe_open
+
+    paths = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(path) for path in source]
+    if len(paths) == 1 and paths[0].is_dir():
+        folder = paths[0]
+        paths = sorted(folder.glob("*.safetensors"))
+        if not paths:
+            raise ValueError(f"there is no *.safetensors file in '{folder}'")
+    file_of: dict[str, Any] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        try:
+            file = files.enter_context(safe_open(str(path), framework="pt"))
+        except Exception as error:  # safetensors' own types, and those of the system
+            raise ValueError(f"'{path}' cannot be read as safetensors: {error}") from error
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            file_of[name] = file
+            shapes[name] = tuple(file.get_slice(name).get_shape())
+    return shapes, lambda name: file_of[name].get_tensor(name)
+
+
+def _difference(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], strict: bool) -> str:
+    """What keeps these weights from being loaded; nothing if they fit."""
+    problems = []
+    if strict:
+        problems += [f"'{name}' is missing" for name in _missing(tensors, shapes)]
+        problems += [f"'{name}' is not in the model" for name in shapes if name not in tensors]
+    problems += [
+        f"'{name}' has shape {shapes[name]}, in the model {tuple(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if name in shapes and tuple(tensor.shape) != shapes[name]
+    ]
+    more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return f"the weights do not fit the model: {'; '.join(problems[:5])}{more}" if problems else ""
+
+
+def _missing(tensors: dict[str, Tensor], names: Iterable[str]) -> list[str]:
+    """Names that get no values, under none of the names that a shared tensor has."""
+    found = set(names)
+    filled = {id(tensor) for name, tensor in tensors.items() if name in found}
+    return [name for name, tensor in tensors.items() if id(tensor) not in filled]
