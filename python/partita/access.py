@@ -52,7 +52,8 @@ class ParameterAccess:
         masters = unit.full_precision()
         _copy_into(_pieces(unit, parameter, masters), value)
         if unit.dtype != torch.float32:
-            kernels.split_master(unit.own_params, masters, unit.remainder)
+            kernels.split_master(unit.updated, masters, unit.remainder)
+        unit.publish()
         if unit.lifetime is Lifetime.ALWAYS and len(unit.own) < unit.layout.numel:
             self._communicator.all_gather(unit.params).wait()
         self._communicator.barrier()

@@ -11,8 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from partita.config import BatchSizes, Config, ConfigError, resolve_batch_sizes
+from partita.config import BatchSizes, Config, ConfigError, ZeroConfig, resolve_batch_sizes
 from partita.optim import make_optimizer, make_scheduler
+from partita.units import Offload
 
 logger = logging.getLogger("partita")
 
@@ -91,6 +92,16 @@ def choose_scheduler(source: Any, optimizer: Optimizer | None, config: Config) -
     if source is not None and not hasattr(source, "step"):
         raise TypeError(f"lr_scheduler: a {type(source).__name__} has no step()")
     return source
+
+
+def offload_of(zero: ZeroConfig) -> Offload:
+    """What the config wants on the host."""
+    optimizer, params = zero.offload_optimizer, zero.offload_param
+    return Offload(
+        states=optimizer.ratio if optimizer.device == "cpu" else 0.0,
+        params=params.device == "cpu",
+        pin=params.pin_memory if params.device == "cpu" else optimizer.pin_memory,
+    )
 
 
 def show_log_on(rank: int) -> None:

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partita.access import ParameterAccess
-from partita.assembly import OptimizerSource, choose_optimizer, choose_scheduler, show_log_on, with_batch_sizes
+from partita.assembly import (
+    OptimizerSource,
+    choose_optimizer,
+    choose_scheduler,
+    offload_of,
+    show_log_on,
+    with_batch_sizes,
+)
 from partita.backward_watch import BackwardWatch
 from partita.batches import call_with, differentiable_tensors, loss_in, micro_batches, on_device
 from partita.comm import backend_for, init_distributed, world_communicator
@@ -131,8 +138,9 @@ class Engine:
             splits_masters=splits_masters,
             unit_classes=zero.unit_classes,
             persistent_numel=zero.stage3_param_persistence_threshold,
+            offload=offload_of(zero),
         )
-        lifetime = lifetime_of(policy, self._communicator)
+        lifetime = lifetime_of(policy, self._communicator, settings.offload)
         self._gathering = connect(beside=True) if lifetime is Lifetime.GATHERED else self._communicator
         built = build_units(
             model,

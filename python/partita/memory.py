@@ -29,6 +29,14 @@ def flat_buffer(numel: int, dtype: torch.dtype, device: torch.device = HOST) -> 
     return torch.frombuffer(pages, dtype=dtype)
 
 
+def host_buffer(numel: int, dtype: torch.dtype, pin: bool) -> Tensor:
+    """A zero-filled flat tensor on the host; `pin`: where there is a GPU, in memory that it copies from and to by
+    itself."""
+    if pin and torch.cuda.is_available():
+        return torch.zeros(numel, dtype=dtype, pin_memory=True)
+    return flat_buffer(numel, dtype)
+
+
 def return_free_memory() -> None:
     """Gives malloc's free pages back to the system, where malloc can (glibc); elsewhere does nothing."""
     with suppress(AttributeError, OSError):

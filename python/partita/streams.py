@@ -46,6 +46,10 @@ class Streams(ABC):
         """Starts copying a tensor, as it is at this place of the current stream."""
 
     @abstractmethod
+    def copy_into(self, destination: Tensor, source: Tensor) -> HostCopy:
+        """Starts copying a tensor of the device into pinned host memory."""
+
+    @abstractmethod
     def mark(self) -> Any:
         """A moment in the current stream, for `milliseconds`."""
 
@@ -77,6 +81,9 @@ class HostStreams(Streams):
 
     def copy_to_host(self, tensor: Tensor) -> HostCopy:
         return _Arrived(tensor.clone())
+
+    def copy_into(self, destination: Tensor, source: Tensor) -> HostCopy:
+        return _Arrived(destination.copy_(source))
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -118,11 +125,13 @@ class CudaStreams(Streams):
             tensor.record_stream(current)
 
     def copy_to_host(self, tensor: Tensor) -> HostCopy:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
+        return self.copy_into(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True), tensor)
+
+    def copy_into(self, destination: Tensor, source: Tensor) -> HostCopy:
+        destination.copy_(source, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self.current())
-        return _Arriving(host, event)
+        return _Arriving(destination, event)
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -5,10 +5,10 @@ A section that is missing here as a whole stands under its own name; its keys ne
 
 from __future__ import annotations
 
-_STAGE_3 = "it belongs to stage 3, which is not in this version"
-_OFFLOAD = (
-    "offloading to CPU or NVMe is not in this version; a higher stage or more ranks also lower the memory per rank"
-)
+_STAGE_3 = "stage 3 does not need it"
+_OFFLOAD = "use zero_optimization.offload_optimizer and offload_param"
+_NVME = "there is no NVMe offload, only device cpu"
+_SAVE = "engine.save_16bit_model() gathers the weights, and nothing else does"
 _QUANTIZED = "quantized communication is not in this version; communication_data_type can halve the traffic"
 
 _TOP_LEVEL = {
@@ -57,7 +57,7 @@ _TOP_LEVEL = {
     "wandb": "",
     "weight_quantization": "",
     "zero_allow_untested_optimizer": "an optimizer that cannot be sharded is refused by name",
-    "zero_force_ds_cpu_optimizer": "there is no CPU offload",
+    "zero_force_ds_cpu_optimizer": "the update on the host is native, and runs any element-wise optimizer",
 }
 
 _SECTIONS: dict[str, dict[str, str]] = {
@@ -86,6 +86,7 @@ _SECTIONS: dict[str, dict[str, str]] = {
         "cpu_offload_params": _OFFLOAD,
         "cpu_offload_use_pin_memory": _OFFLOAD,
         "elastic_checkpoint": "",
+        "gather_16bit_weights_on_model_save": _SAVE,
         "enable_sanity_checks": "",
         "ignore_unused_parameters": "a parameter without gradient counts as zero",
         "legacy_stage1": "",
@@ -93,15 +94,15 @@ _SECTIONS: dict[str, dict[str, str]] = {
         "memory_efficient_linear": _STAGE_3,
         "mics_hierarchical_params_gather": _STAGE_3,
         "mics_shard_size": _STAGE_3,
-        "offload_optimizer": _OFFLOAD,
-        "offload_param": _OFFLOAD,
         "override_module_apply": _STAGE_3,
         "parameter_alignment": "parameters always start on a 128-byte boundary",
         "pipeline_loading_checkpoint": "",
         "round_robin_gradients": "it served offloading",
-        "save_muon_momentum_buffer_in_memory": _OFFLOAD,
+        "save_muon_momentum_buffer_in_memory": "",
+        "stage3_gather_16bit_weights_on_model_save": _SAVE,
+        "stage3_gather_fp16_weights_on_model_save": _SAVE,
         "use_multi_rank_bucket_allreduce": "",
-        "zenflow": _OFFLOAD,
+        "zenflow": "",
         "zero_hpz_partition_size": _STAGE_3,
         "zero_quantized_gradients": _QUANTIZED,
         "zero_quantized_nontrainable_weights": _QUANTIZED,
@@ -110,7 +111,6 @@ _SECTIONS: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             [
                 "allgather_sequential",
-                "gather_16bit_weights_on_model_save",
                 "leaf_module",
                 "log_trace_cache_warnings",
                 "max_live_parameters",
@@ -120,8 +120,6 @@ _SECTIONS: dict[str, dict[str, str]] = {
                 "param_persistence_threshold",
                 "prefetch_bucket_size",
                 "stage3_allgather_sequential",
-                "stage3_gather_16bit_weights_on_model_save",
-                "stage3_gather_fp16_weights_on_model_save",
                 "stage3_max_reuse_distance",
                 "stage3_model_persistence_threshold",
                 "stage3_module_granularity_threshold",
@@ -131,6 +129,21 @@ _SECTIONS: dict[str, dict[str, str]] = {
             ],
             _STAGE_3,
         ),
+    },
+    "zero_optimization.offload_optimizer": {
+        "buffer_count": _NVME,
+        "fast_init": _NVME,
+        "nvme_path": _NVME,
+        "pipeline_read": _NVME,
+        "pipeline_write": _NVME,
+        "super_offload": "",
+        "cpuadam_cores_perc": "set OMP_NUM_THREADS",
+    },
+    "zero_optimization.offload_param": {
+        "buffer_count": _NVME,
+        "buffer_size": _NVME,
+        "max_in_cpu": _NVME,
+        "nvme_path": _NVME,
     },
 }
 

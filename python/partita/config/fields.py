@@ -70,6 +70,7 @@ AutocastName = Annotated[
 ]
 """A floating-point type for autocast, where torch's spelling is the canonical one."""
 
+OffloadDevice = Literal["none", "cpu"]
 MasterWeights = Literal["fp32", "split"]
 TransportName = Literal["auto", "shared_memory", "torch"]
 """What carries the bytes between ranks."""

@@ -14,6 +14,7 @@ from partita.config.fields import (
     ElementLimit,
     FloatName,
     MasterWeights,
+    OffloadDevice,
     OwnKey,
     Params,
     PositiveInt,
@@ -102,6 +103,30 @@ class TorchAutocastConfig(Section):
     dtype: AutocastName = Field("bfloat16", description="The type that autocast lowers operations to.")
 
 
+class OffloadOptimizerConfig(Section):
+    """Optimizer states on the host, and the update computed there."""
+
+    device: OffloadDevice = Field(
+        "none",
+        description="`cpu`: masters, moments and reduced gradients are in host memory, and the CPU updates them.",
+    )
+    pin_memory: Annotated[bool, DeepSpeedDefault("false")] = Field(
+        True, description="Use pinned memory, which the GPU copies from and to without the CPU."
+    )
+    ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="The share of the parameters whose states are offloaded; the rest is updated on the device."
+    )
+
+
+class OffloadParamConfig(Section):
+    """Stage 3: each rank's shard of the parameters on the host."""
+
+    device: OffloadDevice = Field(
+        "none", description="`cpu`: shards are in host memory, and are copied to the device when they are gathered."
+    )
+    pin_memory: Annotated[bool, DeepSpeedDefault("false")] = Field(True, description="As for `offload_optimizer`.")
+
+
 class ZeroConfig(Section):
     """What is partitioned over the data-parallel ranks, and how it travels."""
 
@@ -144,9 +169,29 @@ class ZeroConfig(Section):
     reduce_scatter: bool = Field(
         True, description="Stages 1 and 2 send each rank its shard only; false reduces whole buffers everywhere."
     )
+    offload_optimizer: OffloadOptimizerConfig = Field(
+        OffloadOptimizerConfig(), description="See [offload_optimizer](#zero_optimizationoffload_optimizer)."
+    )
+    offload_param: OffloadParamConfig = Field(
+        OffloadParamConfig(), description="See [offload_param](#zero_optimizationoffload_param)."
+    )
     contiguous_gradients: Annotated[bool, AfterValidator(_refuse_scattered_gradients)] = Field(
         True, description="Always true: gradients are packed into flat buffers."
     )
+
+    @model_validator(mode="after")
+    def _offload_has_an_object(self) -> Self:
+        if self.offload_optimizer.device != "none" and self.stage == 0:
+            raise ValueError("offload_optimizer works on partitioned states: use stage 1, 2 or 3")
+        if self.offload_param.device != "none" and self.stage < 3:
+            raise ValueError("offload_param works on partitioned parameters: use stage 3")
+        optimizer = self.offload_optimizer
+        if self.offload_param.device != "none" and (optimizer.device == "none" or optimizer.ratio < 1):
+            raise ValueError(
+                'offload_param keeps parameters where they are updated: set offload_optimizer.device to "cpu" too, '
+                "with ratio 1"
+            )
+        return self
 
 
 class CommConfig(Section):

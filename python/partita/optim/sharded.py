@@ -66,7 +66,10 @@ class ShardedOptimizer(Optimizer):
         self._controller = controller
         self._gathers = gathers
         self._update = self._choose_update(inner)
-        self._norm_parts = [kernels.norm_part(unit.reduced, unit.norm_segments) for unit in units]
+        self._norm_parts, self._host_norm_parts = (
+            [kernels.norm_part(unit.reduced, unit.norm_segments) for unit in units if unit.offloads == on_host]
+            for on_host in (False, True)
+        )
         super().__init__([torch.empty(0)], dict(inner.defaults))
         self.param_groups = inner.param_groups
         # Schedules warn when step() was not seen before theirs; ours runs inside engine.step().
@@ -88,6 +91,10 @@ class ShardedOptimizer(Optimizer):
         """
         total = self._controller.sum_of_squares.zero_()
         kernels.sum_of_squares(total, self._norm_parts)
+        if self._host_norm_parts:
+            on_host = torch.zeros(1, dtype=torch.float64)
+            kernels.sum_of_squares(on_host, self._host_norm_parts)
+            total += on_host.to(total.device, non_blocking=True)
         self._communicator.all_reduce(total).wait()
         self._controller.decide(mean=mean, clip=clip)
         self._update.begin()

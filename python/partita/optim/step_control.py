@@ -56,6 +56,10 @@ class StepController:
         """What the last decision was; the host gets it without holding up the device."""
         return PendingOutcome(self._streams.copy_to_host(self._memory))
 
+    def control_on_host(self) -> Tensor:
+        """The control block, for updates on the host, which waits for it."""
+        return self._streams.copy_to_host(self._memory).wait()[: _core.StepControl.nbytes]
+
     @property
     def scale(self) -> Tensor:
         """The loss scale in memory: one float64, which a step may change."""

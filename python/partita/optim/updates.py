@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from partita import kernels
-from partita.memory import flat_buffer
 from partita.optim.fused_adam import adam_group
 from partita.optim.step_control import StepController
 from partita.units import ShardSlice, Unit
@@ -39,8 +38,9 @@ class NativeAdam(ShardUpdate):
         self._optimizer = optimizer
         self._units = units
         self._controller = controller
-        self.exp_avg = [flat_buffer(len(unit.own), torch.float32, unit.params.device) for unit in units]
-        self.exp_avg_sq = [flat_buffer(len(unit.own), torch.float32, unit.params.device) for unit in units]
+        self.exp_avg = [unit.state_buffer(torch.float32) for unit in units]
+        self.exp_avg_sq = [unit.state_buffer(torch.float32) for unit in units]
+        self._host_control = torch.empty(0)
         self._groups = [adam_group(group) for group in optimizer.param_groups]
         self._parts = [
             kernels.adam_part(
@@ -49,7 +49,7 @@ class NativeAdam(ShardUpdate):
                 remainder=unit.remainder,
                 exp_avg=exp_avg,
                 exp_avg_sq=exp_avg_sq,
-                params=None if unit.dtype == torch.float32 else unit.own_params,
+                params=None if unit.dtype == torch.float32 else unit.updated,
                 segments=unit.segments,
             )
             for unit, exp_avg, exp_avg_sq in zip(units, self.exp_avg, self.exp_avg_sq, strict=True)
@@ -57,9 +57,17 @@ class NativeAdam(ShardUpdate):
 
     def begin(self) -> None:
         self._groups = [adam_group(group) for group in self._optimizer.param_groups]
+        if any(unit.offloads for unit in self._units):
+            self._host_control = self._controller.control_on_host()
 
     def update(self, indices: Iterable[int]) -> None:
-        kernels.adam([self._parts[i] for i in indices], self._groups, self._controller.control)
+        chosen = list(indices)
+        resident = [self._parts[i] for i in chosen if not self._units[i].offloads]
+        if resident:
+            kernels.adam(resident, self._groups, self._controller.control)
+        for i in (i for i in chosen if self._units[i].offloads):
+            kernels.adam([self._parts[i]], self._groups, self._host_control)
+            self._units[i].publish()  # on its way to the device beside the update of the next
 
     def states(self, index: int, key: str) -> list[tuple[ShardSlice, Tensor]]:
         flat = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}.get(key)
@@ -109,8 +117,11 @@ class TorchUpdate(ShardUpdate):
 
     def update(self, indices: Iterable[int]) -> None:
         for unit in (self._units[i] for i in indices):
-            if unit.dtype != torch.float32 and not self._skips:
-                kernels.split_master(unit.own_params, unit.full_precision())
+            if self._skips:
+                continue
+            if unit.dtype != torch.float32:
+                kernels.split_master(unit.updated, unit.full_precision())
+            unit.publish()
 
     def states(self, index: int, key: str) -> list[tuple[ShardSlice, Tensor]]:
         found = []

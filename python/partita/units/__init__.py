@@ -5,7 +5,7 @@ from partita.units.build import ModelUnits, ParameterGroup, UnitSettings, build_
 from partita.units.gathers import ParameterGathers
 from partita.units.layout import ParameterInfo, ShardSlice, Slot, UnitLayout, make_layout
 from partita.units.lifetimes import ParameterLifetimes
-from partita.units.parameters import FlatParameters, Lifetime, fill_from_rank_0, full_values
+from partita.units.parameters import FlatParameters, Lifetime, Offload, fill_from_rank_0, full_values
 from partita.units.policy import StagePolicy, stage_policy
 from partita.units.reducer import BackwardPlan, GradientReducer, ReductionSettings, has_reducer
 from partita.units.unit import GradState, Unit
@@ -20,6 +20,7 @@ __all__ = [
     "Holder",
     "Lifetime",
     "ModelUnits",
+    "Offload",
     "ParameterGathers",
     "ParameterGroup",
     "ParameterInfo",

@@ -12,9 +12,9 @@ from partita import kernels
 from partita.comm import Communicator
 from partita.units.blocks import find_blocks, owners_of
 from partita.units.layout import ParameterInfo, UnitLayout, make_layout, plan_buckets
-from partita.units.parameters import FlatParameters, Lifetime, fill_from_rank_0
+from partita.units.parameters import RESIDENT, FlatParameters, Lifetime, Offload, fill_from_rank_0
 from partita.units.policy import StagePolicy
-from partita.units.unit import Unit
+from partita.units.unit import Unit, UnitForm
 
 NamedParameter = tuple[str, nn.Parameter, int]  # with its optimizer group
 
@@ -34,6 +34,7 @@ class UnitSettings:
     splits_masters: bool = False
     unit_classes: Sequence[str] | None = None
     persistent_numel: int = 0
+    offload: Offload = RESIDENT
 
 
 @dataclass
@@ -71,9 +72,9 @@ class _Plan:
     owner: int | None  # the block
 
 
-def lifetime_of(policy: StagePolicy, communicator: Communicator) -> Lifetime:
+def lifetime_of(policy: StagePolicy, communicator: Communicator, offload: Offload = RESIDENT) -> Lifetime:
     """How full parameters live in this stage, among these ranks."""
-    if not policy.shards_params or communicator.world_size == 1:
+    if not policy.shards_params or (communicator.world_size == 1 and not offload.params):
         return Lifetime.ALWAYS
     return Lifetime.MAPPED if communicator.shares_memory else Lifetime.GATHERED
 
@@ -101,7 +102,7 @@ def build_units(
         TypeError, ValueError: a parameter's dtype or device cannot be trained; names it. A class of `unit_classes` is
             not in the model.
     """
-    lifetime = lifetime_of(policy, communicator)
+    lifetime = lifetime_of(policy, communicator, settings.offload)
     blocks = find_blocks(model, settings.unit_classes) if lifetime is Lifetime.GATHERED else []
     groups = [ParameterGroup(module) for module in (*blocks, model)]
     device = communicator.device
@@ -115,14 +116,19 @@ def build_units(
         return make_layout([infos[i] for i in plan.indices], communicator.world_size, multiple)
 
     infos, units = infos_of(trained), []
+    to_offload = settings.offload.states * sum(info.numel for info in infos)
     for plan in _plan_units(infos, _owners(trained, blocks, model), len(blocks), lifetime, settings):
         parameters = [trained[i][1] for i in plan.indices]
         dtype = settings.compute_dtype or parameters[0].dtype
         layout, grad_dtype = layout_of(infos, plan, dtype), settings.grad_dtype or dtype
-        unit = Unit(layout, parameters, dtype, grad_dtype, communicator, policy, plan.lifetime, settings.splits_masters)
-        units.append(unit)
+        numel = sum(infos[i].numel for i in plan.indices)
+        # Units that are reduced early have the longest time to reach the host.
+        offload = settings.offload if numel / 2 <= to_offload else RESIDENT
+        to_offload -= numel
+        form = UnitForm(dtype, grad_dtype, settings.splits_masters, offload)
+        units.append(Unit(layout, parameters, form, communicator, gathering, policy, plan.lifetime))
         if plan.lifetime is not Lifetime.ALWAYS:
-            groups[-1 if plan.owner is None else plan.owner].units.append(unit)
+            groups[-1 if plan.owner is None else plan.owner].units.append(units[-1])
     frozen = [
         (name, p, 0) for name, p in untrained.items() if lifetime is not Lifetime.ALWAYS and p.dtype in kernels.DTYPES
     ]
@@ -134,7 +140,7 @@ def build_units(
         dtype = settings.compute_dtype or parameters[0].dtype
         layout = layout_of(infos, plan, dtype)
         own = layout.shard_range(communicator.rank)
-        flat = FlatParameters(layout, parameters, dtype, communicator, own, plan.lifetime, gathering)
+        flat = FlatParameters(layout, parameters, dtype, communicator, own, plan.lifetime, gathering, settings.offload)
         fill_from_rank_0(flat.own_params, layout, own, parameters, communicator)
         flat.take_parameters()
         kept.append(flat)

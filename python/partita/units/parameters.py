@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor, nn
 
 from partita.comm import Communicator, Done, Handle
-from partita.memory import flat_buffer
+from partita.memory import flat_buffer, host_buffer
 from partita.units.absent import give_to, holder_of, make_absent, make_present
 from partita.units.layout import Slot, UnitLayout
 
@@ -28,6 +29,23 @@ class Residency(Enum):
     ABSENT = "each rank has its shard"
     COMING = "they are being gathered"
     HERE = "they are here"
+
+
+@dataclass(frozen=True)
+class Offload:
+    """What is kept on the host while the model computes on its device. On the CPU that is the same memory; the copies
+    are made all the same.
+
+    states: the share of the elements whose masters, moments and reduced gradients are on the host. params: the shards
+    of GATHERED parameters, too. pin: in pinned memory.
+    """
+
+    states: float = 0.0
+    params: bool = False
+    pin: bool = True
+
+
+RESIDENT = Offload()
 
 
 class FlatParameters:
@@ -53,6 +71,7 @@ class FlatParameters:
         own: range,
         lifetime: Lifetime,
         gathering: Communicator | None = None,
+        offload: Offload = RESIDENT,
     ) -> None:
         self.layout = layout
         self.parameters = parameters
@@ -68,7 +87,9 @@ class FlatParameters:
         device = communicator.device
         if lifetime is Lifetime.GATHERED:
             self.params = torch.empty(layout.numel, dtype=dtype, device=device)
-            self.own_params = flat_buffer(len(own), dtype, device)
+            self.own_params = (
+                host_buffer(len(own), dtype, offload.pin) if offload.params else flat_buffer(len(own), dtype, device)
+            )
         else:
             mapped = communicator.mapped(layout.numel, dtype) if lifetime is Lifetime.MAPPED else None
             self.params = communicator.empty(layout.numel, dtype) if mapped is None else mapped
@@ -231,7 +252,13 @@ class FlatParameters:
         if self.lifetime is Lifetime.MAPPED:
             self._home.copy_(self.params)
         else:
-            self._handle = self._gathering.all_gather_into(self._home, self.own_params)
+            self._handle = self._gather_home()
+
+    def _gather_home(self) -> Handle:
+        if self.own_params.device == self._home.device:
+            return self._gathering.all_gather_into(self._home, self.own_params)
+        self.part(self._home).copy_(self.own_params, non_blocking=True)
+        return self._gathering.all_gather(self._home)
 
     def _leave(self) -> None:
         make_absent(self.parameters)

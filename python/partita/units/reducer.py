@@ -17,7 +17,7 @@ from partita import kernels
 from partita._core import Bucketer, Span
 from partita.comm import Communicator, Handle
 from partita.memory import return_free_memory
-from partita.streams import Streams
+from partita.streams import HostCopy, Streams
 from partita.units.policy import StagePolicy
 from partita.units.unit import GradState, Unit
 
@@ -124,6 +124,8 @@ class GradientReducer:
         self._first_backward = True
         self._plan = BackwardPlan(reduces=False)  # of the backward under way
         self._in_flight: deque[_InFlight] = deque()
+        # To the host: None, or whether to add it to `Unit.reduced` there.
+        self._arriving: deque[tuple[Unit, bool | None, HostCopy]] = deque()
         self._staging = _Staging(communicator, max((u.layout.numel for u in units), default=0))
         self._offsets = [unit.offsets() for unit in units]
         self._names = [slot.name for unit in units for slot in unit.layout.slots]
@@ -169,6 +171,10 @@ class GradientReducer:
 
     def wait(self) -> None:
         """Returns when no reduction is under way."""
+        self._finish_reductions()
+        self._arrive()
+
+    def _finish_reductions(self) -> None:
         while self._in_flight:
             self._complete_oldest()
 
@@ -201,7 +207,7 @@ class GradientReducer:
 
     def begin_backward(self) -> None:
         """Gradients are about to arrive; called by the first of them if by nobody else."""
-        self.wait()  # gradients of another backward may be under way in the buffers that this one writes
+        self._finish_reductions()  # gradients of another backward may be under way in the buffers that this one writes
         self._plan = self._plan_backward()
         self._bucketer.begin_backward(self._settings.overlap)
 
@@ -272,7 +278,7 @@ class GradientReducer:
             handle = self._communicator.all_reduce(buffer)
         self._in_flight.append(_InFlight(unit, handle, staging))
         if not self._settings.overlap:
-            self.wait()
+            self._finish_reductions()
 
     def _take_staging(self, dtype: torch.dtype) -> Tensor:
         while (buffer := self._staging.take(dtype)) is None:
@@ -290,11 +296,29 @@ class GradientReducer:
         flight.handle.wait()  # if this raises, the collective stays under way: it was not completed
         self._in_flight.popleft()
         unit = flight.unit
+        full = unit.full_grads if flight.staging is None else flight.staging[: unit.layout.numel]
+        if full is not None and (flight.staging is not None or unit.offloads):
+            self._take(unit, unit.part(full), accumulate=unit.grad_state is GradState.REDUCED)
         if flight.staging is not None:
-            part = unit.part(flight.staging[: unit.layout.numel])
-            kernels.cast(unit.reduced, part, accumulate=unit.grad_state is GradState.REDUCED)
             self._staging.give_back(flight.staging)
         unit.grad_state = GradState.REDUCED
+
+    def _take(self, unit: Unit, part: Tensor, *, accumulate: bool) -> None:
+        """Moves the sum over ranks to where the optimizer computes."""
+        if part.device == unit.reduced.device:
+            kernels.cast(unit.reduced, part, accumulate=accumulate)
+        elif accumulate or part.dtype != unit.reduced.dtype:
+            self._arriving.append((unit, accumulate, self._streams.copy_to_host(part)))
+        else:
+            self._arriving.append((unit, None, self._streams.copy_into(unit.reduced, part)))
+
+    def _arrive(self) -> None:
+        """What is on its way to the host is there; the host waits."""
+        while self._arriving:
+            unit, accumulate, copy = self._arriving.popleft()
+            values = copy.wait()
+            if accumulate is not None:
+                kernels.cast(unit.reduced, values, accumulate=accumulate)
 
     def _pack(self, index: int, buffer: Tensor, *, accumulate: bool) -> None:
         """Moves the gradients of a unit into a full buffer; autograd's own tensors are released."""

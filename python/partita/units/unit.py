@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from partita import kernels
 from partita._core import Segments
 from partita.comm import Communicator
-from partita.memory import flat_buffer
+from partita.memory import flat_buffer, host_buffer
 from partita.units.layout import Slot, UnitLayout
-from partita.units.parameters import FlatParameters, Lifetime, fill_from_rank_0
+from partita.units.parameters import RESIDENT, FlatParameters, Lifetime, Offload, fill_from_rank_0
 from partita.units.policy import StagePolicy
 
 
@@ -24,6 +25,17 @@ class GradState(Enum):
     EMPTY = "nothing since the last step"
     LOCAL = "this rank's micro-batches, not reduced yet"
     REDUCED = "the sum over ranks"
+
+
+@dataclass(frozen=True)
+class UnitForm:
+    """In which formats a unit is kept, and where. splits_masters: the masters of bf16 parameters are 16 bits beside
+    them."""
+
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    splits_masters: bool = False
+    offload: Offload = RESIDENT
 
 
 class Unit(FlatParameters):
@@ -37,36 +49,45 @@ class Unit(FlatParameters):
         self,
         layout: UnitLayout,
         parameters: list[nn.Parameter],
-        dtype: torch.dtype,
-        grad_dtype: torch.dtype,
+        form: UnitForm,
         communicator: Communicator,
+        gathering: Communicator,
         policy: StagePolicy,
         lifetime: Lifetime,
-        splits_masters: bool,
-        gathering: Communicator | None = None,
     ) -> None:
         shard = layout.shard_range(communicator.rank)
         own = shard if policy.shards_states else range(layout.numel)
-        super().__init__(layout, parameters, dtype, communicator, own, lifetime, gathering)
+        super().__init__(layout, parameters, form.dtype, communicator, own, lifetime, gathering, form.offload)
         self.segments = _segments(layout, self.own, self.own.start)
         # Every element is counted by one rank in every stage, so that the norm has the same bits in all of them.
         self.norm_segments = _segments(layout, shard, self.own.start)
+        self.offloads = form.offload.states > 0  # what follows is on the host, and moves there and back
+        self._pin = form.offload.pin
 
-        # fp32; for fp32 parameters, this rank's part of them. None: `remainder` (int16) has what the parameters lack.
+        # fp32; for fp32 parameters, this rank's part of them. None: `remainder` (int16) has what `updated` lacks.
         self.master: Tensor | None = None
         self.remainder: Tensor | None = None
-        self._take_weights(communicator, splits_masters)
+        # What an update writes: `own_params`, or what becomes it when it is brought back from the host.
+        self.updated = self.own_params
+        self._take_weights(form.splits_masters)
         self.take_parameters()
         self.access: Callable[[], Any] | None = None  # a weak reference to who may look into this unit
 
         # Accumulation dtype. `reduced`: the gradients of `own`, a view of `full_grads` where that exists.
-        self.full_grads = communicator.empty(layout.numel, grad_dtype) if policy.keeps_full_grads else None
-        self.reduced = (
-            communicator.empty(len(self.own), grad_dtype) if self.full_grads is None else self.part(self.full_grads)
-        )
+        self.full_grads = communicator.empty(layout.numel, form.grad_dtype) if policy.keeps_full_grads else None
+        if self.full_grads is not None and not self.offloads:
+            self.reduced = self.part(self.full_grads)
+        else:
+            self.reduced = self.state_buffer(form.grad_dtype)
         self.grad_state = GradState.EMPTY
 
-    def _take_weights(self, communicator: Communicator, splits_masters: bool) -> None:
+    def state_buffer(self, dtype: torch.dtype) -> Tensor:
+        """Memory for something of every element of `own`, where the optimizer computes; zeros."""
+        if self.offloads:
+            return host_buffer(len(self.own), dtype, self._pin)
+        return flat_buffer(len(self.own), dtype, self.params.device)
+
+    def _take_weights(self, splits_masters: bool) -> None:
         """The user's weights, before they are cast, as rank 0 has them; kept in fp32 where that is a master."""
         is_fp32 = self.dtype == torch.float32
         whole = self.lifetime is Lifetime.ALWAYS
@@ -74,29 +95,39 @@ class Unit(FlatParameters):
         if is_fp32:
             weights = self.params if whole else self.own_params
         else:
-            weights = flat_buffer(len(elements), torch.float32, communicator.device)
-        fill_from_rank_0(weights, self.layout, elements, self.parameters, communicator)
-        if is_fp32:
-            self.master = self.own_params
-            return
-        if whole:
+            weights = flat_buffer(len(elements), torch.float32, self.params.device)
+        fill_from_rank_0(weights, self.layout, elements, self.parameters, self.communicator)
+        if whole and not is_fp32:
             kernels.split_master(self.params, weights)
-            weights = self.part(weights)
+        weights = self.part(weights) if whole else weights
+        if self.offloads and self.own_params.device == self.params.device:
+            self.updated = self.state_buffer(self.dtype)
+        if is_fp32:
+            self.master = self.updated
+            if self.updated is not self.own_params:
+                self.updated.copy_(weights)
+            return
+        if self.offloads:
+            weights = self.state_buffer(torch.float32).copy_(weights)
         if splits_masters:
-            self.remainder = flat_buffer(len(self.own), torch.int16, communicator.device)
-        elif whole:
-            self.master = flat_buffer(len(self.own), torch.float32, communicator.device).copy_(weights)
+            self.remainder = self.state_buffer(torch.int16)
         else:
-            self.master = weights
-        kernels.split_master(self.own_params, weights, self.remainder)
+            self.master = self.state_buffer(torch.float32).copy_(weights) if whole and not self.offloads else weights
+        kernels.split_master(self.updated, weights, self.remainder)
+        self.publish()
+
+    def publish(self) -> None:
+        """The parameters of `own` are what the last update wrote; on a GPU, for what is queued from now on."""
+        if self.updated is not self.own_params:
+            self.own_params.copy_(self.updated, non_blocking=True)
 
     def full_precision(self) -> Tensor:
         """The fp32 weights of this rank's own range: the masters themselves, or a copy where they are split."""
         if self.master is not None:
             return self.master
-        joined = torch.empty(len(self.own), dtype=torch.float32, device=self.params.device)
+        joined = torch.empty(len(self.own), dtype=torch.float32, device=self.updated.device)
         if self.remainder is not None:
-            kernels.join_master(joined, self.own_params, self.remainder)
+            kernels.join_master(joined, self.updated, self.remainder)
         return joined
 
     def adopt_written_parameters(self) -> None:
@@ -113,12 +144,14 @@ class Unit(FlatParameters):
             self._adopt({slot for slot, now, before in slots if now != before})
 
     def _adopt(self, slots: Collection[Slot]) -> None:
+        if self.updated is not self.own_params:
+            self.updated.copy_(self.own_params)
         if self.remainder is not None:
             for part in self.layout.slices(self.own):
                 if part.slot in slots:
                     self.remainder[part.shard_offset : part.shard_offset + part.numel].zero_()
         elif self.master is not None and self.dtype != torch.float32:
-            kernels.adopt_written(self.master, self.own_params)
+            kernels.adopt_written(self.master, self.updated)
 
 
 def _segments(layout: UnitLayout, elements: range, origin: int) -> Segments:
