@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partita.access import ParameterAccess
+from partita.activation_checkpointing import ActivationCheckpoints
 from partita.assembly import (
     OptimizerSource,
     choose_optimizer,
@@ -29,6 +31,7 @@ from partita.batches import call_with, differentiable_tensors, loss_in, micro_ba
 from partita.comm import backend_for, init_distributed, world_communicator
 from partita.config import Config, load_config, save_config
 from partita.data import ShardedLoader
+from partita.export import WeightFile, layout_of, write_weights
 from partita.lifecycle import Phase, require
 from partita.model_guard import ModelGuard
 from partita.monitor import PhaseTimers, StepReporter
@@ -39,6 +42,7 @@ from partita.placement import (
     optimized_parameters,
     place_untrained,
     refuse_compiled,
+    state_tensors,
     untrained_parameters,
 )
 from partita.precision import loss_scaler_of, precision_of
@@ -52,8 +56,10 @@ from partita.units import (
     ParameterGathers,
     ParameterLifetimes,
     ReductionSettings,
+    Unit,
     UnitSettings,
     build_units,
+    holder_of,
     lifetime_of,
     stage_policy,
 )
@@ -174,6 +180,12 @@ class Engine:
             prefetch_numel=zero.stage3_prefetch_bucket_size,
             max_live_numel=zero.stage3_max_live_parameters,
         )
+        checkpointing = self.config.activation_checkpointing
+        self._checkpoints: ActivationCheckpoints | None = None
+        if checkpointing.enabled:
+            self._checkpoints = ActivationCheckpoints(
+                model, checkpointing.classes, on_host=checkpointing.cpu_checkpointing
+            )
         # Stored gradients are sums over micro-batches and ranks, divided by `predivide`.
         predivide = self._predivide()
         self._mean = predivide / (self._batch.accumulation * self._communicator.world_size)
@@ -444,6 +456,33 @@ class Engine:
         self._gathers.wait()
         return load_weights(self.module, source, strict=strict, rank=rank)
 
+    def save_model(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Writes the model's state dict to one safetensors file, which rank 0 writes and all ranks gather.
+
+        No rank holds more than one unit of whole parameters at a time. The file appears when it is complete. Shared
+        parameters are written under each of their names.
+
+        Args:
+            dtype: of the floating-point tensors; None: as the model computes. torch.float32 writes the masters of
+                what is trained.
+
+        Raises:
+            ValueError: something in the state dict is no tensor, or safetensors has no such dtype.
+            OSError: the file cannot be written; raised on all ranks.
+        """
+        self._gathers.wait()
+        state = self.module.state_dict(keep_vars=True)
+        file = WeightFile(path, layout_of(state.items(), dtype))
+        problem = write_weights(file if self.global_rank == 0 else None, self._weights_to_save(state, dtype))
+        failed = torch.full((1,), float(problem is not None), device=self.device)
+        self._communicator.all_reduce(failed).wait()
+        if failed.item():
+            raise OSError(f"'{path}' was not written on rank 0: {problem or 'see its error'}") from problem
+
+    def save_16bit_model(self, save_dir: str | os.PathLike[str], save_filename: str = "model.safetensors") -> None:
+        """`save_model` in the dtype that the model computes in, under DeepSpeed's name."""
+        self.save_model(Path(save_dir) / save_filename)
+
     def save_config(self, path: str | os.PathLike[str]) -> None:
         """Writes the whole config as JSON, batch sizes resolved."""
         save_config(self.config, path)
@@ -463,6 +502,8 @@ class Engine:
             self._reducer.close()
         finally:  # the collectives under way may have failed
             self._lifetimes.close()
+            if self._checkpoints is not None:
+                self._checkpoints.close()
             self._units.clear()
             self._sharded = self.optimizer = self.lr_scheduler = None
             if self._gathering is not self._communicator:
@@ -470,6 +511,13 @@ class Engine:
             self._communicator.close()
 
     # -- parts
+
+    def _weights_to_save(self, state: dict[str, Any], dtype: torch.dtype | None) -> Iterator[tuple[str, Any]]:
+        for name, value in state_tensors(self.module):
+            unit = holder_of(state[name])
+            if dtype is torch.float32 and isinstance(unit, Unit) and unit.dtype is not dtype:
+                value = self._access.weights(unit, state[name])
+            yield name, value
 
     def _predivide(self) -> float:
         """What gradients are divided by before they are summed over ranks."""

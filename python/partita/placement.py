@@ -137,15 +137,13 @@ def state_tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
         holder = holder_of(value) if isinstance(value, torch.Tensor) else None
         held_by.setdefault(holder, []).append(name)
     for holder, names in held_by.items():
-        if holder is not None:
-            holder.hold()
-        try:
+        if holder is None:
             for name in names:
-                value = state[name]
-                yield name, value.detach() if isinstance(value, torch.Tensor) else value
-        finally:
-            if holder is not None:
-                holder.let_go()
+                yield name, state[name].detach() if isinstance(state[name], torch.Tensor) else state[name]
+            continue
+        with holder.whole() as values_of:
+            for name in names:
+                yield name, values_of(state[name])
 
 
 def clone_state_dict(module: nn.Module, wanted: bool = True) -> dict[str, Any]:

@@ -23,6 +23,8 @@ LAYERS = (
     "comm",
     "units",
     "zero",
+    "export",
+    "activation_checkpointing",
     "optim",
     "access",
     "utils",

@@ -12,7 +12,6 @@ _SAVE = "engine.save_16bit_model() gathers the weights, and nothing else does"
 _QUANTIZED = "quantized communication is not in this version; communication_data_type can halve the traffic"
 
 _TOP_LEVEL = {
-    "activation_checkpointing": "call torch.utils.checkpoint in the model",
     "aio": "there is no NVMe offload",
     "allgather_size": "use zero_optimization.allgather_bucket_size",
     "amp": "use fp16, bf16 or torch_autocast",
@@ -129,6 +128,13 @@ _SECTIONS: dict[str, dict[str, str]] = {
             ],
             _STAGE_3,
         ),
+    },
+    "activation_checkpointing": {
+        "contiguous_memory_optimization": "",
+        "number_checkpoints": "name the layers in activation_checkpointing.classes",
+        "partition_activations": "",
+        "profile": "",
+        "synchronize_checkpoint_boundary": "",
     },
     "zero_optimization.offload_optimizer": {
         "buffer_count": _NVME,

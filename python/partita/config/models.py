@@ -194,6 +194,22 @@ class ZeroConfig(Section):
         return self
 
 
+class ActivationCheckpointingConfig(Section):
+    """Layers that keep their inputs only, and compute their activations again in backward."""
+
+    enabled: Annotated[bool, OwnKey()] = Field(False, description="Checkpoint the layers of the model.")
+    classes: Annotated[list[str] | None, OwnKey()] = Field(
+        None, description="Names of the layers' classes; null finds the repeated layers of the model."
+    )
+    cpu_checkpointing: bool = Field(False, description="Keep the inputs of the layers in host memory.")
+
+    @model_validator(mode="after")
+    def _is_used(self) -> Self:
+        if not self.enabled and (self.cpu_checkpointing or self.classes is not None):
+            raise ValueError("the other keys have no effect while enabled is false; set enabled to true")
+        return self
+
+
 class CommConfig(Section):
     """How bytes move between ranks."""
 
@@ -243,6 +259,9 @@ class Config(Section):
         TorchAutocastConfig(), description="See [torch_autocast](#torch_autocast)."
     )
     zero_optimization: ZeroConfig = Field(ZeroConfig(), description="See [zero_optimization](#zero_optimization).")
+    activation_checkpointing: ActivationCheckpointingConfig = Field(
+        ActivationCheckpointingConfig(), description="See [activation_checkpointing](#activation_checkpointing)."
+    )
     gradient_clipping: Annotated[float, Field(ge=0), DeepSpeedDefault("1.0")] = Field(
         0.0, description="Largest norm of all gradients together; 0 does not clip."
     )

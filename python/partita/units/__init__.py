@@ -1,6 +1,7 @@
 """Flat units: layout, storage, stage policies, lifetimes of parameters, and the reduction of their gradients."""
 
 from partita.units.absent import DESCRIBING, AbsentParameterError, Holder, holder_of, take_back
+from partita.units.blocks import find_blocks
 from partita.units.build import ModelUnits, ParameterGroup, UnitSettings, build_units, lifetime_of, require_on
 from partita.units.gathers import ParameterGathers
 from partita.units.layout import ParameterInfo, ShardSlice, Slot, UnitLayout, make_layout
@@ -34,6 +35,7 @@ __all__ = [
     "UnitSettings",
     "build_units",
     "fill_from_rank_0",
+    "find_blocks",
     "full_values",
     "has_reducer",
     "holder_of",

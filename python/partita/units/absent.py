@@ -8,7 +8,9 @@ names it. Operations inside autograd do not look at the class; torch refuses tho
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +33,9 @@ class Holder(Protocol):
     def name_of(self, parameter: nn.Parameter) -> str:
         """For people."""
 
+    def whole(self) -> AbstractContextManager[Callable[[nn.Parameter], Tensor]]:
+        """Inside the block, the values of each of the parameters, to be read only. A collective."""
+
     def hold(self) -> None:
         """The values are here from now on, in memory of this rank's own. A collective."""
 
@@ -42,16 +47,26 @@ class Holder(Protocol):
         while they are held."""
 
 
+class _Held:
+    """Who holds a parameter: an attribute of it which is not pickled with it, as a holder cannot be."""
+
+    def __init__(self, holder: Holder) -> None:
+        self.holder = holder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()  # what torch.load() takes with weights_only, too
+
+
 def holder_of(parameter: Tensor) -> Holder | None:
     """Who has the parameter's values; None for one that nobody has taken."""
-    holder: Holder | None = getattr(parameter, "_partita_holder", None)
-    return holder
+    held = getattr(parameter, "_partita_holder", None)
+    return held.holder if isinstance(held, _Held) else None
 
 
 def give_to(holder: Holder, parameters: Iterable[nn.Parameter]) -> None:
     """From now on `holder_of()` answers this holder."""
     for parameter in parameters:
-        parameter._partita_holder = holder  # type: ignore[attr-defined]
+        parameter._partita_holder = _Held(holder)  # type: ignore[attr-defined]
 
 
 def make_absent(parameters: Iterable[nn.Parameter]) -> None:
@@ -115,13 +130,13 @@ def _name(parameter: Any) -> str:
 _READABLE = """shape dtype device layout requires_grad grad grad_fn grad_dtype is_leaf ndim names nbytes itemsize
 is_cuda is_cpu is_meta is_mps is_xpu is_mkldnn is_sparse is_sparse_csr is_quantized is_nested _version _backward_hooks
 _post_accumulate_grad_hooks output_nr retains_grad"""
-_WRITABLE = "grad requires_grad _backward_hooks"
+_WRITABLE = "grad grad_dtype requires_grad _backward_hooks"
 _CALLABLE = """size stride dim numel nelement ndimension element_size storage_offset is_floating_point is_complex
 is_contiguous is_signed untyped_storage requires_grad_ register_hook register_post_accumulate_grad_hook get_device
 __len__"""
 
 DESCRIBING: set[Any] = {
     *(getattr(Tensor, name).__get__ for name in _READABLE.split() if hasattr(Tensor, name)),
-    *(getattr(Tensor, name).__set__ for name in _WRITABLE.split()),
+    *(getattr(Tensor, name).__set__ for name in _WRITABLE.split() if hasattr(Tensor, name)),
     *(getattr(Tensor, name) for name in _CALLABLE.split()),
 }

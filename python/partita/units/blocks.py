@@ -8,25 +8,26 @@ from collections.abc import Sequence
 from torch import nn
 
 
-def find_blocks(model: nn.Module, unit_classes: Sequence[str] | None) -> list[nn.Module]:
-    """The modules whose parameters are gathered together, in order of registration; none lies inside another.
+def find_blocks(
+    model: nn.Module, classes: Sequence[str] | None, key: str = "zero_optimization.unit_classes"
+) -> list[nn.Module]:
+    """The layers of a model, in order of registration; none lies inside another.
 
     Args:
-        unit_classes: names of their classes; None: the repeated children of `ModuleList` and `Sequential`, which is
+        classes: names of their classes; None: the repeated children of `ModuleList` and `Sequential`, which is
             what the layers of most models are.
 
     Raises:
         ValueError: no module is of a class that is named.
     """
     blocks: list[nn.Module] = []
-    _add_blocks(model, None if unit_classes is None else set(unit_classes), blocks)
-    if unit_classes is not None:
+    _add_blocks(model, None if classes is None else set(classes), blocks)
+    if classes is not None:
         present = {type(module).__name__ for module in model.modules()}
-        for name in unit_classes:
+        for name in classes:
             if name not in present:
                 raise ValueError(
-                    f"zero_optimization.unit_classes: the model has no module of class '{name}'; it has "
-                    + ", ".join(sorted(present))
+                    f"{key}: the model has no module of class '{name}'; it has " + ", ".join(sorted(present))
                 )
     return blocks
 

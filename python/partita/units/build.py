@@ -145,6 +145,8 @@ def build_units(
         flat.take_parameters()
         kept.append(flat)
         groups[-1 if plan.owner is None else plan.owner].units.append(flat)
+    if lifetime is Lifetime.MAPPED:
+        communicator.barrier()  # then every rank may read what the others have filled in
     return ModelUnits(units, kept, [group for group in groups[:-1] if group.units] + groups[-1:])
 
 

@@ -114,11 +114,8 @@ class ParameterLifetimes:
     def _need(self, index: int) -> None:
         """A group computes now; what comes after it in this pass is sent for."""
         current = self._pass or _Pass([], self.groups)
-        skipped: list[int] = []
-        if index == self._root:
-            current.send_for(index)
-        else:
-            skipped = current.up_to(index)
+        skipped = current.up_to(index) if current.is_to_come(index) else []
+        current.send_for(index)  # the root, or a block whose turn was before
         self._live |= {index, *skipped}
         current.ahead(self._prefetch_numel, self._max_live_numel - sum(self.groups[i].numel for i in self._live))
         for unit in self.groups[index].units:
@@ -202,16 +199,11 @@ class _Pass:
         return index in self._ahead or index in self._left
 
     def up_to(self, index: int) -> list[int]:
-        """Sends for all blocks to this one, or, if its turn was before, for this one alone. Returns those in between,
-        which this rank skips."""
-        if index in self._ahead:
-            skipped = self._ahead[: self._ahead.index(index)]
-            del self._ahead[: len(skipped) + 1]
-            return skipped
+        """Sends for all blocks to this one, which is to come. Returns those in between, which this rank skips."""
         skipped, self._ahead = self._ahead, []
-        if index not in self._left:
-            self.send_for(index)
-            return skipped
+        if index in skipped:
+            self._ahead = skipped[skipped.index(index) + 1 :]
+            return skipped[: skipped.index(index)]
         while (first := self._left.pop(0)) != index:
             self.send_for(first)
             skipped.append(first)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
@@ -163,6 +164,18 @@ class FlatParameters:
 
     # -- for others than the model's forward and backward, see `Holder`
 
+    @contextmanager
+    def whole(self) -> Iterator[Callable[[nn.Parameter], Tensor]]:
+        if self.lifetime is Lifetime.MAPPED:  # read where they are
+            views = dict(zip(map(id, self.parameters), self._views[id(self.params)], strict=True))
+            yield lambda parameter: views[id(parameter)]
+            return
+        self.hold()
+        try:
+            yield lambda parameter: parameter.detach()
+        finally:
+            self.let_go()
+
     def hold(self) -> None:
         self._holds += 1
         if self._holds > 1 or self.lifetime is Lifetime.ALWAYS:
@@ -271,11 +284,8 @@ def full_values(parameter: nn.Parameter) -> Tensor:
     holder = holder_of(parameter)
     if holder is None:
         return parameter.detach().clone(memory_format=torch.contiguous_format)
-    holder.hold()
-    try:
-        return parameter.detach().clone(memory_format=torch.contiguous_format)
-    finally:
-        holder.let_go()
+    with holder.whole() as values_of:
+        return values_of(parameter).clone(memory_format=torch.contiguous_format)
 
 
 def fill_from_rank_0(

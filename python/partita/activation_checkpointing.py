@@ -1,0 +1,55 @@
+"""Layers whose activations are computed again in backward, not kept (Chen et al. 2016, arXiv:1604.06174)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from partita.units import find_blocks
+
+
+class ActivationCheckpoints:
+    """Replaces the forward of a model's layers by one that keeps its inputs only.
+
+    The hooks of a layer run outside of that: in stage 3 its parameters arrive once for the recomputation and the
+    backward after it.
+
+    Args:
+        classes: names of the layers' classes; None: the repeated layers of the model.
+        on_host: keep the inputs in host memory.
+
+    Raises:
+        ValueError: the model has no such layers.
+    """
+
+    def __init__(self, model: nn.Module, classes: Sequence[str] | None, *, on_host: bool) -> None:
+        self._layers = find_blocks(model, classes, key="activation_checkpointing.classes")
+        if not self._layers:
+            raise ValueError(
+                "activation_checkpointing is enabled, and the model has no repeated layers: name the classes of the "
+                "modules to checkpoint in activation_checkpointing.classes"
+            )
+        for layer in self._layers:
+            layer.forward = partial(_checkpointed, layer, layer.forward, on_host)
+
+    def close(self) -> None:
+        """The layers are as they were."""
+        for layer in self._layers:
+            del layer.forward
+        self._layers = []
+
+
+def _checkpointed(layer: nn.Module, forward: Callable[..., Any], on_host: bool, *args: Any, **kwargs: Any) -> Any:
+    if not (layer.training and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    inputs: AbstractContextManager[Any] = nullcontext()
+    if on_host:
+        inputs = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+    with inputs:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
