@@ -72,7 +72,8 @@ class WeightFile:
             raise ValueError(f"'{name}' has shape {tuple(values.shape)}, not {shape}")
         if self._file is None:
             raise ValueError("the file is not open")
-        data = values.detach().to(device="cpu", dtype=dtype).contiguous().view(-1).view(torch.uint8)
+        # A copy, as numpy() ties a storage to its size.
+        data = values.detach().to(device="cpu", dtype=dtype, copy=True).contiguous().view(-1).view(torch.uint8)
         self._file.seek(self._begin[name])
         self._file.write(data.numpy().data)
         self._left.discard(name)

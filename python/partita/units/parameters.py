@@ -200,8 +200,8 @@ class FlatParameters:
         if not self._computes:
             self._leave()
         elif self.lifetime is Lifetime.MAPPED:
+            self._free_home()
             self._point(self.params)
-            self._home.untyped_storage().resize_(0)
 
     def keep(self, parameters: list[nn.Parameter]) -> None:
         kept = set(map(id, parameters))
@@ -274,9 +274,20 @@ class FlatParameters:
         return self._gathering.all_gather(self._home)
 
     def _leave(self) -> None:
+        self._free_home()
         make_absent(self.parameters)
-        self._home.untyped_storage().resize_(0)
         self.residency = Residency.ABSENT
+
+    def _free_home(self) -> None:
+        if not self._home.untyped_storage().resizable():  # somebody called numpy(), and may still have the array
+            home = torch.empty_like(self._home)
+            if self.params is self._home:
+                self.params = home
+            self._home = home
+            self._views = {id(buffer): self._views_of(buffer) for buffer in (self.params, self._home)}
+            self._point(home)
+            self._places = self._where()
+        self._home.untyped_storage().resize_(0)
 
 
 def full_values(parameter: nn.Parameter) -> Tensor:
