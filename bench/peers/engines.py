@@ -197,5 +197,5 @@ ENGINES: dict[str, Entry] = {
     "fsdp2": Entry(_fsdp2, "torch fully_shard per block", sharded_step=True),
     **{f"deepspeed{stage}": _staged(_deepspeed, stage) for stage in (0, 1, 2, 3)},
     **{f"partita{stage}": _staged(_partita, stage) for stage in (0, 1, 2, 3)},
-    **{f"partita{stage}-gloo": _staged(partial(_partita, transport="torch"), stage) for stage in (0, 1, 2)},
+    **{f"partita{stage}-gloo": _staged(partial(_partita, transport="torch"), stage) for stage in (0, 1, 2, 3)},
 }
