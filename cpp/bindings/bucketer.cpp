@@ -17,6 +17,7 @@ void register_bucketer(py::module_& m) {
         .def(
             "mark_ready", [](Bucketer& b, std::int32_t p) { return as_pair(b.mark_ready(p)); }, py::arg("parameter"))
         .def("is_complete", &Bucketer::is_complete, py::arg("parameter"))
+        .def("was_launched", &Bucketer::was_launched, py::arg("parameter"))
         .def("finish", [](Bucketer& b) { return as_pair(b.finish()); })
         .def_property_readonly("in_backward", &Bucketer::in_backward);
 }

@@ -27,7 +27,7 @@ Bucketer::Bucketer(std::vector<std::int32_t> unit_of, std::int32_t units)
 void Bucketer::begin_backward(bool overlap) {
     if (in_backward_) throw std::logic_error("begin_backward before the last backward was finished");
     in_backward_ = true;
-    overlap_ = overlap && learned_;
+    overlap_ = overlap;
     next_ = 0;
     std::fill(seen_.begin(), seen_.end(), 0);
     missing_ = missing_at_start_;
@@ -37,7 +37,7 @@ Bucketer::Range Bucketer::mark_ready(std::int32_t p) {
     if (!in_backward_) throw std::logic_error("mark_ready outside of a backward");
     const auto parameter = static_cast<std::size_t>(p);
     const std::int32_t unit = unit_of_.at(parameter);
-    if (unit < next_) {
+    if (unit < next_ && learned_) {
         throw std::logic_error("parameter " + std::to_string(p) + " was accumulated after its unit was launched");
     }
     if (++seen_[parameter] <= expected_[parameter]) --missing_[static_cast<std::size_t>(unit)];
@@ -52,6 +52,8 @@ bool Bucketer::is_complete(std::int32_t p) const {
     const std::int32_t unit = unit_of_.at(static_cast<std::size_t>(p));
     return missing_[static_cast<std::size_t>(unit)] == 0;
 }
+
+bool Bucketer::was_launched(std::int32_t p) const { return unit_of_.at(static_cast<std::size_t>(p)) < next_; }
 
 Bucketer::Range Bucketer::finish() {
     if (!in_backward_) throw std::logic_error("finish outside of a backward");

@@ -31,12 +31,17 @@ class ParameterAccess:
         communicator: Communicator,
         grad_factor: Callable[[], float],
     ) -> None:
+        self._units = units  # the engine's own list, which it empties when it is destroyed
         self._index = {id(unit): i for i, unit in enumerate(units)}
         self._optimizer = optimizer
         self._reducer = reducer
         self._gathers = gathers
         self._communicator = communicator
         self._grad_factor = grad_factor
+
+    def trains(self, unit: Unit) -> bool:
+        """Whether the engine still trains this unit."""
+        return any(unit is own for own in self._units)
 
     def weights(self, unit: Unit, parameter: nn.Parameter) -> Tensor | None:
         """The fp32 master weights."""

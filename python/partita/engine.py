@@ -179,6 +179,7 @@ class Engine:
             self._gathering if lifetime is Lifetime.GATHERED else None,
             prefetch_numel=zero.stage3_prefetch_bucket_size,
             max_live_numel=zero.stage3_max_live_parameters,
+            no_more_gradients=lambda units: self._reducer.no_more_gradients(units),
         )
         checkpointing = self.config.activation_checkpointing
         self._checkpoints: ActivationCheckpoints | None = None
@@ -197,7 +198,7 @@ class Engine:
             self._streams,
             plan_backward=self._plan_backward,
             after_backward=self._end_backward,
-            before_reduction=self._lifetimes.before_reduction,
+            before_reduction=self._lifetimes.before_reduction if zero.overlap_comm else self._lifetimes.gather_rest,
         )
         scale = self._controller.scale if precision.scales_loss else None
         self._backwards = BackwardWatch(scale, self._reducer.finish_backward)
@@ -282,6 +283,7 @@ class Engine:
         self.micro_steps += 1
         self._phase = Phase.READY
         self._backwards.backward_ended()
+        self._lifetimes.forget_forwards()
         if at_boundary:
             with self._timers.phase("step"):
                 self._update()
@@ -366,6 +368,7 @@ class Engine:
         """Begins the step anew: drops the gradients since the last update, and what an interrupted backward left."""
         self._reducer.reset()
         self._backwards.backward_ended()
+        self._lifetimes.forget_forwards()
         self._lifetimes.release_all()
         self.micro_steps -= self.micro_steps % self._batch.accumulation
         if self._phase is not Phase.DESTROYED:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from partita.memory import FreedMemory
 
 # Names of the format: https://github.com/huggingface/safetensors#format
 DTYPE_NAMES = {
@@ -61,8 +63,12 @@ class WeightFile:
     def __enter__(self) -> WeightFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._partial.open("wb")
-        self._file.truncate(self._end)
-        self._file.write(self._header)
+        try:
+            self._file.truncate(self._end)
+            self._file.write(self._header)
+        except BaseException:
+            self._discard()
+            raise
         return self
 
     def write(self, name: str, values: Tensor) -> None:
@@ -86,14 +92,19 @@ class WeightFile:
             if complete:
                 self._file.flush()
                 os.fsync(self._file.fileno())
+                self._partial.replace(self._path)
         finally:
-            self._file.close()
-            if not complete:
-                self._partial.unlink(missing_ok=True)
-        if complete:
-            self._partial.replace(self._path)
-        elif kind is None:
+            self._discard()
+        if kind is None and not complete:
             raise ValueError(f"'{self._path}' was not written: it lacks {sorted(self._left)}")
+
+    def _discard(self) -> None:
+        """Closes the file, which is gone unless it has its name."""
+        if self._file is not None:
+            with suppress(OSError):  # a full disk refuses what is left in the buffer once more
+                self._file.close()
+        with suppress(OSError):
+            self._partial.unlink(missing_ok=True)
 
 
 def layout_of(state: Iterable[tuple[str, Any]], dtype: torch.dtype | None) -> dict[str, Any]:
@@ -117,12 +128,14 @@ def write_weights(file: WeightFile | None, weights: Iterable[tuple[str, Any]]) -
     """Writes all weights; returns what went wrong with the file. Asks for every tensor in any case: asking is a
     collective. `file` None: another rank writes."""
     problem: Exception | None = None
+    freed = FreedMemory()
     with ExitStack() as exits:
         try:
             opened = None if file is None else exits.enter_context(file)
         except OSError as error:
             opened, problem = None, error
         for name, values in weights:
+            freed.add(getattr(values, "nbytes", 0))
             if opened is None:
                 continue
             try:

@@ -37,7 +37,25 @@ def host_buffer(numel: int, dtype: torch.dtype, pin: bool) -> Tensor:
     return flat_buffer(numel, dtype)
 
 
-def return_free_memory() -> None:
-    """Gives malloc's free pages back to the system, where malloc can (glibc); elsewhere does nothing."""
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+class FreedMemory:
+    """Memory that was given back to malloc, which keeps it, in pieces between what lives on.
+
+    Building a model frees as much as the model has. Every now and then malloc's free pages are returned to the system,
+    where malloc can do that (glibc).
+    """
+
+    def __init__(self, limit_bytes: int = 16 << 20) -> None:
+        self._limit_bytes = limit_bytes
+        self._freed_bytes = 0
+
+    def add(self, nbytes: int) -> None:
+        """So much was freed."""
+        self._freed_bytes += nbytes
+        if self._freed_bytes >= self._limit_bytes:
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Returns what malloc has to the system."""
+        self._freed_bytes = 0
+        with suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)

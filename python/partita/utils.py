@@ -71,7 +71,7 @@ def _find(parameter: nn.Parameter) -> tuple[ParameterAccess, Unit] | None:
     if not isinstance(unit, Unit) or unit.access is None:
         return None
     access = unit.access()
-    return None if access is None else (access, unit)
+    return (access, unit) if access is not None and access.trains(unit) else None
 
 
 def _require(parameter: nn.Parameter, value: Tensor) -> tuple[ParameterAccess, Unit]:

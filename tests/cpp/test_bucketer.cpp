@@ -76,11 +76,17 @@ TEST(Bucketer, WaitsForEveryAccumulationItHasLearned) {
     } while (std::next_permutation(events.begin(), events.end()));
 }
 
-TEST(Bucketer, TheFirstBackwardLaunchesNothingBeforeItsEnd) {
-    Bucketer bucketer({0, 1}, 2);
+TEST(Bucketer, TheFirstBackwardTakesWhatComesAfterALaunch) {
+    const Ids unit_of = {0, 1};
+    Bucketer bucketer(unit_of, 2);
     bucketer.begin_backward(true);
-    for (const std::int32_t p : {0, 1, 0}) EXPECT_EQ(bucketer.mark_ready(p), (Range{0, 0}));
-    EXPECT_EQ(bucketer.finish(), (Range{0, 2}));
+    EXPECT_FALSE(bucketer.was_launched(0));
+    EXPECT_EQ(bucketer.mark_ready(0), (Range{0, 1}));
+    EXPECT_TRUE(bucketer.was_launched(0));
+    EXPECT_EQ(bucketer.mark_ready(0), (Range{1, 1}));
+    EXPECT_FALSE(bucketer.was_launched(1));
+    EXPECT_EQ(bucketer.finish(), (Range{1, 2}));
+    check_backward(bucketer, unit_of, 2, {2, 1}, {0, 1, 0});  // and waits for it from then on
 }
 
 TEST(Bucketer, WithoutOverlapNothingIsLaunchedBeforeTheEnd) {

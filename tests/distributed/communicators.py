@@ -13,25 +13,39 @@ from unittest import mock
 
 import partita.engine
 import torch
-from partita.comm import Communicator, Handle, Reduction, world_communicator
+from partita.comm import Communicator, Done, Handle, Reduction, world_communicator
 from torch import Tensor
 
 
 def world_communicator_by_default(transport: str) -> Callable[..., Communicator]:
     """`world_communicator` for tests that run on a transport of pytest's choice: "auto" now means that one."""
 
-    def make(asked: str = "auto", *args: Any) -> Communicator:
-        return world_communicator(transport if asked == "auto" else asked, *args)
+    def make(asked: str = "auto", *args: Any, **kwargs: Any) -> Communicator:
+        return world_communicator(transport if asked == "auto" else asked, *args, **kwargs)
 
     return make
 
 
 @contextmanager
 def communicating_through(make: Callable[[Communicator], Any]) -> Iterator[Any]:
-    """Engines made in this block use `make(the real communicator)`."""
-    made = make(partita.engine.world_communicator())  # of the transport under test
-    with mock.patch.object(partita.engine, "world_communicator", lambda *_: made):
+    """Engines made in this block use `make(the real communicator)`, and another one made like it beside that."""
+    world = partita.engine.world_communicator  # of the transport under test
+    made = make(world())
+    wrapped: list[Communicator] = []
+
+    def connect(*args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("beside"):
+            return made
+        beside = make(inner := world(*args, **kwargs))
+        if beside is not inner:
+            wrapped.append(inner)  # whom the engine does not close
+            made.beside = beside
+        return beside
+
+    with mock.patch.object(partita.engine, "world_communicator", connect):
         yield made
+    for inner in wrapped:
+        inner.close()
 
 
 class Wrapped(Communicator):
@@ -40,12 +54,20 @@ class Wrapped(Communicator):
     def __init__(self, inner: Communicator) -> None:
         self.inner = inner
         self.rank, self.world_size, self.transport = inner.rank, inner.world_size, inner.transport
+        self.shares_memory = inner.shares_memory
+        self.beside: Any = None  # the one that `communicating_through` made for the same engine
 
     def start(self, name: str, buffer: Tensor, collective: Callable[[], Handle]) -> Handle:
         return collective()
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         return self.inner.empty(numel, dtype)
+
+    def mapped(self, numel: int, dtype: torch.dtype) -> Tensor | None:
+        return self.inner.mapped(numel, dtype)
+
+    def mapped_multiple(self, dtype: torch.dtype) -> int:
+        return self.inner.mapped_multiple(dtype)
 
     def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
         return self.start("all_reduce", buffer, partial(self.inner.all_reduce, buffer, reduction))
@@ -66,7 +88,11 @@ class Wrapped(Communicator):
         return self.start("recv", tensor, partial(self.inner.recv, tensor, source))
 
     def barrier(self) -> None:
+        self.start("barrier", torch.empty(0), self._barrier).wait()
+
+    def _barrier(self) -> Handle:
         self.inner.barrier()
+        return Done()
 
     def close(self) -> None:
         """Several engines share the transport of a test."""
@@ -139,7 +165,8 @@ class _WhenWaited:
 
 
 class RecordingCommunicator(Wrapped):
-    """Keeps a list of what happened: ("launch" or "wait", collective, dtype, elements), and what a test adds."""
+    """Keeps a list of what happened: ("launch" or "wait", collective, dtype, elements), ("barrier",), and what a test
+    adds."""
 
     def __init__(self, inner: Communicator) -> None:
         super().__init__(inner)
@@ -149,6 +176,10 @@ class RecordingCommunicator(Wrapped):
         what = (name, buffer.dtype, buffer.numel())
         self.events.append(("launch", *what))
         return _Recorded(collective(), partial(self.events.append, ("wait", *what)))
+
+    def barrier(self) -> None:
+        self.events.append(("barrier",))
+        self.inner.barrier()
 
     def launches(self) -> list[tuple[str, torch.dtype]]:
         """(collective, dtype) of all launches so far."""
@@ -167,5 +198,16 @@ class _Recorded:
 class GarbageCommunicator(Wrapped):
     """Buffers come full of NaN, so whatever is read before it is written shows."""
 
+    def __init__(self, inner: Communicator) -> None:
+        super().__init__(inner)
+        self.filled = 0  # elements
+
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        self.filled += numel
         return self.inner.empty(numel, dtype).fill_(float("nan"))
+
+    def mapped(self, numel: int, dtype: torch.dtype) -> Tensor | None:
+        buffer = self.inner.mapped(numel, dtype)
+        if buffer is not None:
+            self.filled += self.slice_of(buffer).fill_(float("nan")).numel()
+        return buffer

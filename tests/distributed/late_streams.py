@@ -40,6 +40,14 @@ class LateStreams(HostStreams):
         self.events.append(("copy", self.copies))
         return _LateCopy(self, self.copies, tensor.clone())
 
+    def copy_into(self, destination: Tensor, source: Tensor) -> _LateCopy:
+        """The bytes that the source has now; until somebody waits, the destination has garbage."""
+        self.copies += 1
+        self.events.append(("copy", self.copies))
+        then = source.clone()
+        destination.fill_(float("nan"))
+        return _LateCopy(self, self.copies, then, destination)
+
     def waits(self) -> list[int]:
         """The copies that were waited for since the last call; forgets all events."""
         numbers = [event[1] for event in self.events if event[0] == "wait"]
@@ -48,17 +56,21 @@ class LateStreams(HostStreams):
 
 
 class _LateCopy:
-    def __init__(self, streams: LateStreams, number: int, bytes_then: Tensor) -> None:
-        self._streams, self._number, self._bytes = streams, number, bytes_then
+    def __init__(
+        self, streams: LateStreams, number: int, bytes_then: Tensor, destination: Tensor | None = None
+    ) -> None:
+        self._streams, self._number, self._bytes, self._destination = streams, number, bytes_then, destination
 
     def wait(self) -> Tensor:
         self._streams.events.append(("wait", self._number))
-        return self._bytes
+        if self._destination is None:
+            return self._bytes
+        return self._destination.copy_(self._bytes)
 
 
 @contextmanager
-def on_late_streams() -> Iterator[LateStreams]:
+def on_late_streams(streams: LateStreams | None = None) -> Iterator[LateStreams]:
     """Engines made in this block believe that their device works by itself."""
-    streams = LateStreams()
+    streams = streams or LateStreams()
     with mock.patch.object(partita.engine, "streams_of", lambda _device: streams):
         yield streams

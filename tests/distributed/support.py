@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from typing import Any
 
 import partita
 import torch
 import torch.nn.functional as F
+from partita.zero import AbsentParameterError, GatheredParameters
 from torch import Tensor, nn
 
 
@@ -61,6 +63,49 @@ def base_config(**changes: Any) -> dict[str, Any]:
         else:
             config[key] = value
     return config
+
+
+def is_partitioned(engine: partita.Engine) -> bool:
+    """Whether parameters come and go."""
+    return engine.config.zero_optimization.stage == 3 and engine.world_size > 1
+
+
+def is_mapped(stage: int, transport: str) -> bool:
+    """Whether parameters come without any collective, over what pytest calls `transport`."""
+    return stage == 3 and transport == "auto"
+
+
+def whole(engine: partita.Engine, *written: nn.Parameter) -> AbstractContextManager[None]:
+    """In this block the model's parameters have their values: in stage 3 gathered, below as they always are. With
+    `written` only those, and the block writes to them."""
+    rank = engine.world_size - 1 if written else None
+    return GatheredParameters(written or engine.module.parameters(), rank, enabled=is_partitioned(engine))
+
+
+def load(engine: partita.Engine, weights: dict[str, Tensor]) -> None:
+    """`load_state_dict()`, which in stage 3 refuses by name, and what takes its place there."""
+    if not is_partitioned(engine):
+        engine.module.load_state_dict(weights)
+        return
+    name = next(iter(weights))
+    try:
+        engine.module.load_state_dict(weights)
+    except RuntimeError as error:
+        assert f"parameter '{name}' is used" in str(error) and "GatheredParameters" in str(error), error
+    else:
+        raise AssertionError("load_state_dict() into partitioned parameters is not refused")
+    engine.load_module_state_dict(weights)
+
+
+def assert_absent(engine_or_model: Any) -> None:
+    """Each parameter refuses to be read, by its name."""
+    for name, parameter in getattr(engine_or_model, "module", engine_or_model).named_parameters():
+        try:
+            parameter.sum()
+        except AbsentParameterError as error:
+            assert f"'{name}'" in str(error), error
+        else:
+            raise AssertionError(f"{name} can be read")
 
 
 def train(

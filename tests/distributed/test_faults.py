@@ -149,7 +149,7 @@ def _survivors_give_up(job: Job, at_fault: int) -> tuple[list[float], list[str]]
 # -- one rank is gone
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_killed_rank_is_noticed_at_once(victim, stage):
     """SIGKILL with a timeout of 30 s: the others raise within 2 s, naming the rank, its process and the collective."""

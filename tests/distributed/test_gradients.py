@@ -22,7 +22,7 @@ from reference import (
     train_in_engine,
     train_plain,
 )
-from support import make_model
+from support import is_mapped, make_model
 from torch import Tensor, nn
 
 STAGES = (0, 1, 2, 3)
@@ -80,7 +80,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (1, 2), (2, 1), (2, 2), (3, 2)])
 def test_the_way_of_a_gradient_does_not_change_it(ranks, stage, accumulation, setting):
     """On 3 ranks, so that a factor of the world size cannot hide behind a power of two."""
     changes, precision = SETTINGS[setting]
@@ -108,7 +108,8 @@ def _dtypes_on_the_way(config: dict[str, Any]) -> set[tuple[str, torch.dtype]]:
             engine.backward(engine(*tokens_of(0, i)))
             engine.step()
         engine.destroy()
-    return {launch for launch in recorder.launches() if launch[1] is not torch.float64}
+    launches = recorder.launches() + (recorder.beside.launches() if recorder.beside else [])
+    return {launch for launch in launches if launch[1] is not torch.float64}
 
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -127,18 +128,23 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
     ],
 )
 @pytest.mark.parametrize("stage", STAGES)
-def test_gradients_travel_in_the_type_that_was_asked_for(ranks, stage, changes, accumulation, reduced, gathered):
+def test_gradients_travel_in_the_type_that_was_asked_for(
+    ranks, transport, stage, changes, accumulation, reduced, gathered
+):
     """`communication_data_type`, else the type they are accumulated in, which is fp32 for several micro-batches."""
-    expected = {("all_reduce", reduced)} if stage == 0 else {("reduce_scatter", reduced), ("all_gather", gathered)}
+    expected = {("all_reduce", reduced)} if stage == 0 else {("reduce_scatter", reduced)}
+    if stage and not is_mapped(stage, transport):
+        expected.add(("all_gather", gathered))
     config = sgd_config(stage=stage, gradient_accumulation_steps=accumulation, **changes)
     assert ranks(2).run(_dtypes_on_the_way, config) == [expected] * 2
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_reduce_scatter_false_reduces_whole_buffers(ranks, stage):
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_reduce_scatter_false_reduces_whole_buffers(ranks, transport, stage):
     """`reduce_scatter` false takes the other collective."""
     config = sgd_config(stage=stage, reduce_scatter=False)
-    assert ranks(2).run(_dtypes_on_the_way, config) == [{("all_reduce", F32), ("all_gather", F32)}] * 2
+    expected = {("all_reduce", F32)} | (set() if is_mapped(stage, transport) else {("all_gather", F32)})
+    assert ranks(2).run(_dtypes_on_the_way, config) == [expected] * 2
 
 
 def _large_gradient(config: dict[str, Any]) -> tuple[int, float | None]:
@@ -223,7 +229,7 @@ KINDS = ["expanded", "transposed", "channels_last", "sparse", "sparse and dense"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "fp32"), (2, "bf16"), (2, "fp32")])
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "fp32"), (2, "bf16"), (2, "fp32"), (3, "fp32")])
 def test_gradients_of_any_layout(ranks, stage, precision, kind):
     """G15. Sparse ones are densified."""
     training = Training(partial(OddGradients, kind), odd_gradient_micro_batch)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from dictated import SPLIT, Dictated, config_for, dictate, share, take_step
 from late_streams import LateStreams, on_late_streams
+from support import whole
 from torch import Tensor
 
 STAGES = (0, 1, 2, 3)
@@ -190,8 +191,9 @@ def _runs_into_the_limit(config: dict[str, Any], late: bool) -> tuple[int, str, 
         clean = partita.Engine(model=Dictated(), config=config)
         for each in (engine, clean):
             take_step(each, dictate(5))
-        for name, parameter in clean.module.named_parameters():
-            assert torch.equal(parameter, dict(engine.module.named_parameters())[name]), f"{name} after the error"
+        with whole(engine), whole(clean):
+            for name, parameter in clean.module.named_parameters():
+                assert torch.equal(parameter, dict(engine.module.named_parameters())[name]), f"{name} after the error"
     return when, message, skipped
 
 

@@ -28,6 +28,8 @@ STATES = {  # bytes per parameter on 2 ranks: parameters + gradients + optimizer
     ("bf16", 1): 2 + 2 + 12 / 2,
     ("bf16", 2): 2 + 2 / 2 + 12 / 2,
     ("split", 0): 2 + 2 + 10,
+    ("fp32", 3): (4 + 4 + 8) / 2,
+    ("bf16", 3): (2 + 2 + 12) / 2,
 }
 
 
@@ -85,7 +87,8 @@ def _config(stage: int, precision: str) -> dict[str, object]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": WIDTH * WIDTH},
+        # In stage 3, where parameters are gathered, one layer and the next.
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": WIDTH * WIDTH, "stage3_prefetch_bucket_size": 0},
         "steps_per_print": 0,
         "bf16": {"enabled": precision != "fp32", "master_weights": "split" if precision == "split" else "fp32"},
     }

@@ -222,7 +222,7 @@ def _few_elements(config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "SGD", "Adagrad", "RMSprop"])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_rank_without_parameters_in_its_shard(ranks, stage, kind):
     """N6: two elements on four ranks; only rank 0 has some."""
     optimizer = {"type": kind, "params": {"lr": 0.1, "weight_decay": 0.1}}

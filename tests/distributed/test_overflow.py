@@ -10,7 +10,8 @@ from typing import Any
 import partita
 import pytest
 import torch
-from dictated import PRECISIONS, SPLIT, Dictated, config_for, dictate, masters, share, take_step
+from dictated import PRECISIONS, SHAPES, SPLIT, Dictated, config_for, dictate, masters, share, take_step
+from support import is_partitioned, whole
 from torch import Tensor
 
 STAGES = (0, 1, 2, 3)
@@ -24,9 +25,11 @@ WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 50, "warmup_min_lr"
 
 def _snapshot(engine: partita.Engine) -> dict[str, Tensor]:
     """Every byte that a step may change: parameters, masters, moments (padding too)."""
-    tensors = dict(engine.module.named_parameters())
+    with whole(engine):
+        tensors = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     for i, unit in enumerate(engine._units):
-        kept = {f"params {i}": unit.params, f"master {i}": unit.master, f"remainder {i}": unit.remainder}
+        params = unit.own_params if is_partitioned(engine) else unit.params
+        kept = {f"params {i}": params, f"master {i}": unit.master, f"remainder {i}": unit.remainder}
         tensors |= {name: tensor for name, tensor in kept.items() if tensor is not None}
     update = engine._sharded._update
     for kind in ("exp_avg", "exp_avg_sq"):
@@ -99,7 +102,7 @@ def _skips_bad_steps(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("world_size", "stage", "precision"),
     [(2, stage, precision) for stage in STAGES for precision in PRECISIONS]
-    + [(1, 1, "fp16"), (4, 0, "fp16"), (4, 2, "bf16")],
+    + [(1, 1, "fp16"), (4, 0, "fp16"), (4, 2, "bf16"), (4, 3, "bf16")],
 )
 def test_one_bad_element_skips_the_step_on_every_rank(ranks, world_size, stage, precision):
     """N1: inf, -inf and NaN made by each rank, in the shard of each rank."""
@@ -162,8 +165,9 @@ def _runs_into_the_limit(config: dict[str, Any], bad: dict[int, tuple[str, int]]
     clean = partita.Engine(model=Dictated(), config=config)
     take_step(engine, dictate(5))
     take_step(clean, dictate(5))
-    for name, parameter in clean.module.named_parameters():
-        assert torch.equal(parameter, dict(engine.module.named_parameters())[name]), f"{name} after the error"
+    with whole(engine), whole(clean):
+        for name, parameter in clean.module.named_parameters():
+            assert torch.equal(parameter, dict(engine.module.named_parameters())[name]), f"{name} after the error"
     lines = [r.getMessage() for r in records if "skipped:" in r.getMessage()]
     assert all(r.levelno >= logging.WARNING for r in records if "skipped:" in r.getMessage())
     return lines, message, skipped
@@ -191,7 +195,7 @@ def test_a_run_of_skipped_steps_is_counted_shown_and_ends_with_a_name(ranks, sta
 def test_every_guilty_rank_is_named(ranks, limit):
     """N2: ranks 0 and 2 of 3; already the first skipped step can be the last."""
     config = config_for(2, optimizer=OPTIMIZERS["AdamW"], max_consecutive_skipped_steps=limit)
-    for _, message, skipped in ranks(3).run(_runs_into_the_limit, config, {0: ("a", 0), 2: ("e", 210)}):
+    for _, message, skipped in ranks(3).run(_runs_into_the_limit, config, {0: ("a", 0), 2: ("e", SHAPES["e"][0] - 1)}):
         assert skipped == limit
         assert "rank 0, first in parameter 'a'" in message
         assert "rank 1" not in message
@@ -201,7 +205,7 @@ def test_every_guilty_rank_is_named(ranks, limit):
 def _overflows_in_the_sum(config: dict[str, Any]) -> str:
     engine = partita.Engine(model=Dictated(), config=config)
     try:
-        engine.backward(engine({"e": torch.full((211,), 40000.0)}))  # finite in float16, twice that is not
+        engine.backward(engine({"e": torch.full(SHAPES["e"], 40000.0)}))  # finite in float16, twice that is not
         engine.step()
     except FloatingPointError as error:
         return str(error)

@@ -21,7 +21,7 @@ from reference import (
     train_in_engine,
     train_plain,
 )
-from support import make_model
+from support import is_mapped, make_model
 from torch import Tensor, nn
 
 STAGES = (0, 1, 2, 3)
@@ -121,15 +121,19 @@ def test_without_overlap_collectives_start_after_backward(ranks, stage):
 
 
 def _launches_per_step(config: dict[str, Any], steps: int) -> list[dict[str, int]]:
+    """How many of each collective; those on the communicator of gathers are named "... beside"."""
     with communicating_through(RecordingCommunicator) as recorder:
         engine = partita.Engine(model=Chain(), config=config)
         counts = []
+        beside = [] if recorder.beside is None else [recorder.beside]
         for step in range(steps):
-            recorder.events.clear()
+            for each in (recorder, *beside):
+                each.events.clear()
             for i in range(engine.gradient_accumulation_steps()):
                 engine.backward(engine(numbers(step, i, 3, WIDTH)))
                 engine.step()
-            names = [name for name, _ in recorder.launches()]
+            names = [name for name, _ in recorder.launches()] + ["barrier"] * recorder.events.count(("barrier",))
+            names += [f"{name} beside" for each in beside for name, _ in each.launches()]
             counts.append({name: names.count(name) for name in set(names)})
         engine.destroy()
     return counts
@@ -141,17 +145,30 @@ BUCKETS |= {2 * WIDTH**2: 3, 2 * WIDTH**2 + 1: 3, 5 * WIDTH**2: 2, 10**9: 1}
 
 @pytest.mark.parametrize("bucket", BUCKETS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_collectives_per_step_are_as_planned(ranks, stage, bucket):
-    """G7. One per unit (in stage 2: and micro-batch), one for the norm, one per unit to gather; always the same."""
+def test_collectives_per_step_are_as_planned(ranks, transport, stage, bucket):
+    """G7. One per unit (from stage 2 on: and micro-batch), one for the norm, one per unit to gather; always the same.
+
+    In stage 3 a barrier takes the place of the gathers; over torch, each layer is a unit, and is gathered in each
+    forward and backward. There the ranks compare in which order they use the layers, once.
+    """
     units, accumulation = BUCKETS[bucket], 2
+    if stage == 3 and not is_mapped(stage, transport):
+        units = LAYERS
     planned = {
         0: {"all_reduce": units + 1},
         1: {"reduce_scatter": units, "all_reduce": 1, "all_gather": units},
         2: {"reduce_scatter": units * accumulation, "all_reduce": 1, "all_gather": units},
+        3: {"reduce_scatter": units * accumulation, "all_reduce": 1},
     }
+    planned[3] |= {"barrier": 1} if is_mapped(stage, transport) else {"all_gather beside": 2 * units * accumulation}
     config = sgd_config(stage=stage, reduce_bucket_size=bucket, gradient_accumulation_steps=accumulation)
-    for counts in ranks(2).run(_launches_per_step, config, 3):
-        assert counts == [planned[stage]] * 3
+    for first, *counts in ranks(2).run(_launches_per_step, config, 3):
+        assert counts == [planned[stage]] * 2
+        orders = int(stage == 3 and not is_mapped(stage, transport))
+        gathers = planned[stage].get("all_gather beside", 0)
+        # The first backward, where it reduces, ends with an agreement on which gradients came late.
+        late = {"all_reduce": planned[stage]["all_reduce"] + int(stage >= 2)}
+        assert first == planned[stage] | late | ({"all_gather beside": gathers + orders} if orders else {})
 
 
 @pytest.mark.parametrize("bucket", [1, WIDTH**2 - 1, WIDTH**2, WIDTH**2 + 1, 5 * WIDTH**2])

@@ -94,7 +94,7 @@ def _train(settings: dict[str, Any], wrap: Callable[[Communicator], Any] | None)
         (2, 1, "split", WaitingCommunicator),
     ],
 )
-@pytest.mark.parametrize("stage", SHARDED)
+@pytest.mark.parametrize("stage", [*SHARDED, 3])
 def test_overlap_changes_no_bit(ranks, stage, world_size, accumulation, precision, wrap):
     """Losses, weights right after a step, evaluation between steps; whether gathers are fast, slow, or not begun."""
     runs = [

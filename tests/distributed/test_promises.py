@@ -7,7 +7,7 @@ from typing import Any
 import partita
 import pytest
 import torch
-from support import base_config, make_model, train, train_plain
+from support import OddModel, assert_absent, base_config, global_batch, make_model, part, train, train_plain
 
 STAGES = (0, 1, 2, 3)
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -29,7 +29,10 @@ def sums_in_rank_order(transport: str, world_size: int) -> bool:
 
 
 def assert_same_runs(run: Any, expected: Any, *, bits: bool) -> None:
-    """Losses, norms and weights of every rank; without `bits`, up to the order of sums."""
+    """Losses, norms and weights of every rank; without `bits`, up to the order of sums.
+
+    The odd model has no blocks, so its units, and with them the order of the norm's sum, are the same in stage 3.
+    """
     for (losses, weights, norms), (expected_losses, expected_weights, expected_norms) in zip(
         run, expected, strict=True
     ):
@@ -50,7 +53,7 @@ def test_stages_have_the_same_bits(ranks, transport, precision, world_size, clip
         ranks(world_size).run(train, base_config(stage=s, gradient_clipping=clip, **PRECISIONS[precision]))
         for s in STAGES
     ]
-    for stage in (1, 2):
+    for stage in (1, 2, 3):
         assert_same_runs(runs[stage], runs[0], bits=sums_in_rank_order(transport, world_size))
     for run in runs:
         for _, weights, _ in run[1:]:
@@ -64,8 +67,23 @@ def test_stages_have_the_same_bits_with_any_bucket(ranks, transport, world_size,
     """Promise 1, from one parameter per bucket to all in one."""
     changes = {"reduce_bucket_size": bucket, **PRECISIONS[precision]}
     runs = [ranks(world_size).run(train, base_config(stage=s, **changes)) for s in STAGES]
-    for stage in (1, 2):
+    for stage in (1, 2, 3):
         assert_same_runs(runs[stage], runs[0], bits=sums_in_rank_order(transport, world_size))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_stages_have_the_same_bits_on_shards_of_several_pages(ranks, transport, world_size, precision):
+    """Promise 1, where every rank has parts of parameters that share memory; above, most lie in rank 0's page."""
+    changes = {"gradient_clipping": 0.5, **PRECISIONS[precision]}
+    runs = [ranks(world_size).run(_train_wide, base_config(stage=s, **changes)) for s in STAGES]
+    for stage in (1, 2, 3):
+        assert_same_runs(runs[stage], runs[0], bits=sums_in_rank_order(transport, world_size))
+
+
+def _train_wide(config: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    return train(config, 3, OddModel(width=101))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -110,6 +128,9 @@ def test_half_precision_follows_fp32(ranks, stage, precision):
 def _views(stage: int) -> None:
     model = make_model()
     engine = partita.Engine(model=model, config=base_config(stage=stage))
+    if stage == 3:
+        _views_of_shards(engine)
+        return
     storages = {unit.params.untyped_storage().data_ptr() for unit in engine._units}
     for name, parameter in model.named_parameters():
         assert parameter.untyped_storage().data_ptr() in storages, name
@@ -121,6 +142,35 @@ def _views(stage: int) -> None:
             assert unit.reduced.data_ptr() == unit.full_grads.data_ptr() + 4 * unit.own.start
     assert model.head.weight is model.embed.weight
     engine.destroy()
+
+
+def _views_of_shards(engine: partita.Engine) -> None:
+    """In stage 3 a parameter has no memory but while it computes, when it lies in its unit's full buffer."""
+    model, seen = engine.module, set()
+    unit_of = {p: unit for unit in engine._units for p in unit.parameters}
+
+    def note(*_: Any) -> None:
+        for p, unit in unit_of.items():
+            offset = next(s.offset for s, q in zip(unit.layout.slots, unit.parameters, strict=True) if q is p)
+            seen.add(p.data_ptr() == unit.params.data_ptr() + 4 * offset)
+
+    model.norm.register_forward_hook(note)
+    places = {name: p.untyped_storage()._cdata for name, p in model.named_parameters()}
+    engine.train_batch(part(global_batch(0, engine.train_batch_size()), engine.global_rank, engine.world_size))
+    assert seen == {True}
+    for name, parameter in model.named_parameters():
+        assert parameter.untyped_storage().nbytes() == 0, name
+        assert parameter.untyped_storage()._cdata == places[name], name
+    assert_absent(model)
+    for unit in engine._units:
+        assert len(unit.own_params) == len(unit.own) == unit.layout.shard_numel
+        assert unit.master.data_ptr() == unit.own_params.data_ptr()
+        mapped = unit.params.untyped_storage().nbytes() > 0
+        assert not mapped or unit.own_params.data_ptr() == unit.params.data_ptr() + 4 * unit.own.start
+        assert unit.full_grads is None
+    assert model.head.weight is model.embed.weight
+    engine.destroy()
+    assert_absent(model)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -8,6 +8,8 @@ import partita
 import pytest
 import torch
 from dictated import SPLIT, Dictated, config_for, dictate, masters, merged, share, take_step
+from support import load
+from support import whole as gathered
 from test_odd_parameters import Vectors
 from torch import Tensor, nn
 
@@ -58,8 +60,9 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def assert_same_state(whole: partita.Engine, split: partita.Engine, where: str) -> None:
-    for (name, p), q in zip(whole.module.named_parameters(), split.module.parameters(), strict=True):
-        assert torch.equal(bits(p), bits(q)), f"{name} {where}"
+    with gathered(whole), gathered(split):
+        for (name, p), q in zip(whole.module.named_parameters(), split.module.parameters(), strict=True):
+            assert torch.equal(bits(p), bits(q)), f"{name} {where}"
     for (name, value), other in zip(masters(whole).items(), masters(split).values(), strict=True):
         assert torch.equal(bits(value), bits(other)), f"master of {name} {where}"
     for moment in ("exp_avg", "exp_avg_sq"):
@@ -89,10 +92,12 @@ def train_side_by_side(whole: partita.Engine, split: partita.Engine, steps: int)
 def _stays_the_same(steps: int, changes: dict[str, Any]) -> None:
     whole, split = make_pair(**changes)
     assert_same_state(whole, split, "at the start")
-    before = {name: p.detach().clone() for name, p in split.module.named_parameters()}
+    with gathered(split):
+        before = {name: p.detach().clone() for name, p in split.module.named_parameters()}
     train_side_by_side(whole, split, steps)
     assert_same_state(whole, split, f"after {steps} steps")
-    unchanged = [name for name, p in split.module.named_parameters() if torch.equal(p, before[name])]
+    with gathered(split):
+        unchanged = [name for name, p in split.module.named_parameters() if torch.equal(p, before[name])]
     assert unchanged == ["nothing", "frozen.weight", "frozen.bias"]
     for engine in (whole, split):
         engine.destroy()
@@ -133,15 +138,18 @@ def _with_ties() -> Dictated:
     """Every second weight of e lies in the middle between two bf16 numbers."""
     model = Dictated()
     with torch.no_grad():
-        model.e[::2] = torch.arange(106) / 128 + 1 + 2**-8
+        model.e[::2] = (torch.arange(7001) % 106) / 128 + 1 + 2**-8
     return model
 
 
 def _masters_at_the_start(kind: str, stage: int) -> dict[str, Tensor]:
     model = _with_ties()
     engine = partita.Engine(model=model, config=config_for(stage, optimizer=ADAM, **KINDS[kind]))
-    for (name, parameter), weight in zip(model.named_parameters(), _with_ties().parameters(), strict=True):
-        assert torch.equal(parameter.detach().float(), rounded(weight.detach())), f"{name} is not its master rounded"
+    with gathered(engine):
+        for (name, parameter), weight in zip(model.named_parameters(), _with_ties().parameters(), strict=True):
+            assert torch.equal(parameter.detach().float(), rounded(weight.detach())), (
+                f"{name} is not its master rounded"
+            )
     return masters(engine)
 
 
@@ -161,7 +169,9 @@ def _bytes_per_parameter(kind: str, stage: int) -> float:
     kept: list[Tensor | None] = []
     for unit in engine._units:
         assert (unit.master is None, unit.remainder is None) == (kind == "split", kind == "fp32")
-        kept += [unit.params, unit.master, unit.remainder, unit.reduced if unit.full_grads is None else unit.full_grads]
+        kept += [unit.own_params if stage == 3 else unit.params, unit.master, unit.remainder]
+        kept.append(unit.reduced if unit.full_grads is None else unit.full_grads)
+        assert unit.gathered_bytes == 0
     update = engine._sharded._update
     kept += [*update.exp_avg, *update.exp_avg_sq]
     return sum(t.nbytes for t in kept if t is not None) / (3 * 64 * 64)
@@ -170,9 +180,9 @@ def _bytes_per_parameter(kind: str, stage: int) -> float:
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_bytes_less_for_every_parameter_that_a_rank_owns(ranks, stage):
     """2 parameter + 2 gradient + 8 moments + 4 master, or + 2 remainder: 16 and 14; shards are owned by one rank."""
-    shares = {0: (1, 1), 1: (1, 2), 2: (2, 2)}[stage]  # of the gradients, of the states
+    shares = {0: (1, 1, 1), 1: (1, 1, 2), 2: (1, 2, 2), 3: (2, 2, 2)}[stage]  # of parameters, gradients, states
     for kind, master in (("fp32", 4), ("split", 2)):
-        expected = 2 + 2 / shares[0] + (8 + master) / shares[1]
+        expected = 2 / shares[0] + 2 / shares[1] + (8 + master) / shares[2]
         assert ranks(2).run(_bytes_per_parameter, kind, stage) == [expected, expected]
 
 
@@ -184,7 +194,7 @@ def _loads_and_stands_still(stage: int) -> tuple[dict[str, Tensor], dict[str, Te
     for group in engine.optimizer.param_groups:
         group["lr"] = 0.0
     before = masters(engine)
-    with torch.no_grad():
+    with torch.no_grad(), gathered(engine, engine.module.c, engine.module.a):
         engine.module.c.copy_(Dictated(seed=7).c)
         engine.module.a.view(-1)[3] = 5.0
     written = engine.module_state_dict()
@@ -220,7 +230,7 @@ def _trains_on(stage: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Masters of a model that loaded weights after a few steps, and of one that was given them."""
     config = config_for(stage, optimizer=ADAM, **SPLIT)
     late = partita.Engine(model=Dictated(), config=config)
-    late.module.load_state_dict(Dictated(seed=7).state_dict())
+    load(late, Dictated(seed=7).state_dict())
     model = Dictated()
     model.load_state_dict({name: value.bfloat16().float() for name, value in Dictated(seed=7).state_dict().items()})
     early = partita.Engine(model=model, config=config)

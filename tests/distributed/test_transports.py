@@ -21,9 +21,15 @@ import partita.engine
 import pytest
 import torch
 import torch.distributed as dist
-from partita.comm import CommunicationError, SharedMemoryCommunicator, communicator_of, world_communicator
+from partita.comm import (
+    CommunicationError,
+    Communicator,
+    SharedMemoryCommunicator,
+    communicator_of,
+    world_communicator,
+)
 from partita.config import ConfigError
-from support import base_config, global_batch, make_model, part, train
+from support import assert_absent, base_config, global_batch, make_model, part, train, whole
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -190,8 +196,11 @@ def test_transports_train_alike(ranks, stage, precision):
 def _trained_on_hosts(stage: int, hosts: tuple[str, ...]) -> Any:
     group = dist.group.WORLD
     assert group is not None
-    made = communicator_of(group, "auto", TIMEOUT, host=hosts[dist.get_rank()])
-    with mock.patch.object(partita.engine, "world_communicator", lambda *_: made):
+
+    def connect(*_: Any, beside: bool = False) -> Communicator:
+        return communicator_of(dist.new_group() if beside else group, "auto", TIMEOUT, host=hosts[dist.get_rank()])
+
+    with mock.patch.object(partita.engine, "world_communicator", connect):
         return train(base_config(stage=stage, gradient_clipping=0.5))
 
 
@@ -226,16 +235,19 @@ def _copies(stage: int) -> None:
     saved = io.BytesIO()
     torch.save(state, saved)
     plain = io.BytesIO()
-    torch.save(engine.module.state_dict(), plain)
-    copies = {
-        "module_state_dict": state,
-        "deepcopy": copy.deepcopy(state),
-        "pickle": pickle.loads(pickle.dumps(state)),
-        "clone": {name: value.clone() for name, value in engine.module.state_dict().items()},
-        "deepcopy of state_dict": copy.deepcopy(engine.module.state_dict()),
-    }
+    with whole(engine):
+        torch.save(engine.module.state_dict(), plain)
+        copies = {
+            "module_state_dict": state,
+            "deepcopy": copy.deepcopy(state),
+            "pickle": pickle.loads(pickle.dumps(state)),
+            "clone": {name: value.clone() for name, value in engine.module.state_dict().items()},
+            "deepcopy of state_dict": copy.deepcopy(engine.module.state_dict()),
+        }
     _step(engine, 1)
     engine.destroy()
+    if stage == 3:
+        assert_absent(engine)
     for file in (saved, plain):
         file.seek(0)
         copies[f"torch.save {id(file)}"] = torch.load(file)
@@ -277,18 +289,20 @@ def _train_with_workers(stage: int, workers: int) -> dict[str, Tensor]:
     for _ in range(2):  # the workers of each epoch end before the next
         for batch in DataLoader(samples, batch_size=2, num_workers=workers, multiprocessing_context=context):
             engine.backward(engine(*batch))
-            before = {name: value.clone() for name, value in engine.module.state_dict().items()}
-            assert all(torch.equal(value, before[name]) for name, value in engine.module.state_dict().items())
+            with whole(engine):
+                before = {name: value.clone() for name, value in engine.module.state_dict().items()}
+                assert all(torch.equal(value, before[name]) for name, value in engine.module.state_dict().items())
             engine.step()
         after = engine.module_state_dict()
         gc.collect()
-        assert all(torch.equal(value, after[name]) for name, value in engine.module.state_dict().items())
+        with whole(engine):
+            assert all(torch.equal(value, after[name]) for name, value in engine.module.state_dict().items())
     weights = engine.module_state_dict()
     engine.destroy()
     return weights
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_forked_workers_leave_training_alone(ranks, stage):
     """Two workers per rank; weights are those of a run without."""
     alone, forked = (ranks(2).run(_train_with_workers, stage, workers) for workers in (0, 2))
@@ -374,16 +388,16 @@ def _life(stage: int) -> None:
 def _lives(count: int) -> list[dict[str, int]]:
     seen = [_of_this_process()]  # with what other tests have left in it
     for i in range(count):
-        _life(i % 3)
+        _life(i % 4)
         dist.barrier()
         seen.append(_of_this_process())
     return seen
 
 
 def test_thirty_engines_leave_nothing_behind(ranks):
-    """After six lives, the rest add less than a model."""
+    """After eight lives, the rest add less than a model."""
     for seen in ranks(2).run(_lives, 30):
-        before, settled, rest = seen[0], seen[6], seen[7:]
+        before, settled, rest = seen[0], seen[8], seen[9:]
         for now in rest:
             assert now["shared maps"] <= before["shared maps"]
             assert now["shared"] <= settled["shared"] + 1_000_000
@@ -393,9 +407,9 @@ def test_thirty_engines_leave_nothing_behind(ranks):
             assert now["maps"] <= settled["maps"] + 20
 
 
-def _dropped() -> None:
+def _dropped(stage: int) -> None:
     model = _wide_model()
-    engine = partita.Engine(model, config=base_config(**SHARED))
+    engine = partita.Engine(model, config=base_config(stage=stage, **SHARED))
     for _ in range(2):
         engine.backward(engine(torch.ones(1, 1024)).square().mean())
         engine.step()
@@ -406,9 +420,10 @@ def _dropped() -> None:
     del model
 
 
-def test_an_engine_that_is_dropped_is_destroyed(ranks):
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_engine_that_is_dropped_is_destroyed(ranks, stage):
     """Also while its model lives on."""
-    ranks(2).run(_dropped)
+    ranks(2).run(_dropped, stage)
 
 
 def _model_outlives_engine() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import partita.config
 import pytest
 from partita.config import Config, ConfigError, default_config, load_config, save_config
 from partita.config.deepspeed_keys import DEEPSPEED_ONLY_KEYS
-from partita.config.document import MARKDOWN_NAME, SCHEMA_NAME, write_documents
+from partita.config.document import MARKDOWN_NAME, SCHEMA_NAME, config_markdown, write_documents
 from partita.config.fields import OwnKey
 from partita.config.sections import all_sections, join
 from pydantic import ValidationError
@@ -38,13 +39,20 @@ DEFAULTS: dict[str, Any] = {
     "torch_autocast": {"enabled": False, "dtype": "bfloat16"},
     "zero_optimization": {
         "stage": 0,
+        "unit_classes": None,
+        "stage3_prefetch_bucket_size": 8_388_608,
+        "stage3_param_persistence_threshold": 10_000,
+        "stage3_max_live_parameters": 1_000_000_000,
         "reduce_bucket_size": 8_388_608,
         "allgather_bucket_size": 8_388_608,
         "overlap_comm": True,
         "overlap_gather": False,
         "reduce_scatter": True,
+        "offload_optimizer": {"device": "none", "pin_memory": True, "ratio": 1.0},
+        "offload_param": {"device": "none", "pin_memory": True},
         "contiguous_gradients": True,
     },
+    "activation_checkpointing": {"enabled": False, "classes": None, "cpu_checkpointing": False},
     "gradient_clipping": 0.0,
     "communication_data_type": None,
     "comm": {"transport": "auto", "timeout_seconds": 30.0},
@@ -58,6 +66,8 @@ DEFAULTS: dict[str, Any] = {
     "max_consecutive_skipped_steps": 100,
 }
 
+CPU = {"device": "cpu"}
+
 FULL: dict[str, Any] = {
     "train_batch_size": 64,
     "train_micro_batch_size_per_gpu": 4,
@@ -65,7 +75,16 @@ FULL: dict[str, Any] = {
     "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "fused": None}},
     "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 100}},
     "fp16": {"enabled": True, "initial_scale_power": 24, "min_loss_scale": 0.5},
-    "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8},
+    "zero_optimization": {
+        "stage": 3,
+        "reduce_bucket_size": 5e8,
+        "unit_classes": ["Block"],
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_param_persistence_threshold": 1e5,
+        "offload_optimizer": {"device": "cpu", "pin_memory": False, "ratio": 1},
+        "offload_param": {"device": "cpu"},
+    },
+    "activation_checkpointing": {"enabled": True, "classes": ["Block", "Head"], "cpu_checkpointing": True},
     "gradient_clipping": 1,
     "communication_data_type": "float32",
     "data_types": {"grad_accum_dtype": "bfloat16"},
@@ -169,6 +188,10 @@ def test_saved_config_loads_to_an_equal_one(tmp_path: Path, source: dict[str, An
         {"fp16": {"initial_scale_power": 0, "min_loss_scale": 1}},
         {"steps_per_print": 0},
         {"prescale_gradients": True, "gradient_predivide_factor": 0.5},
+        *({"zero_optimization": {"stage": s, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}} for s in (1, 2, 3)),
+        {"zero_optimization": {"offload_optimizer": {"device": "none", "ratio": 0.5, "pin_memory": False}}},
+        {"activation_checkpointing": {"enabled": True, "classes": []}},
+        {"activation_checkpointing": {"enabled": False, "classes": None}},
     ],
 )
 def test_valid_combinations(source: dict[str, Any]) -> None:
@@ -203,9 +226,26 @@ def test_valid_combinations(source: dict[str, Any]) -> None:
         ("bf16.enabled", None, "true or false"),
         ("torch_autocast.dtype", "fp32", 'one of "bfloat16", "float16", "bf16", "fp16"'),
         ("zero_optimization", 2, "an object"),
-        ("zero_optimization.stage", 4, "an integer from 0 to 2"),
-        ("zero_optimization.stage", True, "an integer from 0 to 2"),
-        ("zero_optimization.stage", "2", "an integer from 0 to 2"),
+        ("zero_optimization.stage", 4, "an integer from 0 to 3"),
+        ("zero_optimization.stage", True, "an integer from 0 to 3"),
+        ("zero_optimization.stage", "2", "an integer from 0 to 3"),
+        ("zero_optimization.unit_classes", "Block", "a list or null"),
+        ("zero_optimization.stage3_prefetch_bucket_size", -1, "an integer >= 0"),
+        ("zero_optimization.stage3_param_persistence_threshold", 1.5, "an integer >= 0"),
+        ("zero_optimization.stage3_max_live_parameters", 0, "an integer >= 1"),
+        ("zero_optimization.offload_optimizer", "cpu", "an object"),
+        ("zero_optimization.offload_optimizer.device", "nvme", 'one of "none", "cpu"'),
+        ("zero_optimization.offload_optimizer.device", None, 'one of "none", "cpu"'),
+        ("zero_optimization.offload_optimizer.pin_memory", 1, "true or false"),
+        ("zero_optimization.offload_optimizer.ratio", 1.01, "a number from 0 to 1"),
+        ("zero_optimization.offload_optimizer.ratio", -0.1, "a number from 0 to 1"),
+        ("zero_optimization.offload_optimizer.ratio", "1", "a number from 0 to 1"),
+        ("zero_optimization.offload_param.device", "gpu", 'one of "none", "cpu"'),
+        ("zero_optimization.offload_param.pin_memory", None, "true or false"),
+        ("activation_checkpointing", True, "an object"),
+        ("activation_checkpointing.enabled", "yes", "true or false"),
+        ("activation_checkpointing.classes", "Block", "a list or null"),
+        ("activation_checkpointing.cpu_checkpointing", 1, "true or false"),
         ("zero_optimization.reduce_bucket_size", 0, "an integer >= 1"),
         ("zero_optimization.reduce_bucket_size", 1.5, "an integer >= 1"),
         ("zero_optimization.allgather_bucket_size", math.inf, "an integer >= 1"),
@@ -233,7 +273,34 @@ def test_wrong_value_names_key_value_and_range(key: str, value: Any, expected: s
 @pytest.mark.parametrize(
     ("source", "named"),
     [
-        ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage = 3", "stage 3", "not in this version"]),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            ["zero_optimization: offload_optimizer", "partitioned states", "use stage 1, 2 or 3"],
+        ),
+        *(
+            (
+                {"zero_optimization": {"stage": s, "offload_optimizer": CPU, "offload_param": CPU}},
+                ["zero_optimization: offload_param", "partitioned parameters", "use stage 3"],
+            )
+            for s in (1, 2)
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": CPU}},
+            ["zero_optimization: offload_param", 'set offload_optimizer.device to "cpu"'],
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {**CPU, "ratio": 0.9}, "offload_param": CPU}},
+            ["zero_optimization: offload_param", "with ratio 1"],
+        ),
+        (
+            {"activation_checkpointing": {"classes": ["Block"]}},
+            ["activation_checkpointing: ", "no effect while enabled is false", "set enabled to true"],
+        ),
+        (
+            {"activation_checkpointing": {"cpu_checkpointing": True}},
+            ["activation_checkpointing: ", "no effect while enabled is false", "set enabled to true"],
+        ),
+        ({"activation_checkpointing": {"enabled": True, "classes": ["a", 1]}}, ["activation_checkpointing.classes"]),
         (
             {"zero_optimization": {"contiguous_gradients": False}},
             ["zero_optimization.contiguous_gradients = False", "flat buffers"],
@@ -279,6 +346,9 @@ def test_rules_beyond_type_and_range(source: Any, named: list[str]) -> None:
         "fp16.enabled",
         "fp16.loss_scale",
         "zero_optimization.reduce_bucket_size",
+        "zero_optimization.stage3_prefetch_bucket_size",
+        "zero_optimization.stage3_param_persistence_threshold",
+        "zero_optimization.offload_optimizer.ratio",
         "optimizer.params.lr",
         "scheduler.params.warmup_num_steps",
         "communication_data_type",
@@ -294,7 +364,7 @@ def test_auto_is_explained_once(key: str) -> None:
     assert "give a number" in message
 
 
-@pytest.mark.parametrize("key", ["sed", "zero_optimization.stage3_prefetch_bucket_size"])
+@pytest.mark.parametrize("key", ["sed", "zero_optimization.stage3_max_reuse_distance"])
 def test_unknown_key_that_holds_auto_is_reported_as_unknown(key: str) -> None:
     message = message_for(nested(key, "auto"))
     assert message.startswith("1 problem")
@@ -316,6 +386,11 @@ def test_all_problems_are_listed_at_once() -> None:
     ("key", "answer"),
     [
         ("zero_optimization.stge", "unknown key; did you mean 'stage'?"),
+        ("zero_optimization.offload_optimiser", "unknown key; did you mean 'offload_optimizer'?"),
+        ("zero_optimization.offload_optimizer.devise", "unknown key; did you mean 'device'?"),
+        ("zero_optimization.offload_param.zzz", "unknown key; valid keys of zero_optimization.offload_param are dev"),
+        ("activation_checkpointing.clases", "unknown key; did you mean 'classes'?"),
+        ("offload_param", "unknown key here; did you mean 'zero_optimization.offload_param'?"),
         ("zero_optimisation", "unknown key; did you mean 'zero_optimization'?"),
         ("Train_Batch_Size", "unknown key; did you mean 'train_batch_size'?"),
         ("fp16.loss_scale_windw", "unknown key; did you mean 'loss_scale_window'?"),
@@ -349,6 +424,24 @@ def test_key_of_deepspeed_is_recognised(key: str) -> None:
     assert not message.endswith("; ")
 
 
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("zero_optimization.cpu_offload", "offload_optimizer"),
+        ("zero_optimization.stage3_gather_16bit_weights_on_model_save", "save_16bit_model()"),
+        ("zero_optimization.stage3_max_reuse_distance", "stage 3 does not need it"),
+        ("zero_optimization.sub_group_size", "stage 3 does not need it"),
+        ("zero_optimization.offload_optimizer.nvme_path", "only device cpu"),
+        ("zero_optimization.offload_param.buffer_count", "only device cpu"),
+        ("zero_optimization.offload_optimizer.super_offload", "remove it"),
+        ("activation_checkpointing.number_checkpoints", "activation_checkpointing.classes"),
+        ("activation_checkpointing.partition_activations", "remove it"),
+    ],
+)
+def test_keys_of_deepspeed_come_with_what_to_do_instead(key: str, remedy: str) -> None:
+    assert remedy in message_for(nested(key, 1)).splitlines()[1]
+
+
 def test_keys_of_partita_and_of_deepspeed_only_are_disjoint() -> None:
     ours = {join(path, key) for path, section in all_sections() for key in section.model_fields}
     assert not ours & DEEPSPEED_ONLY_KEYS.keys()
@@ -364,11 +457,14 @@ def test_own_keys_are_marked() -> None:
         if any(isinstance(note, OwnKey) for note in field.metadata)
     }
     assert own == {
+        "activation_checkpointing.classes",
+        "activation_checkpointing.enabled",
         "bf16.master_weights",
         "comm",
         "max_consecutive_skipped_steps",
         "seed",
         "zero_optimization.overlap_gather",
+        "zero_optimization.unit_classes",
     }
 
 
@@ -421,3 +517,12 @@ def test_committed_documents_are_current(tmp_path: Path, name: str) -> None:
     write_documents(tmp_path)
     committed = (REPOSITORY / "docs" / name).read_text(encoding="utf-8")
     assert committed == (tmp_path / name).read_text(encoding="utf-8"), "run: python -m partita.config.document docs"
+
+
+def test_links_in_the_document_lead_to_its_headings() -> None:
+    """GitHub's anchors: lower case, blanks to dashes, without punctuation."""
+    text = config_markdown()
+    anchors = {re.sub(r"[^\w-]", "", h.lower().replace(" ", "-")) for h in re.findall(r"^## (.*)$", text, re.MULTILINE)}
+    links = re.findall(r"\]\(#([^)]*)\)", text)
+    assert "zero_optimizationoffload_param" in links
+    assert not set(links) - anchors

@@ -79,7 +79,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "bad value": (
         lambda: initialize({"zero_optimization": {"stage": 7}}),
         ConfigError,
-        ["zero_optimization.stage = 7", "0", "2"],
+        ["zero_optimization.stage = 7", "0", "3"],
     ),
     "bad type": (lambda: initialize({"gradient_clipping": "much"}), ConfigError, ["gradient_clipping = 'much'"]),
     "several at once": (

@@ -29,6 +29,8 @@ PUBLIC_NAMES = [
     "default_config",
     "init_distributed",
     "initialize",
+    "utils",
+    "zero",
 ]
 ENGINE_CALLS = [
     "__call__",
@@ -43,11 +45,14 @@ ENGINE_CALLS = [
     "gradient_accumulation_steps",
     "initialize",
     "is_gradient_accumulation_boundary",
+    "load_module_state_dict",
     "local_rank",
     "loss_scale",
     "module_state_dict",
     "no_sync",
+    "save_16bit_model",
     "save_config",
+    "save_model",
     "scale",
     "set_gradient_accumulation_boundary",
     "skipped_steps",

@@ -1,6 +1,6 @@
 """Flat units: layout, storage, stage policies, lifetimes of parameters, and the reduction of their gradients."""
 
-from partita.units.absent import DESCRIBING, AbsentParameterError, Holder, holder_of, take_back
+from partita.units.absent import DESCRIBING, AbsentParameterError, Holder, give_to, holder_of, take_back
 from partita.units.blocks import find_blocks
 from partita.units.build import ModelUnits, ParameterGroup, UnitSettings, build_units, lifetime_of, require_on
 from partita.units.gathers import ParameterGathers
@@ -37,6 +37,7 @@ __all__ = [
     "fill_from_rank_0",
     "find_blocks",
     "full_values",
+    "give_to",
     "has_reducer",
     "holder_of",
     "lifetime_of",

@@ -50,23 +50,23 @@ class Holder(Protocol):
 class _Held:
     """Who holds a parameter: an attribute of it which is not pickled with it, as a holder cannot be."""
 
-    def __init__(self, holder: Holder) -> None:
-        self.holder = holder
+    def __init__(self, find: Callable[[], Holder | None]) -> None:
+        self.find = find
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OrderedDict, ()  # what torch.load() takes with weights_only, too
 
 
 def holder_of(parameter: Tensor) -> Holder | None:
-    """Who has the parameter's values; None for one that nobody has taken."""
+    """Who has the parameter's values; None for one that nobody has taken, or whose engine is gone."""
     held = getattr(parameter, "_partita_holder", None)
-    return held.holder if isinstance(held, _Held) else None
+    return held.find() if isinstance(held, _Held) else None
 
 
-def give_to(holder: Holder, parameters: Iterable[nn.Parameter]) -> None:
-    """From now on `holder_of()` answers this holder."""
+def give_to(find: Callable[[], Holder | None], parameters: Iterable[nn.Parameter]) -> None:
+    """From now on `holder_of()` answers what this function does: a holder, while it is there."""
     for parameter in parameters:
-        parameter._partita_holder = _Held(holder)  # type: ignore[attr-defined]
+        parameter._partita_holder = _Held(find)  # type: ignore[attr-defined]
 
 
 def make_absent(parameters: Iterable[nn.Parameter]) -> None:
@@ -82,6 +82,7 @@ def make_present(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
         if type(parameter) is AbsentParameter:
             parameter.__class__ = parameter._partita_class  # type: ignore[attr-defined]
+            del parameter._partita_class  # type: ignore[attr-defined]
 
 
 def take_back(parameter: nn.Parameter, values: Tensor) -> None:
@@ -123,7 +124,7 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Iterable[A
 
 def _name(parameter: Any) -> str:
     holder = None if parameter is None else holder_of(parameter)
-    return "?" if holder is None else holder.name_of(parameter)
+    return "(of an engine that is gone)" if holder is None else holder.name_of(parameter)
 
 
 # What describes a parameter.

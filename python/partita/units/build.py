@@ -103,7 +103,8 @@ def build_units(
             not in the model.
     """
     lifetime = lifetime_of(policy, communicator, settings.offload)
-    blocks = find_blocks(model, settings.unit_classes) if lifetime is Lifetime.GATHERED else []
+    blocks = find_blocks(model, settings.unit_classes) if policy.shards_params else []  # which refuses unknown classes
+    blocks = blocks if lifetime is Lifetime.GATHERED else []
     groups = [ParameterGroup(module) for module in (*blocks, model)]
     device = communicator.device
 
@@ -124,7 +125,7 @@ def build_units(
         numel = sum(infos[i].numel for i in plan.indices)
         # Units that are reduced early have the longest time to reach the host.
         offload = settings.offload if numel / 2 <= to_offload else RESIDENT
-        to_offload -= numel
+        to_offload -= numel if offload is settings.offload else 0
         form = UnitForm(dtype, grad_dtype, settings.splits_masters, offload)
         units.append(Unit(layout, parameters, form, communicator, gathering, policy, plan.lifetime))
         if plan.lifetime is not Lifetime.ALWAYS:

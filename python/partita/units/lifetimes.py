@@ -12,7 +12,9 @@ In a recomputed forward (activation checkpointing) nothing is released: its back
 Where parameters are gathered by collectives, all ranks issue the same ones in the same order, whatever each of them
 uses: in every pass (a forward, a backward) every block once, in the order in which the blocks were used in the first
 forward, if all ranks used them in the same order, else in the order of the model. A block that a rank skips is gathered
-and released there. Before a unit's gradients are reduced, its block has been sent for; with that, no rank can wait
+and released there. Before a unit's gradients are reduced, its block has been sent for; and before a rank waits for a
+block, it reduces those that come earlier in backward: when autograd reaches an operation, it is done with all later
+ones, so blocks that the forward used only later, or not at all, get no gradient any more. With that, no rank can wait
 for a gather of a rank that waits for a reduction. A block that is used again after its turn is gathered again, and then
 all ranks must use it again. Where ranks share memory there is nothing to gather, and none of this applies.
 """
@@ -43,21 +45,32 @@ class ParameterLifetimes:
         prefetch_numel: the next group of a pass is sent for while one computes, and further ones while they have
             together at most so many elements.
         max_live_numel: nothing is sent for ahead that would bring more elements than this here.
+        no_more_gradients: hears of units that get none any more in a backward.
     """
 
     def __init__(
-        self, groups: list[ParameterGroup], communicator: Communicator | None, prefetch_numel: int, max_live_numel: int
+        self,
+        groups: list[ParameterGroup],
+        communicator: Communicator | None,
+        prefetch_numel: int,
+        max_live_numel: int,
+        no_more_gradients: Callable[[Iterable[FlatParameters]], None],
     ) -> None:
         self.groups = groups
         self._communicator = communicator
         self._prefetch_numel = prefetch_numel
         self._max_live_numel = max_live_numel
+        self._no_more_gradients = no_more_gradients
         self._root = len(groups) - 1
         self._order = list(range(self._root))  # of the blocks in a forward
         self._used: list[int] | None = []  # in the first forward, by this rank; None: the order is settled
         self._pass: _Pass | None = None  # under way
         self._live: set[int] = set()  # groups that have been sent for
         self._depth = 0  # of modules whose forward runs
+        self._uses = 0  # forwards, and in them uses of blocks
+        self._old_uses = 0  # those before this micro-batch
+        self._first_use: dict[int, int] = {}  # of each block in this micro-batch
+        self._counts_uses = False  # in the forward under way
         self._owner = {id(unit): i for i, group in enumerate(groups) for unit in group.units}
         self._hooks: list[RemovableHandle] = []
         if self._owner:
@@ -88,15 +101,28 @@ class ParameterLifetimes:
         if self._pass is not None and self._pass.is_to_come(owner):
             self._live |= {*self._pass.up_to(owner), owner}
 
+    def gather_rest(self, _unit: FlatParameters) -> None:
+        """Instead of `before_reduction`, where all reductions follow the backward of this rank."""
+        if self._pass is not None:
+            for i in self._pass.rest():
+                self._release([i])
+
     def begin_backward(self) -> None:
         """Gradients are about to arrive."""
         if self._pass is None:
             self._pass = _Pass(reversed(self._order), self.groups)
+            if self._root not in self._live:
+                self._need(self._root)  # on every rank, whether its gradients come through modules or not
 
     def end_backward(self) -> None:
         """Backward is over: nothing needs full parameters any more."""
         self.begin_backward()  # if no gradient came through any module of this rank
         self._end_pass(stays=set())
+
+    def forget_forwards(self) -> None:
+        """A new micro-batch begins."""
+        self._old_uses = self._uses
+        self._first_use.clear()
 
     def release_all(self) -> None:
         """Nothing computes, in the middle of a pass too: after an error, say."""
@@ -133,6 +159,11 @@ class ParameterLifetimes:
             self._depth += 1
             if self._depth == 1:
                 self._pass = _Pass(self._order, self.groups)
+                self._counts_uses = torch.is_grad_enabled()
+                self._uses += 1
+            if self._counts_uses and index != self._root:
+                self._uses += 1
+                self._first_use.setdefault(index, self._uses)
         if self._root not in self._live:
             self._need(self._root)
         if index != self._root:
@@ -146,7 +177,7 @@ class ParameterLifetimes:
             self._depth -= 1
         is_outermost = not in_backward and self._depth == 0
         if torch.is_grad_enabled() and (is_outermost or index != self._root):
-            hook = partial(_call, weakref.ref(self), "_before_backward", index)
+            hook = partial(_call, weakref.ref(self), "_before_backward", index, 0 if in_backward else self._uses)
             for output in pytree.tree_leaves(outputs):
                 if isinstance(output, Tensor) and output.requires_grad:
                     output.register_hook(hook)  # type: ignore[no-untyped-call]
@@ -156,10 +187,11 @@ class ParameterLifetimes:
         elif index != self._root and not in_backward:
             self._release([index])
 
-    def _before_backward(self, index: int, _grad: Tensor) -> None:
+    def _before_backward(self, index: int, use: int, _grad: Tensor) -> None:
         self.begin_backward()
-        if self._root not in self._live:
-            self._need(self._root)
+        if self._communicator is not None and use > self._old_uses:
+            done = [i for i in range(self._root) if self._first_use.get(i, use + 1) > use]
+            self._no_more_gradients(unit for i in done for unit in self.groups[i].units)
         self._release(self._live - {index, self._root})
         if index != self._root:
             self._need(index)
@@ -175,6 +207,9 @@ class ParameterLifetimes:
     def _settle_order(self) -> None:
         """After the first forward: the order in which its blocks were used, if it is the same on all ranks."""
         if self._used is None or self._communicator is None or not self._root:
+            return
+        if all(unit.is_held for group in self.groups for unit in group.units):
+            self._used = []  # ranks may do different things, and some of them nothing
             return
         used = [*self._used, *(i for i in range(self._root) if i not in self._used)]
         self._used = None
@@ -222,10 +257,11 @@ class _Pass:
 
     def rest(self) -> Iterable[int]:
         """What was not needed, one by one."""
-        yield from self._ahead
-        for index in self._left:
-            self.send_for(index)
-            yield index
+        while self._ahead:
+            yield self._ahead.pop(0)
+        while self._left:
+            self.send_for(self._left[0])
+            yield self._left.pop(0)
 
     def send_for(self, index: int) -> None:
         """Whatever the order."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from partita.comm import Communicator, Done, Handle
-from partita.memory import flat_buffer, host_buffer
+from partita.memory import FreedMemory, flat_buffer, host_buffer
 from partita.units.absent import give_to, holder_of, make_absent, make_present
 from partita.units.layout import Slot, UnitLayout
 
@@ -100,11 +101,17 @@ class FlatParameters:
         self._views = {id(buffer): self._views_of(buffer) for buffer in (self.params, self._home)}
         self._places: list[int] = []
         self._versions: list[int] = []
+        self._written: set[Slot] = set()  # that `keep` was given since somebody looked
 
     @property
     def gathered_bytes(self) -> int:
         """Memory that this rank spends on full parameters which it does not keep."""
         return 0 if self.lifetime is Lifetime.ALWAYS else self._home.untyped_storage().nbytes()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the parameters are here for somebody who holds them."""
+        return self._holds > 0
 
     def part(self, full: Tensor) -> Tensor:
         """This rank's own range of a full buffer, as a view."""
@@ -126,7 +133,7 @@ class FlatParameters:
             parameter.grad = None
         self._places = self._where()
         self._versions = [parameter._version for parameter in self.parameters]  # the engine's own writes do not count
-        give_to(self, self.parameters)
+        give_to(weakref.ref(self), self.parameters)  # a model may outlive its engine
         if self.lifetime is not Lifetime.ALWAYS:
             self._leave()
 
@@ -166,6 +173,7 @@ class FlatParameters:
 
     @contextmanager
     def whole(self) -> Iterator[Callable[[nn.Parameter], Tensor]]:
+        """Values to be read only, see `Holder`."""
         if self.lifetime is Lifetime.MAPPED:  # read where they are
             views = dict(zip(map(id, self.parameters), self._views[id(self.params)], strict=True))
             yield lambda parameter: views[id(parameter)]
@@ -177,6 +185,7 @@ class FlatParameters:
             self.let_go()
 
     def hold(self) -> None:
+        """The values are here in memory of this rank's own, see `Holder`."""
         self._holds += 1
         if self._holds > 1 or self.lifetime is Lifetime.ALWAYS:
             return
@@ -191,19 +200,18 @@ class FlatParameters:
         self.arrive()
 
     def let_go(self) -> None:
+        """The reverse of `hold`."""
         self._holds -= 1
         if self._holds or self.lifetime is Lifetime.ALWAYS:
             return
         self._versions = [parameter._version for parameter in self.parameters]
         if self._where() != self._places:  # somebody assigned .data
             self._point(self._home)
-        if not self._computes:
+        if not self._computes:  # else backward may need what forward has saved of these
             self._leave()
-        elif self.lifetime is Lifetime.MAPPED:
-            self._free_home()
-            self._point(self.params)
 
     def keep(self, parameters: list[nn.Parameter]) -> None:
+        """What was written becomes the values, see `Holder`."""
         kept = set(map(id, parameters))
         given = {s: p for s, p in zip(self.layout.slots, self.parameters, strict=True) if id(p) in kept}
         for part in self.layout.slices(self.own) if self.lifetime is not Lifetime.ALWAYS else []:
@@ -212,12 +220,9 @@ class FlatParameters:
                 own = self.own_params[part.shard_offset : part.shard_offset + part.numel]
                 own.copy_(values[part.parameter_offset : part.parameter_offset + part.numel])
         self._versions = [parameter._version for parameter in self.parameters]
-        self._adopt(given.keys())
+        self._written |= given.keys()
         if self.lifetime is Lifetime.MAPPED:
             self.communicator.barrier()  # the others may read
-
-    def _adopt(self, slots: Collection[Slot]) -> None:
-        """The own part of these parameters has new values."""
 
     # -- noticing
 
@@ -308,9 +313,11 @@ def fill_from_rank_0(
 ) -> None:
     """Copies the values that parameters have on rank 0, as far as they lie in a range of a layout; one at a time."""
     parts = {part.slot: part for part in layout.slices(elements)}
+    freed = FreedMemory()
     for slot, parameter in zip(layout.slots, parameters, strict=True):
         values = full_values(parameter)
         communicator.broadcast(values, 0).wait()
         if (part := parts.get(slot)) is not None:
             taken = values.view(-1)[part.parameter_offset : part.parameter_offset + part.numel]
             destination[part.shard_offset : part.shard_offset + part.numel] = taken
+        freed.add(values.nbytes)

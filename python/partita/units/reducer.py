@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from partita import kernels
 from partita._core import Bucketer, Span
-from partita.comm import Communicator, Handle
-from partita.memory import return_free_memory
+from partita.comm import Communicator, Handle, Reduction
+from partita.memory import FreedMemory
 from partita.streams import HostCopy, Streams
+from partita.units.parameters import FlatParameters
 from partita.units.policy import StagePolicy
 from partita.units.unit import GradState, Unit
 
@@ -148,10 +149,25 @@ class GradientReducer:
         if not self._bucketer.in_backward:
             return
         self._launch_all(*self._bucketer.finish())
-        if self._first_backward:  # without full buffers it held all gradients until its end; later ones let them go
+        if self._first_backward:
             self._first_backward = False
-            return_free_memory()
+            if self._settings.overlap:
+                self._launch_late()
+            FreedMemory().give_back()  # of building the model, and of what backward needs only once
         self._after_backward()
+
+    @torch.no_grad()
+    def _launch_late(self) -> None:
+        """Reduces what arrived after its unit was launched; on all ranks, if on any. See `Bucketer`."""
+        late = [float(any(p.grad is not None for p in unit.parameters)) for unit in self.units]
+        if self._plan.reduces or not self._policy.keeps_full_grads:
+            flags = torch.tensor(late, device=self._communicator.device)
+            self._communicator.all_reduce(flags, Reduction.max).wait()
+            late = flags.tolist()
+        for i, is_late in enumerate(late):
+            if is_late:
+                self._finish_reductions()  # the first one of this unit may be under way in the buffer of this one
+                self._launch(i)
 
     def reduce_zeros(self) -> None:
         """A backward without any gradient on this rank: the others wait for its part in their collectives."""
@@ -226,8 +242,19 @@ class GradientReducer:
         self._producers[self._unit_of[index]].add(self._streams.current())
         if begin < end:
             self._launch_all(begin, end)
-        elif self._bucketer.is_complete(index):
+        elif self._bucketer.is_complete(index) and not self._bucketer.was_launched(index):
             self._collect(self._unit_of[index])
+
+    def no_more_gradients(self, units: Iterable[FlatParameters]) -> None:
+        """What these units lack in this backward counts as zeros from now on, not only at its end."""
+        if not self._bucketer.in_backward:
+            self.begin_backward()
+        index_of = {id(unit): i for i, unit in enumerate(self.units)}
+        for i in sorted(index_of[id(unit)] for unit in units if id(unit) in index_of):
+            first = self._first_parameter[i]
+            for p, parameter in enumerate(self.units[i].parameters, start=first):
+                if parameter.grad is None and not self._bucketer.is_complete(p):
+                    self.accumulated(p)
 
     def _launch_all(self, begin: int, end: int) -> None:
         with torch.no_grad():

@@ -135,13 +135,14 @@ class Unit(FlatParameters):
 
         An element that still is its master rounded keeps the master's precision; where masters are split, those of a
         written parameter become its 16-bit values, as which elements were written is not known. Writes are seen by
-        autograd's version counters, so those through `.data` go unnoticed.
+        autograd's version counters, so those through `.data` go unnoticed; those inside GatheredParameters by `keep`.
         """
         versions = [parameter._version for parameter in self.parameters]
-        if versions != self._versions:
+        if versions != self._versions or self._written:
             slots = zip(self.layout.slots, versions, self._versions, strict=True)
-            self._versions = versions
-            self._adopt({slot for slot, now, before in slots if now != before})
+            written = self._written | {slot for slot, now, before in slots if now != before}
+            self._versions, self._written = versions, set()
+            self._adopt(written)
 
     def _adopt(self, slots: Collection[Slot]) -> None:
         if self.updated is not self.own_params:

@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from partita.comm import Communicator, backend_for, init_distributed, world_communicator
 from partita.config import Config, load_config
-from partita.units import DESCRIBING, FlatParameters, Lifetime, ParameterInfo, holder_of, make_layout
+from partita.memory import FreedMemory
+from partita.units import DESCRIBING, FlatParameters, Lifetime, ParameterInfo, give_to, holder_of, make_layout
 
 
 class Init:
@@ -55,7 +56,7 @@ class Init:
                 torch.set_default_dtype(self._dtype)
             hook = register_module_parameter_registration_hook(partitioner.registered)
             exits.callback(hook.remove)
-            exits.enter_context(_Uses(partitioner.used))
+            exits.enter_context(Uses(partitioner.used))
             self._exits = exits.pop_all()
         return self
 
@@ -68,6 +69,7 @@ class Partitioner:
 
     def __init__(self, config: Config | None = None) -> None:
         self._comm = (config or load_config({"train_micro_batch_size_per_gpu": 1})).comm
+        self._freed = FreedMemory()
         self._communicators: dict[torch.device, Communicator] = {}
         self._open: dict[int, tuple[nn.Parameter, str]] = {}  # whole parameters, of one module
         self._module: nn.Module | None = None  # the one that registered them; None: they were taken before
@@ -105,18 +107,20 @@ class Partitioner:
     def close(self) -> None:
         """No parameter is whole any more."""
         opened, self._open, self._module = self._open, {}, None
-        for parameter, name in opened.values():
-            holder = holder_of(parameter)
-            if holder is None:
-                partition(parameter, name, self.communicator(parameter.device))
-            else:
-                if parameter.dtype != holder.dtype:
-                    raise TypeError(
-                        f"parameter '{name}' was converted from {holder.dtype} to {parameter.dtype} inside "
-                        "partita.zero.Init(): give Init that dtype="
-                    )
-                holder.keep([parameter])
-                holder.let_go()
+        with torch._C.DisableTorchFunction():  # these are not uses
+            for parameter, name in opened.values():
+                holder = holder_of(parameter)
+                if holder is None:
+                    partition(parameter, name, self.communicator(parameter.device))
+                else:
+                    if parameter.dtype != holder.dtype:
+                        raise TypeError(
+                            f"parameter '{name}' was converted from {holder.dtype} to {parameter.dtype} inside "
+                            "partita.zero.Init(): give Init that dtype="
+                        )
+                    holder.keep([parameter])
+                    holder.let_go()
+                self._freed.add(parameter.nbytes)
 
 
 @torch.no_grad()
@@ -131,6 +135,7 @@ def partition(parameter: nn.Parameter, name: str, communicator: Communicator) ->
     values = parameter.detach().reshape(-1)[own.start : own.stop]
     flat.own_params[: values.numel()] = values
     flat.take_parameters()
+    give_to(lambda: flat, [parameter])  # nobody else keeps it
 
 
 class SameRandomNumbers:
@@ -182,7 +187,7 @@ def _set_random_states(states: list[Tensor]) -> None:
         torch.cuda.set_rng_state(state)
 
 
-class _Uses(TorchFunctionMode):
+class Uses(TorchFunctionMode):
     """Tells which parameters operations are about to use."""
 
     def __init__(self, used: Callable[[list[nn.Parameter]], None]) -> None:

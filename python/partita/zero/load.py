@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from partita.memory import FreedMemory
 from partita.units import Holder, holder_of
 from partita.zero.gathered import GatheredParameters
 
@@ -66,7 +67,9 @@ def load_weights(model: nn.Module, source: WeightSource, *, strict: bool = True,
             raise ValueError(problem or f"the weights cannot be loaded: see the error of rank {rank}")
         found = {name for name, is_there in zip(tensors, present.tolist(), strict=False) if is_there}
         missing = _missing(tensors, found)
+        freed = FreedMemory()
         for names in holders.values():
+            freed.add(sum(tensors[name].nbytes for name in names))
             there = [name for name in names if name in found]
             with GatheredParameters([tensors[name] for name in there], modifier_rank=rank):
                 if read is not None:

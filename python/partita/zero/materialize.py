@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from partita.config import load_config
-from partita.zero.init import Partitioner, SameRandomNumbers
+from partita.zero.init import Partitioner, SameRandomNumbers, Uses
 
 
 def materialize(
@@ -35,7 +35,9 @@ def materialize(
     """
     partitioner = Partitioner(None if config is None else load_config(config))
     made: dict[nn.Parameter, nn.Parameter] = {}
-    with SameRandomNumbers(partitioner.communicator(torch.device("cpu"))), torch.no_grad():
+    same_numbers = SameRandomNumbers(partitioner.communicator(torch.device("cpu")))
+    # A module may fill what it shares with an earlier one, too.
+    with same_numbers, Uses(partitioner.used), torch.no_grad():
         for path, module in model.named_modules():
             new = _give_memory(module, torch.device(device), made)
             if not new:

@@ -1,0 +1,136 @@
+"""Peak memory of stage 3 against its formula, while a model is built, taken over, loaded, trained and exported.
+
+    torchrun --nproc-per-node 2 bench/peers/model_states.py [--transport torch] [--dtype fp32] [--json FILE]
+
+The formula is 16 bytes per parameter (16-bit; 16 in fp32 too: weights, gradients and two moments) over the ranks, plus
+two units. Memory is each rank's, where a page that several ranks have mapped counts in parts, over that of the process
+before the model; the fullest rank counts. It is sampled, so what lasts less than a few milliseconds is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from environment import Ranks  # isort: skip  (it sets up the process for torch)
+import partita
+import torch
+from report import print_table, settings_of, write_json
+from workload import GPT, ModelConfig
+
+SAMPLE_SECONDS = 0.004
+BYTES_PER_PARAMETER = 16
+
+
+def pss_mib() -> float:
+    """Memory of this process; shared pages in parts, pages of files not at all: the system can drop them."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
+
+
+class Peaks:
+    """The largest memory in each phase."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._baseline_mib = pss_mib()
+        self.mib: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        peak, done = [pss_mib()], threading.Event()
+
+        def sample() -> None:
+            while not done.wait(SAMPLE_SECONDS):
+                peak.append(max(peak.pop(), pss_mib()))
+
+        sampler = threading.Thread(target=sample, daemon=True)
+        sampler.start()
+        try:
+            yield
+        finally:
+            done.set()
+            sampler.join()
+        gc.collect()
+        self._ranks.barrier()
+        self.mib[name] = self._ranks.largest(max(peak[0], pss_mib()) - self._baseline_mib)
+
+
+def warm_up(config: dict[str, Any]) -> None:
+    """Loads what a first step loads: libraries, their threads and buffers."""
+    engine, *_ = partita.initialize(model=GPT(ModelConfig(64, 64, 2, 1, 64)), config=config)
+    for _ in range(2):
+        tokens = torch.randint(0, 64, (1, 16))
+        engine.backward(engine(tokens, tokens))
+        engine.step()
+    engine.destroy()
+    gc.collect()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--transport", choices=("auto", "torch"), default="auto")
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    ranks = Ranks()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": arguments.dtype == "bf16"},
+        "optimizer": {"type": "AdamW"},
+        "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 0},
+        "comm": {"transport": arguments.transport, "timeout_seconds": 300},
+        "steps_per_print": 0,
+    }
+    warm_up(config)
+    peaks = Peaks(ranks)
+    with peaks.phase("built (zero.Init)"), partita.zero.Init(config=config):
+        heads = arguments.width // 64
+        model = GPT(ModelConfig(4096, 64, arguments.layers, heads, arguments.width))
+    with peaks.phase("taken over (initialize)"):
+        engine, *_ = partita.initialize(model=model, config=config)
+    numel = sum(p.numel() for p in model.parameters())
+    unit_numel = max(unit.layout.numel for unit in engine._units)
+    tokens = torch.randint(0, 4096, (1, 16))
+    with peaks.phase("trained"):
+        for _ in range(arguments.steps):
+            engine.backward(engine(tokens, tokens))
+            engine.step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = [folder]
+        torch.distributed.broadcast_object_list(path)
+        file = Path(path[0]) / "model.safetensors"
+        with peaks.phase("exported (save_model)"):
+            engine.save_model(file)
+        with peaks.phase("exported in fp32"):
+            engine.save_model(file.with_name("fp32.safetensors"), torch.float32)
+        with peaks.phase("loaded (safetensors)"):
+            engine.load_module_state_dict(file)
+        ranks.barrier()
+    element_bytes = 2 if arguments.dtype == "bf16" else 4
+    states_mib = BYTES_PER_PARAMETER * numel / ranks.world_size / 2**20
+    allowed_mib = states_mib + 2 * unit_numel * element_bytes / 2**20
+    if ranks.rank == 0:
+        print(
+            f"{numel:,} parameters, {ranks.world_size} ranks over {engine._communicator.transport}, {arguments.dtype}: "
+            f"16/N bytes are {states_mib:.0f} MiB, with two units of {unit_numel:,} elements {allowed_mib:.0f} MiB"
+        )
+        rows = [[name, f"{mib:.0f}", f"{mib / allowed_mib:.2f}"] for name, mib in peaks.mib.items()]
+        print_table(["phase", "peak MiB", "x formula"], rows)
+        measured = {"parameters": numel, "ranks": ranks.world_size, "formula_mib": allowed_mib, "peak_mib": peaks.mib}
+        write_json(arguments.json, {"arguments": settings_of(arguments), **measured})
+    engine.destroy()
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main()
