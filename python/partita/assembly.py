@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from partita.config import BatchSizes, Config, ConfigError, ZeroConfig, resolve_batch_sizes
+from partita.config import BatchSizes, Config, ConfigError, resolve_batch_sizes
 from partita.optim import make_optimizer, make_scheduler
-from partita.units import Offload
+from partita.units import Offload, UnitSettings
 
 logger = logging.getLogger("partita")
 
@@ -94,13 +94,23 @@ def choose_scheduler(source: Any, optimizer: Optimizer | None, config: Config) -
     return source
 
 
-def offload_of(zero: ZeroConfig) -> Offload:
-    """What the config wants on the host."""
+def unit_settings(config: Config, compute: torch.dtype | None, grads: torch.dtype | None) -> UnitSettings:
+    """How the config wants units to be cut and kept; for the dtypes see `Precision`."""
+    zero = config.zero_optimization
     optimizer, params = zero.offload_optimizer, zero.offload_param
-    return Offload(
+    offload = Offload(
         states=optimizer.ratio if optimizer.device == "cpu" else 0.0,
         params=params.device == "cpu",
         pin=params.pin_memory if params.device == "cpu" else optimizer.pin_memory,
+    )
+    return UnitSettings(
+        bucket_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
+        compute_dtype=compute,
+        grad_dtype=grads,
+        splits_masters=config.bf16.master_weights == "split",
+        unit_classes=zero.unit_classes,
+        persistent_numel=zero.stage3_param_persistence_threshold,
+        offload=offload,
     )
 
 

@@ -22,8 +22,8 @@ from partita.assembly import (
     OptimizerSource,
     choose_optimizer,
     choose_scheduler,
-    offload_of,
     show_log_on,
+    unit_settings,
     with_batch_sizes,
 )
 from partita.backward_watch import BackwardWatch
@@ -31,7 +31,7 @@ from partita.batches import call_with, differentiable_tensors, loss_in, micro_ba
 from partita.comm import backend_for, init_distributed, world_communicator
 from partita.config import Config, load_config, save_config
 from partita.data import ShardedLoader
-from partita.export import WeightFile, layout_of, write_weights
+from partita.export import save_weights
 from partita.lifecycle import Phase, require
 from partita.model_guard import ModelGuard
 from partita.monitor import PhaseTimers, StepReporter
@@ -42,7 +42,6 @@ from partita.placement import (
     optimized_parameters,
     place_untrained,
     refuse_compiled,
-    state_tensors,
     untrained_parameters,
 )
 from partita.precision import loss_scaler_of, precision_of
@@ -56,10 +55,7 @@ from partita.units import (
     ParameterGathers,
     ParameterLifetimes,
     ReductionSettings,
-    Unit,
-    UnitSettings,
     build_units,
-    holder_of,
     lifetime_of,
     stage_policy,
 )
@@ -137,15 +133,7 @@ class Engine:
             refuse_compiled(model)
         trained = optimized_parameters(model, inner)
         untrained = untrained_parameters(model, trained)
-        settings = UnitSettings(
-            bucket_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
-            compute_dtype=precision.compute,
-            grad_dtype=precision.grads,
-            splits_masters=splits_masters,
-            unit_classes=zero.unit_classes,
-            persistent_numel=zero.stage3_param_persistence_threshold,
-            offload=offload_of(zero),
-        )
+        settings = unit_settings(self.config, precision.compute, precision.grads)
         lifetime = lifetime_of(policy, self._communicator, settings.offload)
         self._gathering = connect(beside=True) if lifetime is Lifetime.GATHERED else self._communicator
         built = build_units(
@@ -157,7 +145,7 @@ class Engine:
             gathering=self._gathering,
             policy=policy,
         )
-        self._units = built.trained
+        self._units, self._frozen = built.trained, built.frozen
         partitioned = {p for unit in built.frozen for p in unit.parameters}
         place_untrained(model, untrained, partitioned, self._communicator, precision.compute, precision.buffers)
         self._guard = ModelGuard(model, self._units, untrained)
@@ -474,13 +462,7 @@ class Engine:
             OSError: the file cannot be written; raised on all ranks.
         """
         self._gathers.wait()
-        state = self.module.state_dict(keep_vars=True)
-        file = WeightFile(path, layout_of(state.items(), dtype))
-        problem = write_weights(file if self.global_rank == 0 else None, self._weights_to_save(state, dtype))
-        failed = torch.full((1,), float(problem is not None), device=self.device)
-        self._communicator.all_reduce(failed).wait()
-        if failed.item():
-            raise OSError(f"'{path}' was not written on rank 0: {problem or 'see its error'}") from problem
+        save_weights(self.module, path, dtype, self._access, self._communicator)
 
     def save_16bit_model(self, save_dir: str | os.PathLike[str], save_filename: str = "model.safetensors") -> None:
         """`save_model` in the dtype that the model computes in, under DeepSpeed's name."""
@@ -514,13 +496,6 @@ class Engine:
             self._communicator.close()
 
     # -- parts
-
-    def _weights_to_save(self, state: dict[str, Any], dtype: torch.dtype | None) -> Iterator[tuple[str, Any]]:
-        for name, value in state_tensors(self.module):
-            unit = holder_of(state[name])
-            if dtype is torch.float32 and isinstance(unit, Unit) and unit.dtype is not dtype:
-                value = self._access.weights(unit, state[name])
-            yield name, value
 
     def _predivide(self) -> float:
         """What gradients are divided by before they are summed over ranks."""
@@ -561,8 +536,9 @@ class Engine:
         self._lifetimes.release_all()
         self._guard.check()
         self._gathers.wait()  # of parameters that no forward has used since
+        for flat in (*self._units, *self._frozen):
+            flat.check_unwritten()
         for unit in self._units:
-            unit.check_unwritten()
             unit.adopt_written_parameters()
         self._reducer.reduce_all()
         self._sharded.run(mean=self._mean, clip=self.config.gradient_clipping)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from partita.access import ParameterAccess
+from partita.comm import Communicator
 from partita.memory import FreedMemory
+from partita.placement import state_tensors
+from partita.units import Unit, holder_of
 
 # Names of the format: https://github.com/huggingface/safetensors#format
 DTYPE_NAMES = {
@@ -122,6 +126,33 @@ def layout_of(state: Iterable[tuple[str, Any]], dtype: torch.dtype | None) -> di
         converts = dtype is not None and value.is_floating_point()
         layout[name] = (dtype if converts else value.dtype, tuple(value.shape))
     return layout
+
+
+def save_weights(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None,
+    access: ParameterAccess,
+    communicator: Communicator,
+) -> None:
+    """Writes a model's state dict on rank 0; a collective. See `Engine.save_model`."""
+    state = model.state_dict(keep_vars=True)
+    file = WeightFile(path, layout_of(state.items(), dtype))
+    problem = write_weights(file if communicator.rank == 0 else None, _weights(model, state, dtype, access))
+    failed = torch.full((1,), float(problem is not None), device=communicator.device)
+    communicator.all_reduce(failed).wait()
+    if failed.item():
+        raise OSError(f"'{path}' was not written on rank 0: {problem or 'see its error'}") from problem
+
+
+def _weights(
+    model: nn.Module, state: Mapping[str, Any], dtype: torch.dtype | None, access: ParameterAccess
+) -> Iterator[tuple[str, Any]]:
+    for name, value in state_tensors(model):
+        unit = holder_of(state[name])
+        if dtype is torch.float32 and isinstance(unit, Unit) and unit.dtype is not dtype:
+            value = access.weights(unit, state[name])
+        yield name, value
 
 
 def write_weights(file: WeightFile | None, weights: Iterable[tuple[str, Any]]) -> Exception | None:
