@@ -3,14 +3,14 @@
 #
 #   bench/gpu/run.sh [--only SECTION,SECTION] [--results DIR] [--device cpu] [--small] [--no-build] [DIR]
 #
-# Sections: tests, sanitize, kernels, step, sync, gpt2, compile, largest. Each takes less than eight minutes, the build in
+# Sections: tests, sanitize, kernels, step, sync, gpt2, compile, largest, offload. Each takes less than eight minutes, the build in
 # front of the first one counted in. Nothing is fetched. Environment: WHEELS (a folder of wheels to install), GOOGLETEST (its
 # source), PYTHON, CUDA_ARCHITECTURES, SANITIZER_FILTER, SECTION_SECONDS.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 section_begin=$(date +%s)
 results=bench/results/gpu
-sections=tests,sanitize,kernels,step,sync,gpt2,compile,largest
+sections=tests,sanitize,kernels,step,sync,gpt2,compile,largest,offload
 device=cuda
 build=yes
 small=no
@@ -119,6 +119,7 @@ run_section() {
     gpt2) benchmark gpt2 gpt2 $(pick "" "--models tiny --length 64 --steps 1 --turns 1 --rounds 1") ;;
     compile) benchmark gpt2 gpt2_compiled --compile --rounds 1 --case-s 300 $(pick "--models 124m,1.5b" "--models tiny --length 64 --steps 1") ;;
     largest) benchmark largest largest $(pick "" "--width 256 --memory-mib 1200 --tries 5") ;;
+    offload) benchmark offload offload $(pick "" "--width 256 --layers 2 --steps 1 --rounds 1") ;;
     *) echo "no such section: $1" >&2; status=2 ;;
   esac
 }

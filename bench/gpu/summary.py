@@ -139,6 +139,16 @@ def of_largest(result: Result) -> Iterator[Row]:
             yield Row(f"largest, {masters} masters", measured, ">= 95 % of formula", of_formula >= 0.95, note)
 
 
+def of_offload(result: Result) -> Iterator[Row]:
+    for kind, ratio in result.get("of_resident", {}).items():
+        yield Row(f"offload, {kind}", f"{ratio:.2f} x resident")
+    for what, met in result.get("beyond_the_device", {}).items():
+        yield Row(f"beyond the device's memory: {what.replace('_', ' ')}", str(met), "True", bool(met))
+    for case, _, error in answers_of(result):
+        if error and not case.startswith("resident within"):
+            yield Row(f"offload {case}", "error", note=error)
+
+
 TABLES: dict[str, Callable[[Result], Iterator[Row]]] = {
     "tests": of_checks,
     "sanitize": of_checks,
@@ -148,6 +158,7 @@ TABLES: dict[str, Callable[[Result], Iterator[Row]]] = {
     "gpt2": of_gpt2,
     "gpt2_compiled": of_gpt2,
     "largest": of_largest,
+    "offload": of_offload,
 }
 
 

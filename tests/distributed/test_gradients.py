@@ -100,7 +100,7 @@ def test_the_way_of_a_16_bit_gradient_does_not_change_it(ranks, stage, changes, 
 
 
 def _dtypes_on_the_way(config: dict[str, Any]) -> set[tuple[str, torch.dtype]]:
-    """(collective, dtype) of one step's gradients and parameters; the norm is the only thing in float64."""
+    """(collective, dtype) of one step's gradients and parameters; what ranks tell each other besides is in float64."""
     with communicating_through(RecordingCommunicator) as recorder:
         engine = partita.Engine(model=make_model(), config=config)
         recorder.events.clear()

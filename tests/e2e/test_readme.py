@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -22,12 +23,23 @@ def _run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
+def _run_example(index: int, ranks: int, folder: Path) -> str:
+    (folder / "train.py").write_text(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[index])
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    return _run([sys.executable, *launcher, "train.py"], folder)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_example_of_stage_3_runs_on_any_number_of_ranks(tmp_path, ranks):
+    output = _run_example(1, ranks, tmp_path)
+    assert output.count("gradient of shape (64, 64)") == ranks
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert len(weights) == 8 and not weights["3.0.bias"].any() and weights["3.0.weight"].any()
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_example_learns_on_any_number_of_ranks(tmp_path, ranks):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "train.py").write_text(example)
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    output = _run([sys.executable, *launcher, "train.py"], tmp_path)
+    output = _run_example(0, ranks, tmp_path)
     losses = {int(rank): float(loss) for rank, loss in re.findall(r"rank (\d+): loss ([\d.]+)", output)}
     assert losses.keys() == set(range(ranks))
     assert all(loss < 0.3 for loss in losses.values()), losses  # the targets' variance, where it starts, is about 1

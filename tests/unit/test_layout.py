@@ -133,27 +133,6 @@ def test_without_elements_there_are_no_shards_whatever_the_multiple():
     assert make_layout([ParameterInfo("a", (0, 5), 0, 4, "torch.float32")], 3, 1024).numel == 0
 
 
-@arithmetic
-@given(parameters(), WORLD_SIZES, st.sampled_from([1, 3, 32, 96, 1024, 2048]))
-def test_a_shard_multiple_pads_the_end_and_moves_no_parameter(infos, world_size, multiple):
-    """Shards that are mapped between processes are whole pages, also where 128 bytes do not divide one."""
-    plain, layout = make_layout(infos, world_size), make_layout(infos, world_size, multiple)
-    assert layout.slots == plain.slots
-    assert layout.shard_numel % multiple == 0
-    assert layout.shard_numel * element_bytes(infos) % ALIGNMENT_BYTES == 0 or not infos
-    assert plain.shard_numel <= layout.shard_numel < plain.shard_numel + multiple * 64
-    covered = [part for r in range(world_size) for part in layout.slices(layout.shard_range(r))]
-    assert sum(part.numel for part in covered) == sum(p.numel for p in infos)
-    if multiple == 1:
-        assert layout == plain
-
-
-def test_without_elements_there_are_no_shards_whatever_the_multiple():
-    """G9"""
-    assert make_layout([], 3, 1024).numel == 0
-    assert make_layout([ParameterInfo("a", (0, 5), 0, 4, "torch.float32")], 3, 1024).numel == 0
-
-
 @pytest.mark.parametrize("rank", [-1, 2])
 def test_a_rank_outside_of_the_group_is_refused_by_number(rank):
     """Promise 7."""

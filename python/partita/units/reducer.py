@@ -161,7 +161,7 @@ class GradientReducer:
         """Reduces what arrived after its unit was launched; on all ranks, if on any. See `Bucketer`."""
         late = [float(any(p.grad is not None for p in unit.parameters)) for unit in self.units]
         if self._plan.reduces or not self._policy.keeps_full_grads:
-            flags = torch.tensor(late, device=self._communicator.device)
+            flags = torch.tensor(late, dtype=torch.float64, device=self._communicator.device)
             self._communicator.all_reduce(flags, Reduction.max).wait()
             late = flags.tolist()
         for i, is_late in enumerate(late):
