@@ -2,8 +2,8 @@
 
     python bench/gpu/offload.py [--layers N] [--budget-of-states 0.5] [--json FILE]
 
-`resident`, `optimizer`, `half` (ratio 0.5) and `parameters` (stage 3, with offload_param) take turns with the same model
-on a device with room for all. Then the device's memory is cut to a part of the model states: `resident` must run out of
+`resident`, `optimizer`, `half` (ratio 0.5) and `parameters` (stage 3, with offload_param) take turns with the same
+model on a device with room for all. Then its memory is cut to a part of the model states: `resident` must run out of
 memory there, `parameters` must train. On the CPU, where host and device are one, only the first half is measured.
 """
 

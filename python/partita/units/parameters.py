@@ -100,7 +100,8 @@ class FlatParameters:
         self._home = torch.empty_like(self.params) if lifetime is Lifetime.MAPPED else self.params
         self._views = {id(buffer): self._views_of(buffer) for buffer in (self.params, self._home)}
         self._places: list[int] = []
-        self._versions: list[int] = []
+        self._versions: list[int] = []  # of the parameters, when their values were last known
+        self._versions_at_hold: list[int] = []
         self._written: set[Slot] = set()  # that `keep` was given since somebody looked
 
     @property
@@ -189,6 +190,7 @@ class FlatParameters:
         self._holds += 1
         if self._holds > 1 or self.lifetime is Lifetime.ALWAYS:
             return
+        self._versions_at_hold = [parameter._version for parameter in self.parameters]
         if self.lifetime is Lifetime.MAPPED:
             self._fill_home()
             make_present(self.parameters)
@@ -204,7 +206,9 @@ class FlatParameters:
         self._holds -= 1
         if self._holds or self.lifetime is Lifetime.ALWAYS:
             return
-        self._versions = [parameter._version for parameter in self.parameters]
+        # What was written in between is kept by now, or forgotten; what was written before is still unclaimed.
+        since = zip(self._versions, self.parameters, self._versions_at_hold, strict=True)
+        self._versions = [known + parameter._version - then for known, parameter, then in since]
         if self._where() != self._places:  # somebody assigned .data
             self._point(self._home)
         if not self._computes:  # else backward may need what forward has saved of these
@@ -219,7 +223,6 @@ class FlatParameters:
                 values = given[part.slot].detach().reshape(-1)
                 own = self.own_params[part.shard_offset : part.shard_offset + part.numel]
                 own.copy_(values[part.parameter_offset : part.parameter_offset + part.numel])
-        self._versions = [parameter._version for parameter in self.parameters]
         self._written |= given.keys()
         if self.lifetime is Lifetime.MAPPED:
             self.communicator.barrier()  # the others may read

@@ -223,6 +223,7 @@ class GradientReducer:
 
     def begin_backward(self) -> None:
         """Gradients are about to arrive; called by the first of them if by nobody else."""
+        self._arrive()  # what was on its way to the host during the last micro-batch
         self._finish_reductions()  # gradients of another backward may be under way in the buffers that this one writes
         self._plan = self._plan_backward()
         self._bucketer.begin_backward(self._settings.overlap)
