@@ -20,3 +20,9 @@ python bench/peers/step_time.py --model tiny --engines alone,partita0,partita2 -
 python bench/peers/step_time.py --engines alone,partita0,partita2 --json "$results/step_time_1_rank.json"
 python bench/peers/step_time.py --memory --json "$results/memory.json"
 python bench/peers/import_time.py --json "$results/import_time.json"
+for ranks_of_run in 2 4; do
+  torchrun --nproc-per-node $ranks_of_run bench/peers/model_states.py --json "$results/model_states_$ranks_of_run.json"
+done
+$ranks bench/peers/model_states.py --transport torch --json "$results/model_states_gloo.json"
+$ranks bench/peers/bytes_sent.py --json "$results/bytes_sent.json"
+python bench/gpu/offload.py --device cpu --width 512 --layers 6 --json "$results/offload_cpu.json"

@@ -10,11 +10,11 @@ from torch import nn
 LAYERS = 6
 
 
-@pytest.mark.parametrize(("stage", "in_first_backward"), [(0, 0), (1, 0), (2, LAYERS - 1)])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("overlap", [True, False])
-def test_a_complete_unit_gives_its_gradients_up(stage, in_first_backward, overlap):
-    """F7: in stages 0 and 1 in the first backward too, which learns how often gradients come. Stage 2 has no room for
-    them before they are reduced."""
+def test_a_complete_unit_gives_its_gradients_up(stage, overlap):
+    """F7: in the first backward too, which learns how often gradients come. From stage 2 on there is no room for them
+    before they are reduced."""
     model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(LAYERS)))
     zero = {"stage": stage, "reduce_bucket_size": 256, "overlap_comm": overlap}
     config = {
@@ -31,4 +31,4 @@ def test_a_complete_unit_gives_its_gradients_up(stage, in_first_backward, overla
         engine.backward(engine(torch.ones(1, 16)).sum())
         engine.step()
     later = 0 if overlap or stage < 2 else LAYERS - 1
-    assert alive == [in_first_backward, later, later]
+    assert alive == [later] * 3
