@@ -62,6 +62,14 @@ class Peaks:
         self.mib[name] = self._ranks.largest(max(peak[0], pss_mib()) - self._baseline_mib)
 
 
+def counted_mib(engine: partita.Engine) -> float:
+    """What the engine's buffers add up to, apart from those of a unit in use: without what computing takes."""
+    adam = engine._sharded._update  # type: ignore[union-attr]
+    buffers = [t for unit in engine._units for t in (unit.own_params, unit.master, unit.reduced)]
+    own = {t.data_ptr(): t.nbytes for t in (*buffers, *adam.exp_avg, *adam.exp_avg_sq) if t is not None}
+    return sum(own.values()) / 2**20
+
+
 def warm_up(config: dict[str, Any]) -> None:
     """Loads what a first step loads: libraries, their threads and buffers."""
     engine, *_ = partita.initialize(model=GPT(ModelConfig(64, 64, 2, 1, 64)), config=config)
@@ -124,6 +132,7 @@ def main() -> None:
             f"{numel:,} parameters, {ranks.world_size} ranks over {engine._communicator.transport}, {arguments.dtype}: "
             f"16/N bytes are {states_mib:.0f} MiB, with two units of {unit_numel:,} elements {allowed_mib:.0f} MiB"
         )
+        print(f"masters, moments, gradients and parameters of this rank, counted: {counted_mib(engine):.0f} MiB")
         rows = [[name, f"{mib:.0f}", f"{mib / allowed_mib:.2f}"] for name, mib in peaks.mib.items()]
         print_table(["phase", "peak MiB", "x formula"], rows)
         measured = {"parameters": numel, "ranks": ranks.world_size, "formula_mib": allowed_mib, "peak_mib": peaks.mib}
