@@ -323,3 +323,37 @@ def _written_in_forward(transport: str, frozen: bool) -> None:
 def test_a_write_in_forward_is_refused_by_name(ranks, path, frozen):
     """It would reach the shards of some ranks, or of none."""
     ranks(2).run(_written_in_forward, path, frozen)
+
+
+class HandsOn(nn.Module):
+    """A layer that may be left out: what comes in goes out."""
+
+    def __init__(self, skips: bool) -> None:
+        super().__init__()
+        self.linear, self.skips = nn.Linear(9, 9), skips
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.skips else torch.tanh(self.linear(x))
+
+
+def _hands_on(transport: str, stage: int, skipped: tuple[int, ...]) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(HandsOn(i in skipped) for i in range(4)))
+    engine, *_ = partita.initialize(model=model, config=config_for(stage, transport))
+    for step in range(3):
+        x = torch.ones(2, 9) * (step + engine.global_rank + 1)
+        engine.backward(engine(x).square().mean())
+        engine.step()
+    weights = engine.module_state_dict()
+    engine.destroy()
+    return weights
+
+
+@pytest.mark.parametrize("skipped", [(), (1, 2), (3,), (0, 3)])
+@pytest.mark.parametrize("over", ["auto", "torch"])
+def test_a_tensor_that_leaves_several_modules_brings_the_one_that_made_it(ranks, over, skipped):
+    """The output of the last layer is that of the model; a layer that is left out hands on what the one before made."""
+    for weights, expected in zip(
+        ranks(2).run(_hands_on, over, 3, skipped), ranks(2).run(_hands_on, over, 0, skipped), strict=True
+    ):
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)

@@ -179,7 +179,9 @@ class ParameterLifetimes:
         if torch.is_grad_enabled() and (is_outermost or index != self._root):
             hook = partial(_call, weakref.ref(self), "_before_backward", index, 0 if in_backward else self._uses)
             for output in pytree.tree_leaves(outputs):
-                if isinstance(output, Tensor) and output.requires_grad:
+                # What a module hands on unchanged was made by the one before it, which has its hook there.
+                if isinstance(output, Tensor) and output.requires_grad and not hasattr(output, "_partita_made"):
+                    output._partita_made = True  # type: ignore[attr-defined]
                     output.register_hook(hook)  # type: ignore[no-untyped-call]
         if is_outermost:
             self._end_pass(stays={self._root} if torch.is_grad_enabled() else set())
@@ -192,8 +194,8 @@ class ParameterLifetimes:
         if self._communicator is not None and use > self._old_uses:
             done = [i for i in range(self._root) if self._first_use.get(i, use + 1) > use]
             self._no_more_gradients(unit for i in done for unit in self.groups[i].units)
-        self._release(self._live - {index, self._root})
         if index != self._root:
+            self._release(self._live - {index, self._root})
             self._need(index)
 
     def _end_pass(self, stays: set[int]) -> None:
