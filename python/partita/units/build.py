@@ -59,11 +59,6 @@ class ModelUnits:
     frozen: list[FlatParameters]
     groups: list[ParameterGroup]
 
-    @property
-    def lifetime(self) -> Lifetime:
-        """Of the parameters that are not always there, if there are any."""
-        return next((u.lifetime for group in self.groups for u in group.units), Lifetime.ALWAYS)
-
 
 @dataclass(frozen=True)
 class _Plan:
