@@ -541,7 +541,11 @@ class Engine:
         for unit in self._units:
             unit.adopt_written_parameters()
         self._reducer.reduce_all()
-        self._sharded.run(mean=self._mean, clip=self.config.gradient_clipping)
+        try:
+            self._sharded.run(mean=self._mean, clip=self.config.gradient_clipping)
+        except Exception:
+            self._gathers.abandon()
+            raise
         if not self.config.zero_optimization.overlap_gather:
             self._gathers.wait()
         self.global_steps += 1

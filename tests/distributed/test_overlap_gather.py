@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from communicators import SlowCommunicator, WaitingCommunicator, Wrapped, communicating_through
-from partita.comm import Communicator, Handle
+from partita.comm import CommunicationError, Communicator, Handle
 from test_overlap import LAYERS, WIDTH, Chain
 from torch import Tensor, nn
 
@@ -312,3 +312,73 @@ def test_a_destroyed_engine_leaves_the_weights_of_its_last_step(ranks, stage):
     for ours, theirs in zip(*runs, strict=True):
         for name, value in theirs.items():
             assert torch.equal(ours[name], value), name
+
+
+class FailingCommunicator(Wrapped):
+    """The second all-gather cannot be launched, or no all-gather ends well."""
+
+    at: str  # "launch" or "wait"
+
+    def __init__(self, inner: Communicator) -> None:
+        super().__init__(inner)
+        self.launched = 0
+
+    def start(self, name: str, buffer: Tensor, collective: Callable[[], Handle]) -> Handle:
+        if name != "all_gather":
+            return collective()
+        self.launched += 1
+        if self.at == "launch" and self.launched == 2:
+            raise CommunicationError("a rank died")
+        return _Failing()
+
+
+class _Failing:
+    def wait(self) -> None:
+        raise CommunicationError("a rank died")
+
+
+class FailingToLaunch(FailingCommunicator):
+    at = "launch"
+
+
+class FailingToEnd(FailingCommunicator):
+    at = "wait"
+
+
+def _raises(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except CommunicationError:
+        return True
+    return False
+
+
+def _where_it_raises(stage: int, overlap: bool, wrap: type[FailingCommunicator], goes_on: bool) -> list[str]:
+    """The calls that raised, of a step whose gathers fail, a forward (where it goes on), and destroy() twice."""
+    with communicating_through(wrap):
+        model = Winding()
+        engine = partita.Engine(model=model, config=config(stage, overlap=overlap))
+        engine.backward(engine(numbers(engine.global_rank, 2, 7)))
+        calls: list[tuple[str, Callable[[], Any]]] = [("step", engine.step)]
+        if goes_on:
+            calls.append(("forward", lambda: engine(numbers(1, 2, 7))))
+        calls += [("destroy", engine.destroy)] * 2
+        raised = [name for name, call in calls if _raises(call)]
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    return raised
+
+
+@pytest.mark.parametrize(
+    ("overlap", "wrap", "goes_on", "where"),
+    [
+        (False, FailingToEnd, False, "step"),
+        (False, FailingToLaunch, False, "step"),
+        (True, FailingToLaunch, False, "step"),
+        (True, FailingToEnd, True, "forward"),
+        (True, FailingToEnd, False, "destroy"),  # or the program would go on with weights that never came
+    ],
+)
+@pytest.mark.parametrize("stage", SHARDED)
+def test_a_failed_gather_is_raised_once(ranks, stage, overlap, wrap, goes_on, where):
+    """By the first call that waits for it; after that destroy() lets go of everything in peace."""
+    assert ranks(2).run(_where_it_raises, stage, overlap, wrap, goes_on) == [[where]] * 2

@@ -37,7 +37,11 @@ class ParameterGathers:
     def wait(self) -> None:
         """All parameters are there (on a GPU: for what is queued from now on)."""
         while self._under_way:
-            self._under_way.popleft()[1].wait()
+            self._wait_for_next()
+
+    def abandon(self) -> None:
+        """An error that ends the job has been raised: nobody waits for the rest, so that it is not raised again."""
+        self._under_way.clear()
 
     def close(self) -> None:
         """Lets go of the model."""
@@ -47,7 +51,14 @@ class ParameterGathers:
 
     def _before_forward(self, used: set[int], _module: nn.Module, _inputs: Any) -> None:
         while any(unit in used for unit, _ in self._under_way):
+            self._wait_for_next()
+
+    def _wait_for_next(self) -> None:
+        try:
             self._under_way.popleft()[1].wait()
+        except Exception:
+            self.abandon()
+            raise
 
 
 def _reads_children(module: nn.Module) -> bool:
