@@ -135,7 +135,7 @@ class Engine:
         untrained = untrained_parameters(model, trained)
         settings = unit_settings(self.config, precision.compute, precision.grads)
         lifetime = lifetime_of(policy, self._communicator, settings.offload)
-        self._gathering = connect(beside=True) if lifetime is Lifetime.GATHERED else self._communicator
+        self._gathering = connect(beside=self._communicator) if lifetime is Lifetime.GATHERED else self._communicator
         built = build_units(
             model,
             trained,

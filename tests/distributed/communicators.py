@@ -34,7 +34,7 @@ def communicating_through(make: Callable[[Communicator], Any]) -> Iterator[Any]:
     wrapped: list[Communicator] = []
 
     def connect(*args: Any, **kwargs: Any) -> Any:
-        if not kwargs.get("beside"):
+        if kwargs.get("beside") is None:
             return made
         beside = make(inner := world(*args, **kwargs))
         if beside is not inner:

@@ -1,4 +1,6 @@
-"""Ranks that die, stop, hang or disagree in the middle of training over shared memory: nobody is left waiting.
+"""Ranks that die, stop, hang or disagree in the middle of training: nobody is left waiting.
+
+Over shared memory, except where a test says otherwise.
 
 Each test has processes of its own, which are killed and stopped for real.
 """
@@ -92,16 +94,22 @@ def _meet(store: Path, rank: int, world_size: int) -> None:
     )
 
 
-def _engine(stage: int, timeout_s: float) -> partita.Engine:
-    comm = {"transport": "shared_memory", "timeout_seconds": timeout_s}
+def _engine(stage: int, timeout_s: float, transport: str = "shared_memory") -> partita.Engine:
+    comm = {"transport": transport, "timeout_seconds": timeout_s}
     return partita.Engine(make_model(), config=base_config(stage=stage, comm=comm))
 
 
 def _train(
-    rank: int, report: Callable[[Any], None], stage: int, timeout_s: float, at_fault: int, misbehave: Misbehave
+    rank: int,
+    report: Callable[[Any], None],
+    stage: int,
+    timeout_s: float,
+    at_fault: int,
+    misbehave: Misbehave,
+    transport: str = "shared_memory",
 ) -> None:
     """Trains until a CommunicationError; reports ("training",), (when, message) and ("destroyed",)."""
-    engine = _engine(stage, timeout_s)
+    engine = _engine(stage, timeout_s, transport)
     if rank == at_fault:
         steps = iter(range(1 << 62))
         engine.module.register_forward_pre_hook(lambda *_: misbehave(next(steps)))
@@ -162,6 +170,49 @@ def test_a_killed_rank_is_noticed_at_once(victim, stage):
         died = f"rank {victim} (process {job.processes[victim].pid}) died"
     assert max(times) - killed_at < NOTICED_WITHIN_S
     assert all(died in message for message in messages), messages
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_killed_rank_ends_the_others_over_gloo(stage):
+    """Where three ranks pass on what they got, one waits for another that waits for the dead one: the first to know
+    gives up all that it has under way, and so the others learn of it, long before gloo's timeout of 60 s."""
+    with Job(3, _train, stage, 30.0, -1, _behave, "torch") as job:
+        for rank in range(3):
+            assert job.report(rank) == "training"
+        time.sleep(0.2)
+        killed_at = job.signal(1, signal.SIGKILL)
+        _, messages = _survivors_give_up(job, 1)
+        assert time.monotonic() - killed_at < 20
+    for rank, message in zip((0, 2), messages, strict=True):
+        assert f"on rank {rank} of 3 over gloo" in message
+
+
+def _two_groups_over_gloo(rank: int, report: Callable[[Any], None]) -> None:
+    first = world_communicator("torch")
+    second = world_communicator("torch", beside=first)
+    second.barrier()
+    if rank == 2:
+        return
+    found = []
+    for collective in (first.all_gather, second.all_gather, second.all_reduce):
+        try:
+            collective(torch.zeros(12)).wait()
+        except CommunicationError as error:
+            found.append(str(error))
+    report((time.monotonic(), found))
+
+
+def test_groups_of_one_engine_fail_together():
+    """The ranks of the one that has not failed may be waiting for each other."""
+    with Job(3, _two_groups_over_gloo) as job:
+        times, found = zip(*(job.report(rank) for rank in range(2)), strict=True)
+    assert abs(times[0] - times[1]) < 20
+    for first, second, third in found:
+        assert first.startswith("all_gather of 12 float32, on rank ")
+        assert (
+            second.startswith("all_gather of 12 float32, on rank ") and f"after a failed collective ({first}" in second
+        )
+        assert third.startswith("all_reduce of 12 float32, on rank ") and f"after a failed collective ({first}" in third
 
 
 def test_a_rank_that_raises_is_noticed_at_once():

@@ -62,23 +62,26 @@ def world_communicator(
     timeout: timedelta = timedelta(seconds=30),
     device: torch.device = HOST,
     *,
-    beside: bool = False,
+    beside: Communicator | None = None,
 ) -> Communicator:
     """The communicator of all ranks of the default process group; see `communicator_of`.
 
     A default group that cannot carry the device's tensors (NCCL and a model on the CPU, say) gets one beside it that
-    can. `beside`: a group of its own in any case, whose collectives have an order of their own.
+    can. `beside`: another communicator of the same ranks; a group of its own is made, whose collectives have an order
+    of their own.
     """
     group = dist.group.WORLD
     if group is None:
         raise RuntimeError("no process group: call init_distributed() first")
     carrier = backend_of(group, device)
     carries = carrier is not None and (device.type != "cuda" or carrier != "gloo")
-    if dist.get_world_size(group) == 1 or (carries and not beside):
+    if dist.get_world_size(group) == 1 or (carries and beside is None):
         return communicator_of(group, transport, timeout, device=device)
     made = communicator_of(dist.new_group(backend=backend_for(device)), transport, timeout, device=device)
     if isinstance(made, TorchCommunicator):
         made.owns_group = True
+        if isinstance(beside, TorchCommunicator):
+            made.failures = beside.failures
     return made
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import count
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from partita import kernels
-from partita._core import Reduction
+from partita._core import CommunicationError, Reduction
 from partita.comm.communicator import Communicator, Handle
 from partita.memory import HOST, flat_buffer
 
@@ -24,6 +26,7 @@ GLOO_REDUCE_SCATTERS_IN_FLIGHT = 2
 REDUCE_SCATTER_TAG = 0x5A52
 SEND_TAG = 0x5A53
 LET_GO_WITHIN_S = 1.0
+Start = Callable[..., dist.Work | None]  # of a work
 OPERATIONS = {
     Reduction.sum: dist.ReduceOp.SUM,
     Reduction.average: dist.ReduceOp.SUM,  # divided afterwards: gloo has no average
@@ -34,15 +37,27 @@ OPERATIONS = {
 class WorkHandle:
     """Works of torch.distributed that form one collective; keeps alive what they read and write."""
 
-    def __init__(self, works: list[dist.Work], keep: Tensor, finish: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        works: list[dist.Work],
+        keep: Tensor,
+        naming: Callable[[], AbstractContextManager[None]],
+        finish: Callable[[], None] | None,
+    ) -> None:
         self._works = works
         self._keep: Tensor | None = keep
+        self._naming = naming
         self._finish = finish
 
     def wait(self) -> None:
-        """Returns when the works are done and the result is in the buffer."""
-        for work in self._works:
-            work.wait()
+        """Returns when the works are done and the result is in the buffer.
+
+        Raises:
+            CommunicationError: torch.distributed says that they failed; names the collective and this rank.
+        """
+        with self._naming():
+            for work in self._works:
+                work.wait()
         self._works = []
         finish, self._finish, self._keep = self._finish, None, None
         if finish is not None:
@@ -50,7 +65,8 @@ class WorkHandle:
 
 
 class TorchCommunicator(Communicator):
-    """A process group of torch.distributed.
+    """A process group of torch.distributed. When a collective has failed, every other one fails at once: ranks that
+    wait for each other behind a rank that has died would do so until the group's timeout.
 
     [Note: gloo]
     Gloo's reduce_scatter is an all-reduce and a copy, its all_gather stages through a second buffer. Sending each
@@ -69,6 +85,7 @@ class TorchCommunicator(Communicator):
         self.world_size = dist.get_world_size(group)
         self.transport = backend_of(group, device) or str(dist.get_backend(group))
         self.owns_group = False
+        self.failures: list[CommunicationError] = []  # shared by groups that fail together
         self._gloo = self.transport == "gloo"
         self._reducing: deque[WorkHandle] = deque()
         self._received: dict[torch.dtype, list[Tensor]] = {}  # buffers free for the next reduce-scatter
@@ -77,9 +94,8 @@ class TorchCommunicator(Communicator):
         weakref.finalize(self, _wait_until_empty, self._views)
 
     def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
-        view = self._view(_contiguous(buffer))
-        work = dist.all_reduce(view, OPERATIONS[reduction], group=self._group, async_op=True)
-        return self._handle([work], buffer, self._division(buffer, reduction))
+        start = self._asynchronous(dist.all_reduce, self._view(_contiguous(buffer)), OPERATIONS[reduction])
+        return self._launch("all_reduce", buffer, [start], self._division(buffer, reduction))
 
     def reduce_scatter(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
         own = self.slice_of(_contiguous(buffer))
@@ -87,44 +103,73 @@ class TorchCommunicator(Communicator):
             native = buffer.dtype in kernels.DTYPES
             return self._gloo_reduce_scatter(buffer, reduction) if native else self.all_reduce(buffer, reduction)
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        work = reduce_scatter(own, buffer, OPERATIONS[reduction], group=self._group, async_op=True)
-        return self._handle([work], buffer, self._division(own, reduction))
+        start = self._asynchronous(reduce_scatter, own, buffer, OPERATIONS[reduction])
+        return self._launch("reduce_scatter", buffer, [start], self._division(own, reduction))
 
     def all_gather(self, buffer: Tensor) -> Handle:
         slices = self.slices(_contiguous(buffer))
-        if self._gloo:
-            return self._handle([self._broadcast(s, root) for root, s in enumerate(slices)], buffer)
-        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return self._handle([all_gather(buffer, slices[self.rank], group=self._group, async_op=True)], buffer)
+        if not self._gloo:
+            return self.all_gather_into(buffer, slices[self.rank])
+        return self._launch("all_gather", buffer, [self._broadcast(s, root) for root, s in enumerate(slices)])
 
     def all_gather_into(self, full: Tensor, shard: Tensor) -> Handle:
         if self._gloo:
             return super().all_gather_into(full, shard)
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return self._handle([all_gather(_contiguous(full), shard, group=self._group, async_op=True)], full)
+        return self._launch("all_gather", full, [self._asynchronous(all_gather, _contiguous(full), shard)])
 
     def broadcast(self, tensor: Tensor, root: int) -> Handle:
         self._check_rank("broadcast from", root)
-        return self._handle([self._broadcast(_raw(tensor), root)], tensor)
+        return self._launch("broadcast", tensor, [self._broadcast(_raw(tensor), root)])
 
     def send(self, tensor: Tensor, destination: int) -> Handle:
-        return self._handle([dist.isend(_raw(tensor), group=self._group, tag=SEND_TAG, group_dst=destination)], tensor)
+        return self._launch("send", tensor, [self._send(_raw(tensor), destination, SEND_TAG)])
 
     def recv(self, tensor: Tensor, source: int) -> Handle:
-        return self._handle([dist.irecv(_raw(tensor), group=self._group, tag=SEND_TAG, group_src=source)], tensor)
+        return self._launch("receive", tensor, [self._receive(_raw(tensor), source, SEND_TAG)])
 
     def barrier(self) -> None:
         on_gpu = self.device.type == "cuda"
-        dist.barrier(self._group, device_ids=[self.device.index] if on_gpu else None)
+        with self._naming("barrier"):
+            dist.barrier(self._group, device_ids=[self.device.index] if on_gpu else None)
 
     def close(self) -> None:
         """Ends the process group if it was made for this communicator alone."""
         if self.owns_group:
             dist.destroy_process_group(self._group)
 
-    def _broadcast(self, tensor: Tensor, root: int) -> dist.Work | None:
-        work: dist.Work | None = dist.broadcast(self._view(tensor), group_src=root, group=self._group, async_op=True)
-        return work
+    def _asynchronous(self, collective: Start, *args: Any, **kwargs: Any) -> Start:
+        return partial(collective, *args, group=self._group, async_op=True, **kwargs)
+
+    def _broadcast(self, tensor: Tensor, root: int) -> Start:
+        return self._asynchronous(dist.broadcast, self._view(tensor), group_src=root)
+
+    def _send(self, tensor: Tensor, destination: int, tag: int) -> Start:
+        return partial(dist.isend, tensor, group=self._group, tag=tag, group_dst=destination)
+
+    def _receive(self, tensor: Tensor, source: int, tag: int) -> Start:
+        return partial(dist.irecv, tensor, group=self._group, tag=tag, group_src=source)
+
+    def _launch(
+        self, name: str, tensor: Tensor, starts: list[Start], finish: Callable[[], None] | None = None
+    ) -> WorkHandle:
+        naming = partial(self._naming, f"{name} of {tensor.numel()} {str(tensor.dtype).removeprefix('torch.')}")
+        with naming():
+            works = [start() for start in starts]
+        return WorkHandle([work for work in works if work is not None], tensor, naming, finish)
+
+    @contextmanager
+    def _naming(self, what: str) -> Iterator[None]:
+        """Names the collective in the errors of torch.distributed."""
+        where = f"{what}, on rank {self.rank} of {self.world_size} over {self.transport}"
+        if self.failures:
+            raise CommunicationError(f"{where}: after a failed collective ({self.failures[0]})")
+        try:
+            yield
+        except RuntimeError as error:
+            hint = "when another rank has ended, what it printed last says why"
+            self.failures.append(CommunicationError(f"{where}: {error} ({hint})"))
+            raise self.failures[0] from error
 
     def _view(self, tensor: Tensor) -> Tensor:
         """What a thread of the backend works on, see [Note: gloo]."""
@@ -140,15 +185,15 @@ class TorchCommunicator(Communicator):
         received = self._take_received(slices[0].numel() * (self.world_size - 1), buffer.dtype)
         peers = [r for r in range(self.world_size) if r != self.rank]
         incoming = dict(zip(peers, received[: slices[0].numel() * len(peers)].chunk(len(peers)), strict=True))
-        works = [dist.irecv(incoming[r], group_src=r, group=self._group, tag=REDUCE_SCATTER_TAG) for r in peers]
-        works += [dist.isend(slices[r], group_dst=r, group=self._group, tag=REDUCE_SCATTER_TAG) for r in peers]
+        starts = [self._receive(incoming[r], r, REDUCE_SCATTER_TAG) for r in peers]
+        starts += [self._send(slices[r], r, REDUCE_SCATTER_TAG) for r in peers]
 
         def reduce_in_rank_order() -> None:
             own = slices[self.rank]
             kernels.reduce(own, [incoming.get(r, own) for r in range(self.world_size)], reduction)
             self._received.setdefault(buffer.dtype, []).append(received)
 
-        handle = WorkHandle([w for w in works if w is not None], buffer, reduce_in_rank_order)
+        handle = self._launch("reduce_scatter", buffer, starts, reduce_in_rank_order)
         self._reducing.append(handle)
         return handle
 
@@ -162,10 +207,6 @@ class TorchCommunicator(Communicator):
     def _division(self, result: Tensor, reduction: Reduction) -> Callable[[], None] | None:
         """What an average still needs."""
         return partial(_divide, result, self.world_size) if reduction == Reduction.average else None
-
-    @staticmethod
-    def _handle(works: list[dist.Work | None], buffer: Tensor, finish: Callable[[], None] | None = None) -> Handle:
-        return WorkHandle([w for w in works if w is not None], buffer, finish)
 
 
 def backend_of(group: dist.ProcessGroup, device: torch.device) -> str | None:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from partita.comm import Communicator
+from partita.comm import CommunicationError, Communicator
 from partita.units.build import ParameterGroup
 from partita.units.parameters import FlatParameters
 
@@ -144,8 +144,12 @@ class ParameterLifetimes:
         current.send_for(index)  # the root, or a block whose turn was before
         self._live |= {index, *skipped}
         current.ahead(self._prefetch_numel, self._max_live_numel - sum(self.groups[i].numel for i in self._live))
-        for unit in self.groups[index].units:
-            unit.arrive()
+        try:
+            for unit in self.groups[index].units:
+                unit.arrive()
+        except CommunicationError:
+            self._pass = None  # nothing more is sent for
+            raise
         self._release(skipped)
 
     def _release(self, indices: Iterable[int]) -> None:
