@@ -5,6 +5,10 @@
 The formula is 16 bytes per parameter (16-bit; 16 in fp32 too: weights, gradients and two moments) over the ranks, plus
 two units. Memory is each rank's, where a page that several ranks have mapped counts in parts, over that of the process
 before the model; the fullest rank counts. It is sampled, so what lasts less than a few milliseconds is missed.
+
+From the first training step on it also has what computing takes, and what malloc keeps of that. As much as plain torch
+takes for it, beside weights alone and with each gradient dropped as it comes, is measured first; the last column is
+without it.
 """
 
 from __future__ import annotations
@@ -21,11 +25,13 @@ from typing import Any
 from environment import Ranks  # isort: skip  (it sets up the process for torch)
 import partita
 import torch
+from partita.memory import FreedMemory
 from report import print_table, settings_of, write_json
 from workload import GPT, ModelConfig
 
 SAMPLE_SECONDS = 0.004
 BYTES_PER_PARAMETER = 16
+VOCABULARY = 4096
 
 
 def pss_mib() -> float:
@@ -81,6 +87,28 @@ def warm_up(config: dict[str, Any]) -> None:
     gc.collect()
 
 
+def plain_model(arguments: argparse.Namespace) -> GPT:
+    return GPT(ModelConfig(VOCABULARY, 64, arguments.layers, arguments.width // 64, arguments.width))
+
+
+def random_tokens() -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (1, 16))
+
+
+def computing_mib(arguments: argparse.Namespace, ranks: Ranks) -> float:
+    """What plain torch's forwards and backwards take beside the weights."""
+    model = plain_model(arguments).to(torch.bfloat16 if arguments.dtype == "bf16" else torch.float32)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    FreedMemory().give_back()
+    peaks = Peaks(ranks)
+    with peaks.phase("computing"):
+        for _ in range(arguments.steps):
+            tokens = random_tokens()
+            model(tokens, tokens).backward()
+    return peaks.mib["computing"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
@@ -100,17 +128,19 @@ def main() -> None:
         "steps_per_print": 0,
     }
     warm_up(config)
+    computing = computing_mib(arguments, ranks)
+    gc.collect()
+    FreedMemory().give_back()
     peaks = Peaks(ranks)
     with peaks.phase("built (zero.Init)"), partita.zero.Init(config=config):
-        heads = arguments.width // 64
-        model = GPT(ModelConfig(4096, 64, arguments.layers, heads, arguments.width))
+        model = plain_model(arguments)
     with peaks.phase("taken over (initialize)"):
         engine, *_ = partita.initialize(model=model, config=config)
     numel = sum(p.numel() for p in model.parameters())
     unit_numel = max(unit.layout.numel for unit in engine._units)
-    tokens = torch.randint(0, 4096, (1, 16))
     with peaks.phase("trained"):
         for _ in range(arguments.steps):
+            tokens = random_tokens()
             engine.backward(engine(tokens, tokens))
             engine.step()
     with tempfile.TemporaryDirectory() as folder:
@@ -133,9 +163,15 @@ def main() -> None:
             f"16/N bytes are {states_mib:.0f} MiB, with two units of {unit_numel:,} elements {allowed_mib:.0f} MiB"
         )
         print(f"masters, moments, gradients and parameters of this rank, counted: {counted_mib(engine):.0f} MiB")
-        rows = [[name, f"{mib:.0f}", f"{mib / allowed_mib:.2f}"] for name, mib in peaks.mib.items()]
-        print_table(["phase", "peak MiB", "x formula"], rows)
+        print(f"plain torch's computing: {computing:.0f} MiB")
+        before = list(peaks.mib).index("trained")
+        rows = [
+            [name, f"{mib:.0f}", f"{mib / allowed_mib:.2f}", f"{(mib - computing) / allowed_mib:.2f}" * (i >= before)]
+            for i, (name, mib) in enumerate(peaks.mib.items())
+        ]
+        print_table(["phase", "peak MiB", "x formula", "without computing"], rows)
         measured = {"parameters": numel, "ranks": ranks.world_size, "formula_mib": allowed_mib, "peak_mib": peaks.mib}
+        measured["computing_mib"] = computing
         write_json(arguments.json, {"arguments": settings_of(arguments), **measured})
     engine.destroy()
     ranks.close()
