@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from partita.comm import Communicator
 from partita.config import BatchSizes, Config, ConfigError, resolve_batch_sizes
+from partita.model_guard import ModelGuard
 from partita.optim import make_optimizer, make_scheduler
-from partita.units import Offload, UnitSettings
+from partita.placement import optimized_parameters, place_untrained, refuse_compiled, untrained_parameters
+from partita.precision import Precision
+from partita.units import Lifetime, ModelUnits, Offload, StagePolicy, UnitSettings, build_units, lifetime_of
 
 logger = logging.getLogger("partita")
 
@@ -94,7 +99,7 @@ def choose_scheduler(source: Any, optimizer: Optimizer | None, config: Config) -
     return source
 
 
-def unit_settings(config: Config, compute: torch.dtype | None, grads: torch.dtype | None) -> UnitSettings:
+def _unit_settings(config: Config, compute: torch.dtype | None, grads: torch.dtype | None) -> UnitSettings:
     """How the config wants units to be cut and kept; for the dtypes see `Precision`."""
     zero = config.zero_optimization
     optimizer, params = zero.offload_optimizer, zero.offload_param
@@ -112,6 +117,55 @@ def unit_settings(config: Config, compute: torch.dtype | None, grads: torch.dtyp
         persistent_numel=zero.stage3_param_persistence_threshold,
         offload=offload,
     )
+
+
+@dataclass(frozen=True)
+class TakenModel:
+    """A model whose parameters lie in units. gathering: carries parameters that are gathered while they compute; None
+    where there are none."""
+
+    units: ModelUnits
+    guard: ModelGuard
+    gathering: Communicator | None
+
+
+def take_model(
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    config: Config,
+    precision: Precision,
+    policy: StagePolicy,
+    communicator: Communicator,
+    beside: Callable[[], Communicator],
+) -> TakenModel:
+    """Moves the model's parameters into units, and makes ranks agree about all that it has.
+
+    Args:
+        optimizer: over what is trained; None: nothing is.
+        beside: makes another communicator of the same ranks.
+
+    Raises:
+        ValueError, TypeError: the model cannot be trained like this; names the parameter or module.
+    """
+    if policy.shards_params:
+        refuse_compiled(model)
+    trained = optimized_parameters(model, optimizer)
+    untrained = untrained_parameters(model, trained)
+    settings = _unit_settings(config, precision.compute, precision.grads)
+    lifetime = lifetime_of(policy, communicator, settings.offload)
+    gathering = beside() if lifetime is Lifetime.GATHERED else None
+    units = build_units(
+        model,
+        trained,
+        untrained,
+        settings,
+        communicator=communicator,
+        gathering=gathering or communicator,
+        policy=policy,
+    )
+    partitioned = {p for unit in units.frozen for p in unit.parameters}
+    place_untrained(model, untrained, partitioned, communicator, precision.compute, precision.buffers)
+    return TakenModel(units, ModelGuard(model, units.trained, untrained), gathering)
 
 
 def show_log_on(rank: int) -> None:

@@ -23,7 +23,7 @@ from partita.assembly import (
     choose_optimizer,
     choose_scheduler,
     show_log_on,
-    unit_settings,
+    take_model,
     with_batch_sizes,
 )
 from partita.backward_watch import BackwardWatch
@@ -33,17 +33,9 @@ from partita.config import Config, load_config, save_config
 from partita.data import ShardedLoader
 from partita.export import save_weights
 from partita.lifecycle import Phase, require
-from partita.model_guard import ModelGuard
 from partita.monitor import PhaseTimers, StepReporter
 from partita.optim import ShardedOptimizer, StepController, require_supported
-from partita.placement import (
-    clone_state_dict,
-    device_of,
-    optimized_parameters,
-    place_untrained,
-    refuse_compiled,
-    untrained_parameters,
-)
+from partita.placement import clone_state_dict, device_of
 from partita.precision import loss_scaler_of, precision_of
 from partita.skip_guard import SkipGuard
 from partita.step_ledger import StepLedger
@@ -51,12 +43,9 @@ from partita.streams import streams_of
 from partita.units import (
     BackwardPlan,
     GradientReducer,
-    Lifetime,
     ParameterGathers,
     ParameterLifetimes,
     ReductionSettings,
-    build_units,
-    lifetime_of,
     stage_policy,
 )
 from partita.zero import WeightSource, load_weights
@@ -129,26 +118,10 @@ class Engine:
         inner = choose_optimizer(optimizer, model, model_parameters, self.config)
         if inner is not None:
             require_supported(inner, policy, splits_masters=splits_masters)  # while the model is as the user gave it
-        if policy.shards_params:
-            refuse_compiled(model)
-        trained = optimized_parameters(model, inner)
-        untrained = untrained_parameters(model, trained)
-        settings = unit_settings(self.config, precision.compute, precision.grads)
-        lifetime = lifetime_of(policy, self._communicator, settings.offload)
-        self._gathering = connect(beside=self._communicator) if lifetime is Lifetime.GATHERED else self._communicator
-        built = build_units(
-            model,
-            trained,
-            untrained,
-            settings,
-            communicator=self._communicator,
-            gathering=self._gathering,
-            policy=policy,
-        )
-        self._units, self._frozen = built.trained, built.frozen
-        partitioned = {p for unit in built.frozen for p in unit.parameters}
-        place_untrained(model, untrained, partitioned, self._communicator, precision.compute, precision.buffers)
-        self._guard = ModelGuard(model, self._units, untrained)
+        beside = partial(connect, beside=self._communicator)
+        taken = take_model(model, inner, self.config, precision, policy, self._communicator, beside)
+        self._units, self._frozen = taken.units.trained, taken.units.frozen
+        self._guard, self._gathering = taken.guard, taken.gathering
         self._gathers = ParameterGathers()
         self._sharded: ShardedOptimizer | None = None
         if inner is not None:
@@ -163,8 +136,8 @@ class Engine:
         if zero.overlap_gather:
             self._gathers.wait_in_forward(model, self._units)
         self._lifetimes = ParameterLifetimes(
-            built.groups,
-            self._gathering if lifetime is Lifetime.GATHERED else None,
+            taken.units.groups,
+            self._gathering,
             prefetch_numel=zero.stage3_prefetch_bucket_size,
             max_live_numel=zero.stage3_max_live_parameters,
             no_more_gradients=lambda units: self._reducer.no_more_gradients(units),
@@ -491,7 +464,7 @@ class Engine:
                 self._checkpoints.close()
             self._units.clear()
             self._sharded = self.optimizer = self.lr_scheduler = None
-            if self._gathering is not self._communicator:
+            if self._gathering is not None:
                 self._gathering.close()
             self._communicator.close()
 
