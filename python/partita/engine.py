@@ -28,7 +28,7 @@ from partita.assembly import (
 )
 from partita.backward_watch import BackwardWatch
 from partita.batches import call_with, differentiable_tensors, loss_in, micro_batches, on_device
-from partita.comm import backend_for, init_distributed, world_communicator
+from partita.comm import CommunicationError, backend_for, init_distributed, world_communicator
 from partita.config import Config, load_config, save_config
 from partita.data import ShardedLoader
 from partita.export import save_weights
@@ -516,7 +516,7 @@ class Engine:
         self._reducer.reduce_all()
         try:
             self._sharded.run(mean=self._mean, clip=self.config.gradient_clipping)
-        except Exception:
+        except CommunicationError:
             self._gathers.abandon()
             raise
         if not self.config.zero_optimization.overlap_gather:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 import weakref
 from collections import deque
@@ -25,8 +26,10 @@ GLOO_REDUCE_SCATTERS_IN_FLIGHT = 2
 # Apart from what the program itself sends between ranks.
 REDUCE_SCATTER_TAG = 0x5A52
 SEND_TAG = 0x5A53
+# How long the end of a program waits for gloo's threads; what is under way when a rank has died may never end.
 LET_GO_WITHIN_S = 1.0
-Start = Callable[..., dist.Work | None]  # of a work
+THREAD_SWITCH_S = 0.002
+Start = Callable[[], dist.Work | None]
 OPERATIONS = {
     Reduction.sum: dist.ReduceOp.SUM,
     Reduction.average: dist.ReduceOp.SUM,  # divided afterwards: gloo has no average
@@ -46,7 +49,7 @@ class WorkHandle:
     ) -> None:
         self._works = works
         self._keep: Tensor | None = keep
-        self._naming = naming
+        self._naming: Callable[[], AbstractContextManager[None]] | None = naming
         self._finish = finish
 
     def wait(self) -> None:
@@ -55,18 +58,20 @@ class WorkHandle:
         Raises:
             CommunicationError: torch.distributed says that they failed; names the collective and this rank.
         """
+        if self._naming is None:
+            return
         with self._naming():
             for work in self._works:
                 work.wait()
-        self._works = []
+        self._works, self._naming = [], None
         finish, self._finish, self._keep = self._finish, None, None
         if finish is not None:
             finish()
 
 
 class TorchCommunicator(Communicator):
-    """A process group of torch.distributed. When a collective has failed, every other one fails at once: ranks that
-    wait for each other behind a rank that has died would do so until the group's timeout.
+    """A process group of torch.distributed. When a collective has failed, every later launch or wait raises at once:
+    ranks that wait for each other behind a rank that has died would do so until the group's timeout.
 
     [Note: gloo]
     Gloo's reduce_scatter is an all-reduce and a copy, its all_gather stages through a second buffer. Sending each
@@ -74,8 +79,8 @@ class TorchCommunicator(Communicator):
     above. It also fixes the order of summation (rank 0, 1, 2, ...) and rounds 16-bit sums once, from fp32.
 
     A thread of gloo lets go of a collective's tensors shortly after others know it to be done, and needs Python's lock
-    for that. Once a program is ending no thread gets the lock, and the process would abort. So gloo works on views that
-    nobody else has, and at the end of the program, or of this communicator, we wait until they are gone.
+    for that. Once a program is ending no thread gets the lock, and the process would abort. So these threads get
+    tensors that nobody else has, and at the end of the program, or of this communicator, we wait until they are gone.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device = HOST) -> None:
@@ -85,16 +90,17 @@ class TorchCommunicator(Communicator):
         self.world_size = dist.get_world_size(group)
         self.transport = backend_of(group, device) or str(dist.get_backend(group))
         self.owns_group = False
-        self.failures: list[CommunicationError] = []  # shared by groups that fail together
+        self.failures: list[str] = []  # shared by groups that fail together
         self._gloo = self.transport == "gloo"
         self._reducing: deque[WorkHandle] = deque()
         self._received: dict[torch.dtype, list[Tensor]] = {}  # buffers free for the next reduce-scatter
-        self._views_number = count()
-        self._views: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # that gloo works on
-        weakref.finalize(self, _wait_until_empty, self._views)
+        self._lent_so_far = count()
+        self._lent: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # to threads of gloo
+        if self._gloo:
+            weakref.finalize(self, _leave, group, self._lent)
 
     def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
-        start = self._asynchronous(dist.all_reduce, self._view(_contiguous(buffer)), OPERATIONS[reduction])
+        start = self._asynchronous(dist.all_reduce, self._lend(_contiguous(buffer)), OPERATIONS[reduction])
         return self._launch("all_reduce", buffer, [start], self._division(buffer, reduction))
 
     def reduce_scatter(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
@@ -138,11 +144,11 @@ class TorchCommunicator(Communicator):
         if self.owns_group:
             dist.destroy_process_group(self._group)
 
-    def _asynchronous(self, collective: Start, *args: Any, **kwargs: Any) -> Start:
+    def _asynchronous(self, collective: Callable[..., dist.Work | None], *args: Any, **kwargs: Any) -> Start:
         return partial(collective, *args, group=self._group, async_op=True, **kwargs)
 
     def _broadcast(self, tensor: Tensor, root: int) -> Start:
-        return self._asynchronous(dist.broadcast, self._view(tensor), group_src=root)
+        return self._asynchronous(dist.broadcast, self._lend(tensor), group_src=root)
 
     def _send(self, tensor: Tensor, destination: int, tag: int) -> Start:
         return partial(dist.isend, tensor, group=self._group, tag=tag, group_dst=destination)
@@ -160,23 +166,22 @@ class TorchCommunicator(Communicator):
 
     @contextmanager
     def _naming(self, what: str) -> Iterator[None]:
-        """Names the collective in the errors of torch.distributed."""
+        """Names the collective in the errors of torch.distributed; raises at once after one of them."""
         where = f"{what}, on rank {self.rank} of {self.world_size} over {self.transport}"
         if self.failures:
             raise CommunicationError(f"{where}: after a failed collective ({self.failures[0]})")
         try:
             yield
         except RuntimeError as error:
-            hint = "when another rank has ended, what it printed last says why"
-            self.failures.append(CommunicationError(f"{where}: {error} ({hint})"))
-            raise self.failures[0] from error
+            self.failures.append(f"{where}: {error} (when another rank has ended, what it printed last says why)")
+            raise CommunicationError(self.failures[0]) from error
 
-    def _view(self, tensor: Tensor) -> Tensor:
-        """What a thread of the backend works on, see [Note: gloo]."""
+    def _lend(self, tensor: Tensor) -> Tensor:
+        """The same memory for a thread of the backend, see [Note: gloo]."""
         if not self._gloo:
             return tensor
-        view = self._views[next(self._views_number)] = tensor.view(tensor.shape)
-        return view
+        lent = self._lent[next(self._lent_so_far)] = tensor.data  # a view would keep its base
+        return lent
 
     def _gloo_reduce_scatter(self, buffer: Tensor, reduction: Reduction) -> Handle:
         while len(self._reducing) >= GLOO_REDUCE_SCATTERS_IN_FLIGHT:
@@ -217,10 +222,15 @@ def backend_of(group: dist.ProcessGroup, device: torch.device) -> str | None:
         return None
 
 
-def _wait_until_empty(views: weakref.WeakValueDictionary[int, Tensor]) -> None:
-    deadline = time.monotonic() + LET_GO_WITHIN_S  # what is under way when a rank has died may never end
-    while views and time.monotonic() < deadline:
-        time.sleep(0.0005)
+def _leave(group: dist.ProcessGroup, lent: weakref.WeakValueDictionary[int, Tensor]) -> None:
+    """Waits until a group's threads have let go of all tensors. If they do not, the group stays for ever: letting go of
+    it would wait for them, and so would ranks that wait for the end of this process."""
+    deadline = time.monotonic() + LET_GO_WITHIN_S
+    while lent and time.monotonic() < deadline:
+        time.sleep(THREAD_SWITCH_S)
+    time.sleep(THREAD_SWITCH_S)  # the last one may be giving back the memory, with the lock
+    if lent:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def _divide(result: Tensor, divisor: int) -> None:

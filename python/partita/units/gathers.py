@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from partita.comm import Handle
+from partita.comm import CommunicationError, Handle
 from partita.units.unit import Unit
 
 
@@ -56,7 +56,7 @@ class ParameterGathers:
     def _wait_for_next(self) -> None:
         try:
             self._under_way.popleft()[1].wait()
-        except Exception:
+        except CommunicationError:
             self.abandon()
             raise
 

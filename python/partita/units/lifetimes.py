@@ -140,15 +140,15 @@ class ParameterLifetimes:
     def _need(self, index: int) -> None:
         """A group computes now; what comes after it in this pass is sent for."""
         current = self._pass or _Pass([], self.groups)
-        skipped = current.up_to(index) if current.is_to_come(index) else []
-        current.send_for(index)  # the root, or a block whose turn was before
-        self._live |= {index, *skipped}
-        current.ahead(self._prefetch_numel, self._max_live_numel - sum(self.groups[i].numel for i in self._live))
         try:
+            skipped = current.up_to(index) if current.is_to_come(index) else []
+            current.send_for(index)  # the root, or a block whose turn was before
+            self._live |= {index, *skipped}
+            current.ahead(self._prefetch_numel, self._max_live_numel - sum(self.groups[i].numel for i in self._live))
             for unit in self.groups[index].units:
                 unit.arrive()
         except CommunicationError:
-            self._pass = None  # nothing more is sent for
+            self._pass = None  # modules that this error leaves do not gather the rest
             raise
         self._release(skipped)
 

@@ -167,7 +167,7 @@ class FlatParameters:
             return
         try:
             self.arrive()
-        except CommunicationError:  # nobody needs the values, but the transport may still write them
+        except CommunicationError:  # nobody needs the values; the buffer stays, as the transport may still write there
             return
         if self.lifetime is Lifetime.MAPPED:
             self._point(self._home)
@@ -190,8 +190,8 @@ class FlatParameters:
 
     def hold(self) -> None:
         """The values are here in memory of this rank's own, see `Holder`."""
-        self._holds += 1
-        if self._holds > 1 or self.lifetime is Lifetime.ALWAYS:
+        if self._holds or self.lifetime is Lifetime.ALWAYS:
+            self._holds += 1
             return
         self._versions_at_hold = [parameter._version for parameter in self.parameters]
         if self.lifetime is Lifetime.MAPPED:
@@ -203,6 +203,7 @@ class FlatParameters:
             self._fill_home()
             self.residency = Residency.COMING
         self.arrive()
+        self._holds = 1
 
     def let_go(self) -> None:
         """The reverse of `hold`."""

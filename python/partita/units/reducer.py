@@ -15,7 +15,7 @@ from torch import Tensor
 
 from partita import kernels
 from partita._core import Bucketer, Span
-from partita.comm import CommunicationError, Communicator, Handle, Reduction
+from partita.comm import Communicator, Handle, Reduction
 from partita.memory import FreedMemory
 from partita.streams import HostCopy, Streams
 from partita.units.parameters import FlatParameters
@@ -218,7 +218,7 @@ class GradientReducer:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        with suppress(CommunicationError):  # nobody wants the result of what failed any more
+        with suppress(RuntimeError):  # of a collective that failed: nobody wants its result any more
             self.wait()
 
     def begin_backward(self) -> None:
