@@ -125,6 +125,7 @@ def test_peak_memory_is_the_formula(precision, stage, transport, monkeypatch):
     print(f"{precision} stage {stage}: {max(peaks):.2f} bytes per parameter, formula {expected:.2f}")
     assert 0.9 * expected <= min(peaks)
     if transport == "torch" and (precision, stage) == ("fp32", 3) and max(peaks) > 1.1 * expected:
+        assert max(peaks) <= 1.1 * (expected + 4)  # every layer once
         # In glibc 2.36, memory that torch frees (it is aligned) does not serve for an equal request.
         # MALLOC_MMAP_THRESHOLD_=1048576 (8.3 bytes) or trimming (8.5) cost a GPT step over gloo a fifth of its time.
         pytest.xfail("malloc keeps freed layers of 4 MiB: 12 bytes per parameter")
