@@ -18,7 +18,8 @@ from statistics import median
 import cases
 import torch
 from device import copy_gb_per_s, elapsed_ms, release
-from partita import _core, kernels
+from partita import _core
+from partita.device import kernels
 from torch import Tensor
 
 Action = Callable[[], object]

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from partita import _core, kernels
-from partita.memory import flat_buffer
+from partita import _core
+from partita.device import kernels
+from partita.device.memory import flat_buffer
 from torch import Tensor
 
 NUMEL = 40_000_000

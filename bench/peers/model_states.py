@@ -25,7 +25,7 @@ from typing import Any
 from environment import Ranks  # isort: skip  (it sets up the process for torch)
 import partita
 import torch
-from partita.memory import FreedMemory
+from partita.device.memory import FreedMemory
 from report import print_table, settings_of, write_json
 from workload import GPT, ModelConfig
 

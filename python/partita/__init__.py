@@ -3,8 +3,7 @@
 from partita import utils, zero
 from partita.comm import CommunicationError, init_distributed
 from partita.config import Config, ConfigError, default_config
-from partita.engine import Engine, initialize
-from partita.lifecycle import LifecycleError
+from partita.engine import Engine, LifecycleError, initialize
 from partita.optim import FusedAdam
 
 __version__ = "0.1.0"

@@ -1,4 +1,5 @@
-"""The native core. Addresses are those of memory that the caller keeps alive and has checked; see `partita.kernels`."""
+"""The native core. Addresses are those of memory that the caller keeps alive and has checked; see
+`partita.device.kernels`."""
 
 import enum
 from typing import overload

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from partita.access import ParameterAccess
+from partita.model.access import ParameterAccess
 from partita.units import Unit, holder_of
 
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import partita.engine
-from partita.streams import HostStreams
+import partita.engine.engine
+from partita.device.streams import HostStreams
 from torch import Tensor
 
 
@@ -72,5 +72,5 @@ class _LateCopy:
 def on_late_streams(streams: LateStreams | None = None) -> Iterator[LateStreams]:
     """Engines made in this block believe that their device works by itself."""
     streams = streams or LateStreams()
-    with mock.patch.object(partita.engine, "streams_of", lambda _device: streams):
+    with mock.patch.object(partita.engine.engine, "streams_of", lambda _device: streams):
         yield streams

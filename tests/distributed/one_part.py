@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from partita import kernels
 from partita._core import AdamGroup
+from partita.device import kernels
 from torch import Tensor
 
 

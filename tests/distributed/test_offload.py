@@ -17,7 +17,7 @@ import pytest
 import torch
 from dictated import SPLIT, Dictated, config_for, dictate, share
 from late_streams import LateStreams, on_late_streams
-from partita.memory import host_buffer
+from partita.device.memory import host_buffer
 from partita.units import Lifetime
 from partita.utils import (
     safe_get_full_fp32_param,

@@ -12,7 +12,7 @@ import partita
 import pytest
 import torch
 from blocks_model import TRANSPORTS, BlocksModel, assert_same_weights, batch_of, config_for, error_of, take_step
-from partita.export import WeightFile
+from partita.model.export import WeightFile
 from partita.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -174,7 +174,7 @@ def _fails(folder: str, stage: int, over: str, failure: str) -> tuple[str, list[
         (root / "taken").write_text("a file")
         (root / "folder" / "inner").mkdir(parents=True)
     engine._communicator.barrier()
-    with mock.patch("partita.export.WeightFile", file):
+    with mock.patch("partita.model.export.WeightFile", file):
         message = error_of(lambda: engine.save_model(root / name), OSError)
     engine._communicator.barrier()
     left = sorted(str(path.relative_to(root)) for path in root.rglob("*"))

@@ -9,7 +9,7 @@ import partita
 import pytest
 import torch
 from dictated import SHAPES, Dictated, assert_follows, config_for, dictate, masters, merged, plain, take_step
-from partita import kernels
+from partita.device import kernels
 from support import whole
 from torch import Tensor, nn
 from torch.optim import Optimizer

@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import partita
-import partita.engine
+import partita.engine.engine
 import pytest
 import torch
 import torch.distributed as dist
@@ -129,13 +129,13 @@ def test_when_one_rank_cannot_join_all_raise_if_that_was_asked_for(ranks):
 
 
 def _asked_of_world_communicator(comm: dict[str, Any]) -> tuple[str, timedelta, str]:
-    real, calls = partita.engine.world_communicator, []
+    real, calls = partita.engine.engine.world_communicator, []
 
     def record(*args: Any) -> Any:
         calls.append(args)
         return real(*args)
 
-    with mock.patch.object(partita.engine, "world_communicator", record):
+    with mock.patch.object(partita.engine.engine, "world_communicator", record):
         engine = partita.Engine(make_model(), config=base_config(comm=comm))
     kind = type(engine._communicator).__name__
     engine.destroy()
@@ -168,7 +168,7 @@ def test_the_config_reaches_the_transport(ranks, transport, comm, expected):
 )
 def test_wrong_values_are_config_errors_that_name_the_key(key, value):
     """Before anything is communicated."""
-    with mock.patch.object(partita.engine, "world_communicator") as called, pytest.raises(ConfigError) as raised:
+    with mock.patch.object(partita.engine.engine, "world_communicator") as called, pytest.raises(ConfigError) as raised:
         partita.Engine(make_model(), config=base_config(comm={key: value}))
     assert f"comm.{key}" in str(raised.value)
     assert not called.called
@@ -200,7 +200,7 @@ def _trained_on_hosts(stage: int, hosts: tuple[str, ...]) -> Any:
     def connect(*_: Any, beside: Communicator | None = None) -> Communicator:
         return communicator_of(dist.new_group() if beside else group, "auto", TIMEOUT, host=hosts[dist.get_rank()])
 
-    with mock.patch.object(partita.engine, "world_communicator", connect):
+    with mock.patch.object(partita.engine.engine, "world_communicator", connect):
         return train(base_config(stage=stage, gradient_clipping=0.5))
 
 

@@ -13,8 +13,9 @@ import partita
 import pytest
 import torch
 from one_part import adam
-from partita import _core, kernels
+from partita import _core
 from partita._core import AdamGroup, Segments
+from partita.device import kernels
 from torch import Tensor, nn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -8,8 +8,8 @@ import partita
 import pytest
 import torch
 from partita.comm import SingleProcess, backend_for
-from partita.placement import device_of
-from partita.streams import HostStreams, streams_of
+from partita.device.streams import HostStreams, streams_of
+from partita.model.placement import device_of
 from small_models import Regression, config, inputs, seeded
 from torch import nn
 

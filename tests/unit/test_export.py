@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from partita.export import DTYPE_NAMES, WeightFile, layout_of, write_weights
+from partita.model.export import DTYPE_NAMES, WeightFile, layout_of, write_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor

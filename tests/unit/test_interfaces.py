@@ -232,6 +232,6 @@ def test_the_errors_of_the_stub_match():
 
 
 def test_every_dtype_of_the_core_has_a_torch_dtype():
-    from partita import kernels
+    from partita.device import kernels
 
     assert set(kernels.DTYPES.values()) == set(_core.DType.__members__.values())

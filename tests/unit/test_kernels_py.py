@@ -1,4 +1,4 @@
-"""partita.kernels: what it refuses and how it says so, and that tensors get through to the right arithmetic."""
+"""partita.device.kernels: what it refuses and how it says so, and that tensors get through to the right arithmetic."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_part import adam
-from partita import _core, kernels
+from partita import _core
 from partita._core import AdamGroup, Segments, Span
+from partita.device import kernels
 from torch import Tensor
 
 DTYPES = st.sampled_from(sorted(kernels.DTYPES, key=str))

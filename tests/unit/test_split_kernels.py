@@ -1,4 +1,4 @@
-"""partita.kernels: bf16 weights and the 16 bits that make their masters whole, against arithmetic on integers."""
+"""device.kernels: bf16 weights and the 16 bits that make their masters whole, against arithmetic on integers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_part import adam
-from partita import _core, kernels
+from partita import _core
 from partita._core import AdamGroup, Segments
+from partita.device import kernels
 from torch import Tensor
 
 SIZES = st.one_of(st.integers(0, 70), st.sampled_from([255, 256, 257, 65535, 65536, 65537]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from partita._core import Reduction
-from partita.memory import HOST, flat_buffer
+from partita.device.memory import HOST, flat_buffer
 
 
 class Handle(Protocol):

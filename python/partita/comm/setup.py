@@ -17,7 +17,7 @@ from partita.comm.hierarchical import HierarchicalCommunicator
 from partita.comm.hosts import Contact, exchange_contacts, no_host, ranks_by_host, this_host
 from partita.comm.shared_memory import SharedMemoryCommunicator
 from partita.comm.torch_transport import TorchCommunicator, backend_of
-from partita.memory import HOST
+from partita.device.memory import HOST
 
 logger = logging.getLogger("partita")
 

@@ -7,9 +7,9 @@ import mmap
 import torch
 from torch import Tensor
 
-from partita import kernels
 from partita._core import Collective, CommunicationError, Element, Operation, Reduction, SharedMemoryGroup, Transfer
 from partita.comm.communicator import Communicator, Handle
+from partita.device import kernels
 
 ELEMENTS = {
     torch.float32: Element.f32,

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partita import kernels
 from partita._core import CommunicationError, Reduction
 from partita.comm.communicator import Communicator, Handle
-from partita.memory import HOST, flat_buffer
+from partita.device import kernels
+from partita.device.memory import HOST, flat_buffer
 
 # Reduce-scatters of gloo that may be under way at once: each holds received slices of its buffer's size.
 GLOO_REDUCE_SCATTERS_IN_FLIGHT = 2

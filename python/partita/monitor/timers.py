@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from partita.streams import Streams
+from partita.device.streams import Streams
 
 
 class PhaseTimers:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from partita import _core, kernels
+from partita import _core
 from partita._core import AdamGroup, AdamPart
+from partita.device import kernels
 
 # Options of torch.optim.Adam that change the arithmetic; the native update has none of them.
 UNSUPPORTED_OPTIONS = ("amsgrad", "maximize", "capturable", "differentiable")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from partita import kernels
 from partita.comm import Communicator
+from partita.device import kernels
 from partita.optim.elementwise import why_not_elementwise
 from partita.optim.fused_adam import is_native
 from partita.optim.step_control import StepController

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partita import _core, kernels
-from partita.streams import HostCopy, Streams
+from partita import _core
+from partita.device import kernels
+from partita.device.streams import HostCopy, Streams
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from partita import kernels
+from partita.device import kernels
 from partita.optim.fused_adam import adam_group
 from partita.optim.step_control import StepController
 from partita.units import ShardSlice, Unit

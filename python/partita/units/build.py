@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from partita import kernels
 from partita.comm import Communicator
+from partita.device import kernels
 from partita.units.blocks import find_blocks, owners_of
 from partita.units.layout import ParameterInfo, UnitLayout, make_layout, plan_buckets
 from partita.units.parameters import RESIDENT, FlatParameters, Lifetime, Offload, fill_from_rank_0

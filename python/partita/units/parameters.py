@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from partita.comm import CommunicationError, Communicator, Done, Handle
-from partita.memory import FreedMemory, flat_buffer, host_buffer
+from partita.device.memory import FreedMemory, flat_buffer, host_buffer
 from partita.units.absent import give_to, holder_of, make_absent, make_present
 from partita.units.layout import Slot, UnitLayout
 

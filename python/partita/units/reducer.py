@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partita import kernels
 from partita._core import Bucketer, Span
 from partita.comm import Communicator, Handle, Reduction
-from partita.memory import FreedMemory
-from partita.streams import HostCopy, Streams
+from partita.device import kernels
+from partita.device.memory import FreedMemory
+from partita.device.streams import HostCopy, Streams
 from partita.units.parameters import FlatParameters
 from partita.units.policy import StagePolicy
 from partita.units.unit import GradState, Unit

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partita import kernels
 from partita._core import Segments
 from partita.comm import Communicator
-from partita.memory import flat_buffer, host_buffer
+from partita.device import kernels
+from partita.device.memory import flat_buffer, host_buffer
 from partita.units.layout import Slot, UnitLayout
 from partita.units.parameters import RESIDENT, FlatParameters, Lifetime, Offload, fill_from_rank_0
 from partita.units.policy import StagePolicy

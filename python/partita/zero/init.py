@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from partita.comm import Communicator, backend_for, init_distributed, world_communicator
 from partita.config import Config, load_config
-from partita.memory import FreedMemory
+from partita.device.memory import FreedMemory
 from partita.units import DESCRIBING, FlatParameters, Lifetime, ParameterInfo, give_to, holder_of, make_layout
 
 

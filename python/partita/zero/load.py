@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partita.memory import FreedMemory
+from partita.device.memory import FreedMemory
 from partita.units import Holder, holder_of
 from partita.zero.gathered import GatheredParameters
 

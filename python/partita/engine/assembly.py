@@ -14,10 +14,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from partita.comm import Communicator
 from partita.config import BatchSizes, Config, ConfigError, resolve_batch_sizes
-from partita.model_guard import ModelGuard
+from partita.model import ModelGuard, optimized_parameters, place_untrained, refuse_compiled, untrained_parameters
 from partita.optim import make_optimizer, make_scheduler
-from partita.placement import optimized_parameters, place_untrained, refuse_compiled, untrained_parameters
-from partita.precision import Precision
+from partita.run import Precision
 from partita.units import Lifetime, ModelUnits, Offload, StagePolicy, UnitSettings, build_units, lifetime_of
 
 logger = logging.getLogger("partita")

@@ -12,10 +12,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from partita.access import ParameterAccess
 from partita.comm import Communicator
-from partita.memory import FreedMemory
-from partita.placement import state_tensors
+from partita.device.memory import FreedMemory
+from partita.model.access import ParameterAccess
+from partita.model.placement import state_tensors
 from partita.units import Unit, holder_of
 
 # Names of the format: https://github.com/huggingface/safetensors#format

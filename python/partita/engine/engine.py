@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from partita.access import ParameterAccess
-from partita.activation_checkpointing import ActivationCheckpoints
-from partita.assembly import (
+from partita.comm import CommunicationError, backend_for, init_distributed, world_communicator
+from partita.config import Config, load_config, save_config
+from partita.data import ShardedLoader, call_with, differentiable_tensors, loss_in, micro_batches, on_device
+from partita.device import streams_of
+from partita.engine.assembly import (
     OptimizerSource,
     choose_optimizer,
     choose_scheduler,
@@ -26,20 +28,19 @@ from partita.assembly import (
     take_model,
     with_batch_sizes,
 )
-from partita.backward_watch import BackwardWatch
-from partita.batches import call_with, differentiable_tensors, loss_in, micro_batches, on_device
-from partita.comm import CommunicationError, backend_for, init_distributed, world_communicator
-from partita.config import Config, load_config, save_config
-from partita.data import ShardedLoader
-from partita.export import save_weights
-from partita.lifecycle import Phase, require
+from partita.engine.phase import Phase, require
+from partita.model import (
+    ActivationCheckpoints,
+    BackwardWatch,
+    ParameterAccess,
+    clone_state_dict,
+    device_of,
+    save_weights,
+)
 from partita.monitor import PhaseTimers, StepReporter
 from partita.optim import ShardedOptimizer, StepController, require_supported
-from partita.placement import clone_state_dict, device_of
-from partita.precision import loss_scaler_of, precision_of
-from partita.skip_guard import SkipGuard
-from partita.step_ledger import StepLedger
-from partita.streams import streams_of
+from partita.run import loss_scaler_of, precision_of
+from partita.step import SkipGuard, StepLedger
 from partita.units import (
     BackwardPlan,
     GradientReducer,

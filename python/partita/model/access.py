@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from partita import kernels
 from partita.comm import Communicator
+from partita.device import kernels
 from partita.optim import ShardedOptimizer
 from partita.units import GradientReducer, GradState, Lifetime, ParameterGathers, ShardSlice, Slot, Unit
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from partita.monitor import StepReport, StepReporter
 from partita.optim import PendingOutcome
-from partita.skip_guard import SkipGuard
+from partita.step.skips import SkipGuard
 
 
 @dataclass

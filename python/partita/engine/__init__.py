@@ -1,0 +1,6 @@
+"""What a program calls: `initialize()` and the engine that it returns."""
+
+from partita.engine.engine import Engine, initialize
+from partita.engine.phase import LifecycleError
+
+__all__ = ["Engine", "LifecycleError", "initialize"]
