@@ -21,7 +21,15 @@ void def_memory(py::class_<T>& type) {
 
 void register_loss_scale(py::module_& m) {
     py::class_<LossScaleState> state(m, "LossScaleState");
-    state.def_readonly("scale", &LossScaleState::scale)
+    state
+        .def(py::init([](double scale, std::int64_t applied_steps, std::int64_t skipped_steps, std::int32_t good_steps,
+                         std::int32_t hysteresis, std::int32_t consecutive_skips, bool at_minimum) {
+                 return LossScaleState{scale,      applied_steps,     skipped_steps,     good_steps,
+                                       hysteresis, consecutive_skips, at_minimum ? 1 : 0};
+             }),
+             py::arg("scale"), py::arg("applied_steps"), py::arg("skipped_steps"), py::arg("good_steps"),
+             py::arg("hysteresis"), py::arg("consecutive_skips"), py::arg("at_minimum"))
+        .def_readonly("scale", &LossScaleState::scale)
         .def_readonly("applied_steps", &LossScaleState::applied_steps)
         .def_readonly("skipped_steps", &LossScaleState::skipped_steps)
         .def_readonly("good_steps", &LossScaleState::good_steps)

@@ -69,6 +69,16 @@ class LossScaleState:
     """The loss scale and its counters, as they lie in memory."""
 
     nbytes: int
+    def __init__(
+        self,
+        scale: float,
+        applied_steps: int,
+        skipped_steps: int,
+        good_steps: int,
+        hysteresis: int,
+        consecutive_skips: int,
+        at_minimum: bool,
+    ) -> None: ...
     @property
     def scale(self) -> float: ...
     @property

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from partita.model.access import ParameterAccess
-from partita.units import Unit, holder_of
+from partita.model import ParameterAccess, access_of
+from partita.units import Unit
 
 
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
@@ -67,11 +67,8 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_stat
 
 
 def _find(parameter: nn.Parameter) -> tuple[ParameterAccess, Unit] | None:
-    unit = holder_of(parameter)
-    if not isinstance(unit, Unit) or unit.access is None:
-        return None
-    access = unit.access()
-    return (access, unit) if access is not None and access.trains(unit) else None
+    access = access_of(parameter)
+    return None if access is None else (access, access.unit_of(parameter))
 
 
 def _require(parameter: nn.Parameter, value: Tensor) -> tuple[ParameterAccess, Unit]:

@@ -1,7 +1,9 @@
 """Communicators: the ranks of a job and how bytes move between them."""
 
 from partita._core import CommunicationError, Reduction
+from partita.comm.agree import any_rank, text_by_rank
 from partita.comm.communicator import Communicator, Done, Handle, SingleProcess
+from partita.comm.grid import ProcessGrid
 from partita.comm.hierarchical import HierarchicalCommunicator
 from partita.comm.setup import backend_for, communicator_of, init_distributed, world_communicator
 from partita.comm.shared_memory import SharedMemoryCommunicator
@@ -13,12 +15,15 @@ __all__ = [
     "Done",
     "Handle",
     "HierarchicalCommunicator",
+    "ProcessGrid",
     "Reduction",
     "SharedMemoryCommunicator",
     "SingleProcess",
     "TorchCommunicator",
+    "any_rank",
     "backend_for",
     "communicator_of",
     "init_distributed",
+    "text_by_rank",
     "world_communicator",
 ]

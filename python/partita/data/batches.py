@@ -89,8 +89,3 @@ def micro_batches(source: Any, count: int) -> Iterator[Any]:
         yield pytree.tree_unflatten(
             [leaf.chunk(count)[i] if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
         )
-
-
-def differentiable_tensors(outputs: Any) -> list[Tensor]:
-    """The tensors in a model's outputs that it computed and through which gradients flow."""
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]

@@ -17,7 +17,8 @@ class ShardedLoader:
     """Batches of this rank, over a dataset with a length or over a stream, resumable at any batch.
 
     Each ``iter(loader)`` gives the rest of the current epoch; the next one starts the next epoch, in a new order. Only
-    the newest iterator may be used. ``repeat()`` goes on over epochs without end.
+    the newest iterator may be used. ``repeat()`` goes on over epochs without end. ``next_batch()`` gives one batch at a
+    time from wherever the loader is, also after a state was loaded.
 
     A dataset with ``__len__`` and ``__getitem__`` is sharded by ``ShardedSampler``. Anything else that can be iterated
     is a stream: not shuffled, rank ``r`` takes every ``world_size``-th sample, and an incomplete last global batch
@@ -65,6 +66,8 @@ class ShardedLoader:
         self.epoch = 0
         self.samples = 0  # of this epoch's order, consumed by all ranks together
         self._iteration = 0  # counts iterators, so that an outdated one is noticed
+        self._batches_on: Iterator[Any] = iter(())  # of `next_batch`
+        self._iteration_on = -1  # the one that `_batches_on` belongs to
         if _has_length(dataset):
             self.sampler = ShardedSampler(
                 len(dataset),  # type: ignore[arg-type]
@@ -92,6 +95,14 @@ class ShardedLoader:
         """The rest of this epoch, then all epochs after it, without end."""
         while True:
             yield from self
+
+    def next_batch(self) -> Any:
+        """The batch after the one that was handed out last, over all epochs."""
+        if self._iteration_on != self._iteration:
+            self._batches_on = self.repeat()
+        batch = next(self._batches_on)
+        self._iteration_on = self._iteration
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the batches handed out so far, the same on every rank; JSON types only."""

@@ -1,63 +1,34 @@
-"""`initialize()` and the `Engine` that it returns: the parts composed, and the order in which they are called."""
+"""The engine of a model that is whole on every rank, or partitioned: one forward, one backward, one step."""
 
 from __future__ import annotations
 
-import logging
-import os
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from partita.comm import CommunicationError, backend_for, init_distributed, world_communicator
-from partita.config import Config, load_config, save_config
-from partita.data import ShardedLoader, call_with, differentiable_tensors, loss_in, micro_batches, on_device
-from partita.device import streams_of
-from partita.engine.assembly import (
+from partita.data import ShardedLoader, call_with, loss_in, micro_batches, on_device
+from partita.engine.base import EngineBase
+from partita.engine.phase import Phase, require
+from partita.model import Accumulation, LossScaling, ModelPart, device_of, require_only_parameters_of
+from partita.optim import (
     OptimizerSource,
+    SchedulerSource,
+    ShardedOptimizer,
+    StepController,
     choose_optimizer,
     choose_scheduler,
-    show_log_on,
-    take_model,
-    with_batch_sizes,
+    require_supported,
 )
-from partita.engine.phase import Phase, require
-from partita.model import (
-    ActivationCheckpoints,
-    BackwardWatch,
-    ParameterAccess,
-    clone_state_dict,
-    device_of,
-    save_weights,
-)
-from partita.monitor import PhaseTimers, StepReporter
-from partita.optim import ShardedOptimizer, StepController, require_supported
-from partita.run import loss_scaler_of, precision_of
-from partita.step import SkipGuard, StepLedger
-from partita.units import (
-    BackwardPlan,
-    GradientReducer,
-    ParameterGathers,
-    ParameterLifetimes,
-    ReductionSettings,
-    stage_policy,
-)
-from partita.zero import WeightSource, load_weights
-
-logger = logging.getLogger("partita")
-
-ConfigSource = Mapping[str, Any] | str | os.PathLike[str] | Config | None
-SchedulerSource = Any  # anything with step(), or a function that makes one from an optimizer
+from partita.run import begin_run, loss_scaler_of
+from partita.step import OptimizerStep
+from partita.units import ParameterGathers
 
 
-class Engine:
+class Engine(EngineBase):
     """A model in training.
 
     One step is, for each micro-batch, `loss = engine(batch)`, `engine.backward(loss)`, `engine.step()`; the last of
@@ -88,105 +59,42 @@ class Engine:
         model_parameters: Iterable[Any] | None = None,
         train_data: Any = None,
         lr_scheduler: SchedulerSource = None,
-        config: ConfigSource = None,
+        config: Any = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
-        loaded = load_config(config)
-        device = device_of(model)
-        self._streams = streams_of(device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # what is made without naming a device belongs here, and not on GPU 0
-        init_distributed(backend_for(device))
-        connect = partial(
-            world_communicator, loaded.comm.transport, timedelta(seconds=loaded.comm.timeout_seconds), device
-        )
-        self._communicator = connect()
-        show_log_on(self._communicator.rank)
-        self.config, self._batch = with_batch_sizes(loaded, self._communicator.world_size)
-        self.module = model
-        self.global_steps = 0
-        self.micro_steps = 0
-        self._phase = Phase.READY
-        self._boundary_override: bool | None = None
-        self._no_sync = False
-
-        precision = precision_of(self.config, self._batch.accumulation)
-        self._autocast = precision.autocast
-        self._controller = StepController(loss_scaler_of(self.config, precision), self._streams)
-        zero = self.config.zero_optimization
-        splits_masters = self.config.bf16.master_weights == "split"
-        policy = stage_policy(zero.stage, reduce_scatter=zero.reduce_scatter)
-        inner = choose_optimizer(optimizer, model, model_parameters, self.config)
-        if inner is not None:
-            require_supported(inner, policy, splits_masters=splits_masters)  # while the model is as the user gave it
-        beside = partial(connect, beside=self._communicator)
-        taken = take_model(model, inner, self.config, precision, policy, self._communicator, beside)
-        self._units, self._frozen = taken.units.trained, taken.units.frozen
-        self._guard, self._gathering = taken.guard, taken.gathering
-        self._gathers = ParameterGathers()
-        self._sharded: ShardedOptimizer | None = None
-        if inner is not None:
-            self._sharded = ShardedOptimizer(
-                inner, self._units, self._communicator, policy, self._controller, self._gathers
-            )
-        self.optimizer: Optimizer | None = self._sharded
-        self.lr_scheduler = choose_scheduler(lr_scheduler, self.optimizer, self.config)
-        self.dataloader = None if train_data is None else self._make_loader(train_data, collate_fn)
-        self._endless: Iterator[Any] | None = None  # over the dataloader, for train_batch()
-        # What refuses its arguments comes first: the following leave hooks on the model.
-        if zero.overlap_gather:
-            self._gathers.wait_in_forward(model, self._units)
-        self._lifetimes = ParameterLifetimes(
-            taken.units.groups,
-            self._gathering,
-            prefetch_numel=zero.stage3_prefetch_bucket_size,
-            max_live_numel=zero.stage3_max_live_parameters,
-            no_more_gradients=lambda units: self._reducer.no_more_gradients(units),
-        )
-        checkpointing = self.config.activation_checkpointing
-        self._checkpoints: ActivationCheckpoints | None = None
-        if checkpointing.enabled:
-            self._checkpoints = ActivationCheckpoints(
-                model, checkpointing.classes, on_host=checkpointing.cpu_checkpointing
-            )
-        # Stored gradients are sums over micro-batches and ranks, divided by `predivide`.
-        predivide = self._predivide()
-        self._mean = predivide / (self._batch.accumulation * self._communicator.world_size)
-        self._reducer = GradientReducer(
-            self._units,
-            self._communicator,
-            policy,
-            ReductionSettings(precision.communication, 1.0 / predivide, zero.overlap_comm),
-            self._streams,
-            plan_backward=self._plan_backward,
-            after_backward=self._end_backward,
-            before_reduction=self._lifetimes.before_reduction if zero.overlap_comm else self._lifetimes.gather_rest,
-        )
-        scale = self._controller.scale if precision.scales_loss else None
-        self._backwards = BackwardWatch(scale, self._reducer.finish_backward)
-        prints = self.config.steps_per_print or 0
-        timed = self.config.wall_clock_breakdown and self.global_rank == 0 and prints > 0
-        self._timers = PhaseTimers(timed, self._streams)
-        reporter = StepReporter(self.global_rank, prints, self._timers)
-        skips = SkipGuard(
-            self._controller.scaler,
-            self._reducer,
-            self._communicator,
-            limit=self.config.max_consecutive_skipped_steps,
-            lag=1 if self._streams.is_asynchronous else 0,
-        )
-        self._access = ParameterAccess(
-            self._units,
-            self._sharded,
-            self._reducer,
-            self._gathers,
-            self._communicator,
-            grad_factor=lambda: self._mean / self._controller.loss_scale.scale,
-        )
-        for unit in self._units:
-            unit.access = weakref.ref(self._access)
-        self._ledger = StepLedger(self.lr_scheduler, self._learning_rates, reporter, skips)
-        self._announce(precision.name)
+        # What refuses comes first, while the model is as the program gave it. A later error undoes what was done.
+        with ExitStack() as exits:
+            run = begin_run(config, device_of(model), exits)
+            inner = choose_optimizer(optimizer, model, model_parameters, run.config)
+            if inner is not None:
+                require_only_parameters_of(model, inner)
+                require_supported(inner, run.policy, splits_masters=run.splits_masters)
+            outer = None if inner is None else ShardedOptimizer(inner)
+            scheduler = choose_scheduler(lr_scheduler, outer, run.config)
+            loader = None
+            if train_data is not None:
+                loader = ShardedLoader(
+                    train_data,
+                    micro_batch_size=run.batch.micro,
+                    rank=run.grid.data.rank,
+                    world_size=run.grid.data.world_size,
+                    seed=run.config.seed,
+                    collate_fn=collate_fn,
+                )
+            controller = StepController(loss_scaler_of(run.config, run.precision), run.streams)
+            scaling = LossScaling(controller.scale if run.precision.scales_loss else None)
+            accumulation = Accumulation(run.batch.accumulation, run.policy)
+            gathers = ParameterGathers()
+            exits.callback(gathers.close)
+            part = ModelPart(model, inner, run, scaling, accumulation, gathers, exits)
+            step = OptimizerStep(run, [part], outer, scheduler, controller, gathers, exits)
+            exits.callback(gathers.wait)
+            super().__init__(run, model, [part], step, outer, scheduler, loader, exits.pop_all())
+        self._part = part
+        self._scaling = scaling
+        self._accumulation = accumulation
+        self._has_forward = False  # in this micro-batch
+        self._backwards_before = 0  # backwards of the part before this micro-batch
 
     @classmethod
     def initialize(cls, *args: Any, **kwargs: Any) -> tuple[Engine, Optimizer | None, ShardedLoader | None, Any]:
@@ -198,16 +106,10 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model. In training mode with gradients enabled this begins a micro-batch."""
         require("__call__()", self._phase, Phase.READY, Phase.FORWARD, Phase.BACKWARD)
-        with self._timers.phase("forward"), self._autocast_context():
-            try:
-                outputs = self.module(*args, **kwargs)
-            except BaseException:
-                self._lifetimes.release_all()
-                raise
+        with self._step.timers.phase("forward"):
+            outputs = self._part.forward(*args, **kwargs)
         if self.module.training and torch.is_grad_enabled():
-            if self._phase is Phase.READY:
-                self._phase = Phase.FORWARD
-            self._backwards.watch(differentiable_tensors(outputs))
+            self._has_forward = True
         return outputs
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
@@ -219,19 +121,13 @@ class Engine:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"engine.backward() needs a scalar loss, not a {what}: reduce it with .mean() or .sum()")
-        self._phase = Phase.FORWARD
-        with self._timers.phase("backward"):
-            self.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
-            self._reducer.finish_backward()
-            if self._phase is Phase.FORWARD:  # this loss reaches no parameter, but those of other ranks may
-                self._reducer.reduce_zeros()
-        self._backwards.backward_ended()
-        self._phase = Phase.BACKWARD
+        with self._step.timers.phase("backward"):
+            self._part.backward([self.scale(loss)], retain_graph=retain_graph)
         return loss
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the loss scale, for a `backward()` of one's own; `engine.backward` does it by itself."""
-        return self._backwards.scale(loss)
+        return self._scaling.scale(loss)
 
     def step(self) -> None:
         """Ends a micro-batch; at the boundary, updates the parameters and the learning rate.
@@ -239,19 +135,14 @@ class Engine:
         On a GPU this queues the work and does not wait for it. Whether the step was skipped is learned during the next
         one: only then the learning rate moves and the step is reported.
         """
-        self._reducer.finish_backward()
+        self._part.finish_backward()
         require("step()", self._phase, Phase.BACKWARD)
-        at_boundary = self.is_gradient_accumulation_boundary()
-        self.micro_steps += 1
-        self._phase = Phase.READY
-        self._backwards.backward_ended()
-        self._lifetimes.forget_forwards()
+        at_boundary = self._accumulation.is_boundary
+        self._accumulation.advance()
+        self._part.forget()
+        self._begin_micro_batch()
         if at_boundary:
-            with self._timers.phase("step"):
-                self._update()
-            if not self._streams.is_asynchronous:
-                self._settle()
-            self._reducer.reset()
+            self._step.update()
 
     def train_batch(self, batch: Any = None) -> Tensor:
         """One whole optimizer step; returns the mean loss of this rank's micro-batches, detached.
@@ -264,14 +155,15 @@ class Engine:
         if batch is None:
             if self.dataloader is None:
                 raise ValueError("train_batch() needs a batch or an iterator: the engine was given no train_data")
-            batch = self._endless = self._endless or self.dataloader.repeat()
+            batch = iter(self.dataloader.next_batch, object())  # nothing equals the object, so this never ends
+        count = self._run.batch.accumulation
         total = torch.zeros((), dtype=torch.float32, device=self.device)
-        for micro_batch in micro_batches(batch, self._batch.accumulation):
+        for micro_batch in micro_batches(batch, count):
             loss = loss_in(call_with(self, on_device(micro_batch, self.device)))
             self.backward(loss)
             self.step()
             total += loss.detach().reshape(())
-        return total / self._batch.accumulation
+        return total / count
 
     @torch.no_grad()
     def eval_batch(self, batch: Any) -> Any:
@@ -295,46 +187,35 @@ class Engine:
 
     # -- accumulation
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches so far."""
+        return self._accumulation.micro_steps
+
+    def no_sync(self) -> AbstractContextManager[None]:
         """Backwards in this block accumulate on this rank; the next one outside, or the step, reduces them all.
 
         Raises:
-            RuntimeError: in stage 2, which has no room for gradients that are not reduced.
+            RuntimeError: in stages 2 and 3, which have no room for gradients that are not reduced.
         """
-        if self.config.zero_optimization.stage >= 2:
-            raise RuntimeError(
-                f"no_sync() needs full gradients on every rank, which ZeRO stage {self.config.zero_optimization.stage} "
-                "does not keep: use stage 0 or 1, or gradient_accumulation_steps"
-            )
-        before, self._no_sync = self._no_sync, True
-        try:
-            yield
-        finally:
-            self._no_sync = before
+        return self._accumulation.no_sync()
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the next `step()` updates the parameters."""
-        if self._boundary_override is not None:
-            return self._boundary_override
-        return (self.micro_steps + 1) % self._batch.accumulation == 0
+        return self._accumulation.is_boundary
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Decides by hand whether steps update; None: every `gradient_accumulation_steps`, as at the start.
 
         Gradients are divided by `gradient_accumulation_steps` in any case.
         """
-        self._boundary_override = is_boundary
+        self._accumulation.boundary = is_boundary
 
     def zero_grad(self) -> None:
         """Begins the step anew: drops the gradients since the last update, and what an interrupted backward left."""
-        self._reducer.reset()
-        self._backwards.backward_ended()
-        self._lifetimes.forget_forwards()
-        self._lifetimes.release_all()
-        self.micro_steps -= self.micro_steps % self._batch.accumulation
-        if self._phase is not Phase.DESTROYED:
-            self._phase = Phase.READY
+        self._part.give_up()
+        self._accumulation.restart()
+        self._begin_micro_batch()
 
     def token_mean(self, loss_sum: Tensor, tokens_in_step: int) -> Tensor:
         """A micro-batch's loss such that the step's gradient is that of the mean over all tokens of all ranks.
@@ -347,217 +228,28 @@ class Engine:
             tokens_in_step: valid tokens of this rank in all micro-batches of the step together. If no rank has any,
                 that is an error on the CPU, and on a GPU, where nobody waits for the sum, a step that is skipped.
         """
+        data = self._run.grid.data
         total = torch.full((1,), float(tokens_in_step), dtype=torch.float64, device=self.device)
-        self._communicator.all_reduce(total).wait()
-        if not self._streams.is_asynchronous and not total.item():
+        data.all_reduce(total).wait()
+        if not self._run.streams.is_asynchronous and not total.item():
             raise ValueError("token_mean(): no rank has a valid token in this step")
-        factor = self._batch.accumulation * self._communicator.world_size / total
+        factor = self._run.batch.accumulation * data.world_size / total
         return loss_sum * factor.to(torch.promote_types(loss_sum.dtype, torch.float32)).reshape(())
 
-    # -- what a run is asked
+    # -- the order of calls
 
     @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self._streams.device
+    def _phase(self) -> Phase:
+        """Where the micro-batch is, by what the program has called."""
+        if self._is_destroyed:
+            return Phase.DESTROYED
+        if self._part.ended_backwards > self._backwards_before:
+            return Phase.BACKWARD
+        return Phase.FORWARD if self._has_forward else Phase.READY
 
-    @property
-    def global_rank(self) -> int:
-        """This process among all."""
-        return self._communicator.rank
-
-    @property
-    def local_rank(self) -> int:
-        """This process among those of its host, as the launcher numbered it."""
-        return int(os.environ.get("LOCAL_RANK", 0))
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self._communicator.world_size
-
-    @property
-    def loss_scale(self) -> float:
-        """What the loss is multiplied by before backward; 1 outside float16."""
-        return self._controller.loss_scale.scale
-
-    @property
-    def skipped_steps(self) -> int:
-        """Updates skipped because gradients were not finite."""
-        return self._controller.loss_scale.skipped_steps
-
-    def train_batch_size(self) -> int:
-        """Samples per update over all ranks."""
-        return self._batch.train
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples per forward of one rank."""
-        return self._batch.micro
-
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches per update."""
-        return self._batch.accumulation
-
-    def get_global_grad_norm(self) -> float | None:
-        """2-norm of the last step's mean gradient over all parameters, before clipping; None before the first step."""
-        return self._controller.last.grad_norm if self.global_steps else None
-
-    def get_lr(self) -> list[float]:
-        """The learning rate of each param group."""
-        self._ledger.learn()
-        return self._learning_rates()
-
-    def module_state_dict(self, rank: int | None = None) -> dict[str, Any]:
-        """The model's state dict with memory of its own (a plain `state_dict()` shares the flat buffers).
-
-        In stage 3 a collective, unit by unit. `rank`: the one that wants it, where the others get an empty dict and
-        need no memory for it; None: all.
-        """
-        self._gathers.wait()
-        return clone_state_dict(self.module, wanted=rank in (None, self.global_rank))
-
-    def load_module_state_dict(self, source: WeightSource, *, strict: bool = True, rank: int = 0) -> list[str]:
-        """Gives the model the weights of a full state dict or of safetensors files, see `partita.zero.load_weights`."""
-        self._gathers.wait()
-        return load_weights(self.module, source, strict=strict, rank=rank)
-
-    def save_model(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """Writes the model's state dict to one safetensors file, which rank 0 writes and all ranks gather.
-
-        No rank holds more than one unit of whole parameters at a time. The file appears when it is complete. Shared
-        parameters are written under each of their names.
-
-        Args:
-            dtype: of the floating-point tensors; None: as the model computes. torch.float32 writes the masters of
-                what is trained.
-
-        Raises:
-            ValueError: something in the state dict is no tensor, or safetensors has no such dtype.
-            OSError: the file cannot be written; raised on all ranks.
-        """
-        self._gathers.wait()
-        save_weights(self.module, path, dtype, self._access, self._communicator)
-
-    def save_16bit_model(self, save_dir: str | os.PathLike[str], save_filename: str = "model.safetensors") -> None:
-        """`save_model` in the dtype that the model computes in, under DeepSpeed's name."""
-        self.save_model(Path(save_dir) / save_filename)
-
-    def save_config(self, path: str | os.PathLike[str]) -> None:
-        """Writes the whole config as JSON, batch sizes resolved."""
-        save_config(self.config, path)
-
-    def destroy(self) -> None:
-        """Lets go of the model: hooks are removed, buffers are freed with the last parameter that lies in them.
-
-        In stage 3 the parameters of the model have no values any more: take `module_state_dict()` before.
-        """
-        if self._phase is Phase.DESTROYED:
-            return
-        self._phase = Phase.DESTROYED
-        self._gathers.close()
-        try:
-            self._gathers.wait()
-            self._ledger.learn()
-            self._reducer.close()
-        finally:  # the collectives under way may have failed
-            self._lifetimes.close()
-            if self._checkpoints is not None:
-                self._checkpoints.close()
-            self._units.clear()
-            self._sharded = self.optimizer = self.lr_scheduler = None
-            if self._gathering is not None:
-                self._gathering.close()
-            self._communicator.close()
-
-    # -- parts
-
-    def _predivide(self) -> float:
-        """What gradients are divided by before they are summed over ranks."""
-        if not self.config.prescale_gradients:
-            return 1.0
-        factor = self.config.gradient_predivide_factor
-        return factor if factor != 1.0 else float(self.world_size)
-
-    def _make_loader(self, data: Any, collate_fn: Callable[[list[Any]], Any] | None) -> ShardedLoader:
-        return ShardedLoader(
-            data,
-            micro_batch_size=self._batch.micro,
-            rank=self.global_rank,
-            world_size=self.world_size,
-            seed=self.config.seed,
-            collate_fn=collate_fn,
-        )
-
-    def _learning_rates(self) -> list[float]:
-        return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
-
-    def _autocast_context(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._autocast is None else torch.autocast(self.device.type, self._autocast)
-
-    def _plan_backward(self) -> BackwardPlan:
-        self._lifetimes.begin_backward()
-        reduces = self.is_gradient_accumulation_boundary() and not self._no_sync
-        return BackwardPlan(reduces, self._backwards.missing_scale())
-
-    def _end_backward(self) -> None:
-        self._phase = Phase.BACKWARD
-        self._lifetimes.end_backward()
-
-    def _update(self) -> None:
-        if self._sharded is None:
-            raise RuntimeError("engine.step() has no optimizer: give initialize() one, or name one in the config")
-        self._settle()
-        self._lifetimes.release_all()
-        self._guard.check()
-        self._gathers.wait()  # of parameters that no forward has used since
-        for flat in (*self._units, *self._frozen):
-            flat.check_unwritten()
-        for unit in self._units:
-            unit.adopt_written_parameters()
-        self._reducer.reduce_all()
-        try:
-            self._sharded.run(mean=self._mean, clip=self.config.gradient_clipping)
-        except CommunicationError:
-            self._gathers.abandon()
-            raise
-        if not self.config.zero_optimization.overlap_gather:
-            self._gathers.wait()
-        self.global_steps += 1
-        self._ledger.enter(self.global_steps, self._controller.outcome(), self._reducer.take_finiteness())
-
-    def _settle(self) -> None:
-        """Acts on the outcome of the last step; if that ends the run, the gradients at hand go with it."""
-        try:
-            self._ledger.settle()
-        except FloatingPointError:
-            self._reducer.reset()
-            raise
-
-    def _announce(self, precision: str) -> None:
-        if self.global_rank != 0:
-            return
-        numel = sum(p.numel() for unit in self._units for p in unit.parameters)
-        optimizer = "no optimizer" if self._sharded is None else type(self._sharded.inner).__name__
-        logger.info(
-            "ZeRO stage %d, %d ranks over %s, %s, %s on %s; %s parameters in %d units; "
-            "batch %d = %d x %d micro-batches x %d ranks",
-            self.config.zero_optimization.stage,
-            self.world_size,
-            self._communicator.transport,
-            precision,
-            optimizer,
-            self._streams.name,
-            f"{numel:,}",
-            len(self._units),
-            self._batch.train,
-            self._batch.micro,
-            self._batch.accumulation,
-            self.world_size,
-        )
-        if self.device.type == "cpu" and torch.cuda.device_count():
-            logger.warning("the model is on the CPU and trains there; for a GPU: model.to('cuda') before initialize()")
-        if self.config.dump_state:
-            logger.info("config: %s", self.config.model_dump_json(indent=2))
+    def _begin_micro_batch(self) -> None:
+        self._has_forward = False
+        self._backwards_before = self._part.ended_backwards
 
 
 def initialize(
@@ -566,7 +258,7 @@ def initialize(
     model_parameters: Iterable[Any] | None = None,
     training_data: Any = None,
     lr_scheduler: SchedulerSource = None,
-    config: ConfigSource = None,
+    config: Any = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
 ) -> tuple[Engine, Optimizer | None, ShardedLoader | None, Any]:
     """Makes a model ready to train; see `Engine` for the arguments (`training_data` is its `train_data`).

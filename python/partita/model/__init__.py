@@ -1,29 +1,29 @@
-"""A model in training."""
+"""A model in training: taken over, run forward and backward, watched, read and written."""
 
-from partita.model.access import ParameterAccess
-from partita.model.changes import ModelGuard
+from partita.model.access import ParameterAccess, access_of
+from partita.model.accumulation import Accumulation
 from partita.model.export import save_weights
-from partita.model.loss_scaling import BackwardWatch
-from partita.model.placement import (
-    clone_state_dict,
-    device_of,
-    optimized_parameters,
-    place_untrained,
-    refuse_compiled,
-    untrained_parameters,
-)
-from partita.model.recompute import ActivationCheckpoints
+from partita.model.loss_scaling import LossScaling
+from partita.model.part import ModelPart
+from partita.model.random_state import RandomState
+from partita.model.state import Quantity, Section, Snapshot, Stateful, TrainState
+from partita.model.take import device_of, require_only_parameters_of
+from partita.model.weights import clone_state_dict
 
 __all__ = [
-    "ActivationCheckpoints",
-    "BackwardWatch",
-    "ModelGuard",
+    "Accumulation",
+    "LossScaling",
+    "ModelPart",
     "ParameterAccess",
+    "Quantity",
+    "RandomState",
+    "Section",
+    "Snapshot",
+    "Stateful",
+    "TrainState",
+    "access_of",
     "clone_state_dict",
     "device_of",
-    "optimized_parameters",
-    "place_untrained",
-    "refuse_compiled",
+    "require_only_parameters_of",
     "save_weights",
-    "untrained_parameters",
 ]

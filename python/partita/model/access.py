@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from partita.comm import Communicator
-from partita.device import kernels
-from partita.optim import ShardedOptimizer
-from partita.units import GradientReducer, GradState, Lifetime, ParameterGathers, ShardSlice, Slot, Unit
+from partita.comm import any_rank
+from partita.model.loss_scaling import LossScaling
+from partita.run import Run
+from partita.units import GradientReducer, GradState, ParameterGathers, ShardSlice, Slot, Unit
 
 Pieces = list[tuple[ShardSlice, Tensor]]
 
 
 class ParameterAccess:
-    """What `partita.utils` asks an engine for. All methods are collectives, in every ZeRO stage.
-
-    Args:
-        grad_factor: what makes stored gradients the mean over micro-batches and ranks, not scaled.
-    """
+    """What `partita.utils` asks of a model in training. All methods are collectives, in every ZeRO stage."""
 
     def __init__(
         self,
         units: list[Unit],
-        optimizer: ShardedOptimizer | None,
         reducer: GradientReducer,
         gathers: ParameterGathers,
-        communicator: Communicator,
-        grad_factor: Callable[[], float],
+        run: Run,
+        scaling: LossScaling,
     ) -> None:
-        self._units = units  # the engine's own list, which it empties when it is destroyed
-        self._index = {id(unit): i for i, unit in enumerate(units)}
-        self._optimizer = optimizer
+        self._unit_of = {p: unit for unit in units for p in unit.parameters}
         self._reducer = reducer
         self._gathers = gathers
-        self._communicator = communicator
-        self._grad_factor = grad_factor
+        self._run = run
+        self._communicator = run.grid.data
+        self._scaling = scaling
 
-    def trains(self, unit: Unit) -> bool:
-        """Whether the engine still trains this unit."""
-        return any(unit is own for own in self._units)
+    def unit_of(self, parameter: nn.Parameter) -> Unit:
+        """Where a parameter lies."""
+        return self._unit_of[parameter]
 
     def weights(self, unit: Unit, parameter: nn.Parameter) -> Tensor | None:
         """The fp32 master weights."""
@@ -53,15 +50,11 @@ class ParameterAccess:
         """The master weights, and the parameters with them, take fp32 values that are the same on all ranks."""
         self._gathers.wait()
         unit.adopt_written_parameters()
-        self._communicator.barrier()  # nobody computes with the old ones any more
         masters = unit.full_precision()
+        if masters is unit.master:
+            masters = masters.clone()  # another rank may compute with the old ones
         _copy_into(_pieces(unit, parameter, masters), value)
-        if unit.dtype != torch.float32:
-            kernels.split_master(unit.updated, masters, unit.remainder)
-        unit.publish()
-        if unit.lifetime is Lifetime.ALWAYS and len(unit.own) < unit.layout.numel:
-            self._communicator.all_gather(unit.params).wait()
-        self._communicator.barrier()
+        unit.write_full_precision(masters)
 
     def gradient(self, unit: Unit, parameter: nn.Parameter) -> Tensor | None:
         """The mean gradient of this step in fp32, before clipping; None if there is none."""
@@ -83,15 +76,16 @@ class ParameterAccess:
     def set_state(self, unit: Unit, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         """An optimizer state takes values that are the same on all ranks."""
         pieces = self._states(unit, parameter, key)
-        if not self._everywhere(bool(pieces) or not _pieces(unit, parameter, unit.reduced)):
+        if self._misses(unit, parameter, pieces):
             raise KeyError(f"the optimizer has no state '{key}' of parameter '{unit.name_of(parameter)}' (yet)")
         _copy_into(pieces, value)
 
     def _states(self, unit: Unit, parameter: nn.Parameter, key: str) -> Pieces:
-        if self._optimizer is None:
-            return []
-        slot = _slot(unit, parameter)
-        return [(s, piece) for s, piece in self._optimizer.states(self._index[id(unit)], key) if s.slot == slot]
+        return _pieces(unit, parameter, unit.states[key]) if key in unit.states else []
+
+    def _grad_factor(self) -> float:
+        """What turns a stored gradient into the mean over micro-batches and ranks, not scaled."""
+        return self._run.mean / self._scaling.value()
 
     def _has_gradients(self, unit: Unit) -> bool:
         self._reducer.wait()
@@ -102,15 +96,14 @@ class ParameterAccess:
             )
         return unit.grad_state is GradState.REDUCED
 
-    def _everywhere(self, condition: bool) -> bool:
-        missing = torch.full((1,), float(not condition), device=self._communicator.device)
-        self._communicator.all_reduce(missing).wait()
-        return not missing.item()
+    def _misses(self, unit: Unit, parameter: nn.Parameter, own: Pieces) -> bool:
+        """Whether a rank that owns a piece of the parameter lacks what it should have of it."""
+        return any_rank(self._communicator, not own and bool(_pieces(unit, parameter, unit.reduced)))
 
     def _whole(self, unit: Unit, parameter: nn.Parameter, own: Pieces, may_miss: bool = False) -> Tensor | None:
         """Every rank's pieces of a parameter."""
         slot = _slot(unit, parameter)
-        if may_miss and not self._everywhere(bool(own) or not _pieces(unit, parameter, unit.reduced)):
+        if may_miss and self._misses(unit, parameter, own):
             return None
         whole = torch.empty(slot.numel, dtype=torch.float32, device=unit.params.device)
         for s, piece in own:
@@ -140,3 +133,34 @@ def _copy_into(pieces: Pieces, value: Tensor) -> None:
     flat = value.reshape(-1)
     for s, piece in pieces:
         piece.view(-1).copy_(flat[s.parameter_offset : s.parameter_offset + s.numel])
+
+
+class _Access:
+    """Who gives access to a parameter: an attribute of the parameter that is not pickled with it."""
+
+    def __init__(self, access: ParameterAccess) -> None:
+        self.find = weakref.ref(access)  # a model may outlive its engine
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()  # what torch.load() takes with weights_only, too
+
+
+class GivenAccess:
+    """Parameters that say who gives access to them, until this is closed."""
+
+    def __init__(self, access: ParameterAccess, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        for parameter in self._parameters:
+            parameter._partita_access = _Access(access)  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """The parameters say nothing any more."""
+        for parameter in self._parameters:
+            del parameter._partita_access  # type: ignore[attr-defined]
+        self._parameters = []
+
+
+def access_of(parameter: nn.Parameter) -> ParameterAccess | None:
+    """Who gives access to a parameter; None if no engine trains it."""
+    given = getattr(parameter, "_partita_access", None)
+    return given.find() if isinstance(given, _Access) else None

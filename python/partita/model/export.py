@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,11 +12,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from partita.comm import Communicator
+from partita.comm import Communicator, any_rank
 from partita.device.memory import FreedMemory
-from partita.model.access import ParameterAccess
-from partita.model.placement import state_tensors
-from partita.units import Unit, holder_of
+from partita.model.weights import state_tensors
 
 # Names of the format: https://github.com/huggingface/safetensors#format
 DTYPE_NAMES = {
@@ -132,27 +130,14 @@ def save_weights(
     model: nn.Module,
     path: str | os.PathLike[str],
     dtype: torch.dtype | None,
-    access: ParameterAccess,
     communicator: Communicator,
 ) -> None:
     """Writes a model's state dict on rank 0; a collective. See `Engine.save_model`."""
-    state = model.state_dict(keep_vars=True)
-    file = WeightFile(path, layout_of(state.items(), dtype))
-    problem = write_weights(file if communicator.rank == 0 else None, _weights(model, state, dtype, access))
-    failed = torch.full((1,), float(problem is not None), device=communicator.device)
-    communicator.all_reduce(failed).wait()
-    if failed.item():
+    file = WeightFile(path, layout_of(model.state_dict(keep_vars=True).items(), dtype))
+    weights = state_tensors(model, masters=dtype is torch.float32)
+    problem = write_weights(file if communicator.rank == 0 else None, weights)
+    if any_rank(communicator, problem is not None):
         raise OSError(f"'{path}' was not written on rank 0: {problem or 'see its error'}") from problem
-
-
-def _weights(
-    model: nn.Module, state: Mapping[str, Any], dtype: torch.dtype | None, access: ParameterAccess
-) -> Iterator[tuple[str, Any]]:
-    for name, value in state_tensors(model):
-        unit = holder_of(state[name])
-        if dtype is torch.float32 and isinstance(unit, Unit) and unit.dtype is not dtype:
-            value = access.weights(unit, state[name])
-        yield name, value
 
 
 def write_weights(file: WeightFile | None, weights: Iterable[tuple[str, Any]]) -> Exception | None:

@@ -1,6 +1,7 @@
 """Optimizers, loss scaling and learning-rate schedules."""
 
 from partita.optim.build import make_optimizer
+from partita.optim.choose import OptimizerSource, SchedulerSource, choose_optimizer, choose_scheduler
 from partita.optim.fused_adam import FusedAdam
 from partita.optim.schedules import (
     LRRangeTest,
@@ -10,19 +11,26 @@ from partita.optim.schedules import (
     WarmupLR,
     make_scheduler,
 )
-from partita.optim.sharded import ShardedOptimizer, require_supported
+from partita.optim.sharded import HyperParameters, ShardedOptimizer, require_supported
+from partita.optim.sharded_step import ShardedStep
 from partita.optim.step_control import PendingOutcome, StepController
 
 __all__ = [
     "FusedAdam",
+    "HyperParameters",
     "LRRangeTest",
     "OneCycle",
+    "OptimizerSource",
     "PendingOutcome",
+    "SchedulerSource",
     "ShardedOptimizer",
+    "ShardedStep",
     "StepController",
     "WarmupCosineLR",
     "WarmupDecayLR",
     "WarmupLR",
+    "choose_optimizer",
+    "choose_scheduler",
     "make_optimizer",
     "make_scheduler",
     "require_supported",

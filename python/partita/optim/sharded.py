@@ -1,4 +1,4 @@
-"""The optimizer of the engine: one step over all units, whatever the stage."""
+"""The optimizer that a program holds: the hyper-parameters of the user's, and none of its steps."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from partita.comm import Communicator
-from partita.device import kernels
 from partita.optim.elementwise import why_not_elementwise
 from partita.optim.fused_adam import is_native
-from partita.optim.step_control import StepController
-from partita.optim.updates import NativeAdam, ShardUpdate, TorchUpdate
-from partita.units import Lifetime, ParameterGathers, ShardSlice, StagePolicy, Unit
+from partita.units import StagePolicy
 
 
 def require_supported(optimizer: Optimizer, policy: StagePolicy, *, splits_masters: bool) -> None:
@@ -44,73 +40,19 @@ def require_supported(optimizer: Optimizer, policy: StagePolicy, *, splits_maste
 
 
 class ShardedOptimizer(Optimizer):
-    """Updates this rank's own range of every unit and gathers the new parameters.
+    """What `engine.optimizer` is.
 
-    Its `param_groups` are those of the user's optimizer, so learning-rate schedules on either work. `engine.step()`
-    runs it.
+    Its `param_groups` are those of the user's optimizer `inner`, so learning-rate schedules work on either. The
+    updates themselves are `ShardedStep`'s, which `engine.step()` runs.
     """
 
-    def __init__(
-        self,
-        inner: Optimizer,
-        units: list[Unit],
-        communicator: Communicator,
-        policy: StagePolicy,
-        controller: StepController,
-        gathers: ParameterGathers,
-    ) -> None:
+    def __init__(self, inner: Optimizer) -> None:
         self.inner = inner
-        self._units = units
-        self._communicator = communicator
-        self._policy = policy
-        self._controller = controller
-        self._gathers = gathers
-        self._update = self._choose_update(inner)
-        self._norm_parts, self._host_norm_parts = (
-            [kernels.norm_part(unit.reduced, unit.norm_segments) for unit in units if unit.offloads == on_host]
-            for on_host in (False, True)
-        )
         super().__init__([torch.empty(0)], dict(inner.defaults))
         self.param_groups = inner.param_groups
         # Schedules warn when step() was not seen before theirs; ours runs inside engine.step().
         for optimizer in (self, inner):
             optimizer._opt_called = True  # type: ignore[attr-defined]
-
-    def _choose_update(self, inner: Optimizer) -> ShardUpdate:
-        if is_native(inner):
-            return NativeAdam(inner, self._units, self._controller)
-        # Some (Adagrad) make their state when constructed, and again when it is missing: the shards take the place of
-        # the parameters that it belongs to.
-        inner.state.clear()
-        return TorchUpdate(inner, self._units, self._controller)
-
-    def run(self, *, mean: float, clip: float) -> None:
-        """One step from `Unit.reduced` of all units; the control block tells afterwards what was decided.
-
-        The new parameters of other ranks are there when their gathers have been waited for.
-        """
-        total = self._controller.sum_of_squares.zero_()
-        kernels.sum_of_squares(total, self._norm_parts)
-        if self._host_norm_parts:
-            on_host = torch.zeros(1, dtype=torch.float64)
-            kernels.sum_of_squares(on_host, self._host_norm_parts)
-            total += on_host.to(total.device, non_blocking=True)
-        self._communicator.all_reduce(total).wait()
-        self._controller.decide(mean=mean, clip=clip)
-        self._update.begin()
-        gathered = self._policy.shards_states and self._communicator.world_size > 1
-        here = [i for i, unit in enumerate(self._units) if gathered and unit.lifetime is Lifetime.ALWAYS]
-        self._update.update(i for i in range(len(self._units)) if i not in here)
-        # Forward needs the last units first; the gathering of each goes on beside the update of the next.
-        for i in reversed(here):
-            self._update.update([i])
-            self._gathers.add(i, self._communicator.all_gather(self._units[i].params))
-        if any(unit.lifetime is Lifetime.MAPPED for unit in self._units):
-            self._communicator.barrier()  # then every rank may read what the others have written
-
-    def states(self, unit: int, key: str) -> list[tuple[ShardSlice, torch.Tensor]]:
-        """What this rank has of an optimizer state, by the index of the unit; nothing if there is none (yet)."""
-        return self._update.states(unit, key)
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Not for callers: gradients are reduced, scaled and counted by the engine.
@@ -146,3 +88,31 @@ class ShardedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Not in this version, as `state_dict`."""
         raise NotImplementedError("optimizer states are partitioned over ranks; this version does not load them yet")
+
+
+class HyperParameters:
+    """The param groups of an optimizer without their parameters, as a state that can be saved."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """The hyper-parameters of each group."""
+        groups = self._optimizer.param_groups
+        return {"groups": [{name: value for name, value in group.items() if name != "params"} for group in groups]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Each group takes the hyper-parameters that it had.
+
+        Raises:
+            ValueError: the number of groups differs.
+        """
+        groups, saved = self._optimizer.param_groups, state["groups"]
+        if len(groups) != len(saved):
+            raise ValueError(f"the optimizer has {len(groups)} param groups, and the state has {len(saved)}")
+        for group, values in zip(groups, saved, strict=True):
+            for name, value in values.items():
+                if isinstance(group.get(name), torch.Tensor):  # a learning rate that others hold
+                    group[name].copy_(value)
+                else:
+                    group[name] = value

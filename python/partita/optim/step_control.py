@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from partita import _core
 from partita.device import kernels
+from partita.device.memory import HOST
 from partita.device.streams import HostCopy, Streams
+
+LOSS_SCALE_FIELDS = (
+    "scale",
+    "applied_steps",
+    "skipped_steps",
+    "good_steps",
+    "hysteresis",
+    "consecutive_skips",
+    "at_minimum",
+)
+CONTROL_FIELDS = ("grad_norm", "grad_scale", "skip", "step")
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,21 @@ class StepController:
     def decide(self, *, mean: float, clip: float) -> None:
         """Fills the control block from `sum_of_squares` (see `loss_scale_update` in loss_scale.h)."""
         kernels.loss_scale_update(self.control, self._state, self.scaler, self.sum_of_squares, mean=mean, clip=clip)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loss scale with its counters, and what the last step was like."""
+        outcome = self.outcome().wait()
+        return {
+            "loss_scale": {name: getattr(outcome.loss_scale, name) for name in LOSS_SCALE_FIELDS},
+            "last_step": {name: getattr(outcome.control, name) for name in CONTROL_FIELDS},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse of `state_dict`."""
+        memory = torch.empty_like(self._memory, device=HOST)
+        _core.StepControl(**state["last_step"]).write(memory.data_ptr())
+        _core.LossScaleState(**state["loss_scale"]).write(memory[_core.StepControl.nbytes :].data_ptr())
+        self._memory.copy_(memory)
 
     def outcome(self) -> PendingOutcome:
         """What the last decision was; the host gets it without holding up the device."""

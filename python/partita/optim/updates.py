@@ -4,31 +4,44 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from partita.device import kernels
+from partita.device import FreedMemory, kernels
 from partita.optim.fused_adam import adam_group
 from partita.optim.step_control import StepController
 from partita.units import ShardSlice, Unit
 
 
 class ShardUpdate(ABC):
-    """Turns reduced gradients into new weights, in this rank's own range of every unit."""
+    """Turns reduced gradients into new weights, in this rank's own range of every unit.
+
+    What the update keeps for every element lies in `Unit.states`, by name. `state_dict()` has the rest.
+    """
 
     @abstractmethod
     def begin(self) -> None:
-        """A step starts: read hyper-parameters that may have changed."""
+        """A step starts: hyper-parameters may have changed."""
 
     @abstractmethod
     def update(self, indices: Iterable[int]) -> None:
         """Writes the new weights of these units into `Unit.own_params`."""
 
     @abstractmethod
-    def states(self, index: int, key: str) -> list[tuple[ShardSlice, Tensor]]:
-        """An optimizer state in this rank's own range of a unit, by parameter; nothing if there is none (yet)."""
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank keeps beside `Unit.states`, by parameter."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict()` of a run with the same parameters gave. `Unit.states` have their names and sizes
+        afterwards; their values are the caller's to write."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The optimizer is the user's again."""
 
 
 class NativeAdam(ShardUpdate):
@@ -38,21 +51,21 @@ class NativeAdam(ShardUpdate):
         self._optimizer = optimizer
         self._units = units
         self._controller = controller
-        self.exp_avg = [unit.state_buffer(torch.float32) for unit in units]
-        self.exp_avg_sq = [unit.state_buffer(torch.float32) for unit in units]
         self._host_control = torch.empty(0)
         self._groups = [adam_group(group) for group in optimizer.param_groups]
+        for unit in units:
+            unit.states = {name: unit.state_buffer(torch.float32) for name in ("exp_avg", "exp_avg_sq")}
         self._parts = [
             kernels.adam_part(
                 grads=unit.reduced,
                 master=unit.master,
                 remainder=unit.remainder,
-                exp_avg=exp_avg,
-                exp_avg_sq=exp_avg_sq,
+                exp_avg=unit.states["exp_avg"],
+                exp_avg_sq=unit.states["exp_avg_sq"],
                 params=None if unit.dtype == torch.float32 else unit.updated,
                 segments=unit.segments,
             )
-            for unit, exp_avg, exp_avg_sq in zip(units, self.exp_avg, self.exp_avg_sq, strict=True)
+            for unit in units
         ]
 
     def begin(self) -> None:
@@ -69,10 +82,15 @@ class NativeAdam(ShardUpdate):
             kernels.adam([self._parts[i]], self._groups, self._host_control)
             self._units[i].publish()  # on its way to the device beside the update of the next
 
-    def states(self, index: int, key: str) -> list[tuple[ShardSlice, Tensor]]:
-        flat = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}.get(key)
-        slices = _slices(self._units[index])
-        return [] if flat is None else [(s, flat[index][s.shard_offset : s.shard_offset + s.numel]) for s in slices]
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # the number of the step is the loss scale's
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(f"native Adam keeps nothing by parameter, and the state has {sorted(state)}")
+
+    def close(self) -> None:
+        return  # its param groups are as they were
 
 
 class TorchUpdate(ShardUpdate):
@@ -80,6 +98,9 @@ class TorchUpdate(ShardUpdate):
 
     A parameter that lies whole in this rank's range keeps its shape, so in stage 0 every optimizer sees what it would
     see without Partita. The optimizer runs once per step over all pieces: it may couple them.
+
+    After each step, every tensor of the optimizer's state that has an element for each element of its piece is moved
+    into `Unit.states`, and the optimizer has a view of it.
 
     On a GPU the host waits for the decision whether the step is skipped: optimizers of others cannot read it there.
     """
@@ -89,14 +110,14 @@ class TorchUpdate(ShardUpdate):
         self._units = units
         self._controller = controller
         self._skips = False
+        # Some (Adagrad) make their state when constructed, and again when it is missing: the pieces take the place of
+        # the parameters that it belongs to.
+        optimizer.state.clear()
+        self._given = [group["params"] for group in optimizer.param_groups]
         self._pieces = [[_piece(unit.full_precision(), s) for s in _slices(unit)] for unit in units]
+        self._views: dict[tuple[int, str], Tensor] = {}  # of `Unit.states`, as the optimizer has them
         for i, group in enumerate(optimizer.param_groups):
-            group["params"] = [
-                piece
-                for unit, pieces in zip(units, self._pieces, strict=True)
-                for s, piece in zip(_slices(unit), pieces, strict=True)
-                if s.slot.group == i
-            ]
+            group["params"] = [piece for _, s, piece in self._all_pieces() if s.slot.group == i]
 
     def begin(self) -> None:
         control = self._controller.last
@@ -114,6 +135,7 @@ class TorchUpdate(ShardUpdate):
         for pieces in self._pieces:
             for piece in pieces:
                 piece.grad = None
+        self._take_states()
 
     def update(self, indices: Iterable[int]) -> None:
         for unit in (self._units[i] for i in indices):
@@ -123,13 +145,74 @@ class TorchUpdate(ShardUpdate):
                 kernels.split_master(unit.updated, unit.full_precision())
             unit.publish()
 
-    def states(self, index: int, key: str) -> list[tuple[ShardSlice, Tensor]]:
-        found = []
-        for s, piece in zip(_slices(self._units[index]), self._pieces[index], strict=True):
-            state = self._optimizer.state.get(piece, {}).get(key)
-            if isinstance(state, Tensor) and state.numel() == s.numel:
-                found.append((s, state))
-        return found
+    def state_dict(self) -> dict[str, Any]:
+        parameters: dict[str, Any] = {}
+        for _, s, piece in self._all_pieces():
+            state = self._optimizer.state.get(piece, {})
+            elements = {k: (str(v.dtype), tuple(v.shape)) for k, v in state.items() if (id(piece), k) in self._views}
+            rest = {k: v for k, v in state.items() if (id(piece), k) not in self._views}
+            if state:
+                parameters[s.slot.name] = {"elements": elements, "rest": rest}
+        others = {key: value for key, value in self._optimizer.state.items() if not isinstance(key, Tensor)}
+        return {"parameters": parameters, "others": others}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        parameters = dict(state.get("parameters", {}))
+        self._optimizer.state.clear()
+        self._views.clear()
+        for unit in self._units:
+            unit.states = {}
+        for unit, s, piece in self._all_pieces():
+            saved = parameters.pop(s.slot.name, None)
+            if saved is None:
+                continue
+            own = self._optimizer.state[piece]
+            for key, (dtype, shape) in saved["elements"].items():
+                own[key] = self._view(unit, s, piece, key, getattr(torch, dtype.removeprefix("torch.")), tuple(shape))
+            own.update(saved["rest"])
+        if parameters:
+            raise ValueError(f"the optimizer has no parameter '{next(iter(parameters))}', of which there is a state")
+        self._optimizer.state.update(state.get("others", {}))
+
+    def close(self) -> None:
+        self._optimizer.state.clear()
+        for group, given in zip(self._optimizer.param_groups, self._given, strict=True):
+            group["params"] = given
+        self._views.clear()
+
+    def _all_pieces(self) -> Iterable[tuple[Unit, ShardSlice, Tensor]]:
+        for unit, pieces in zip(self._units, self._pieces, strict=True):
+            for s, piece in zip(_slices(unit), pieces, strict=True):
+                yield unit, s, piece
+
+    def _take_states(self) -> None:
+        freed = FreedMemory()
+        for unit, s, piece in self._all_pieces():
+            state = self._optimizer.state.get(piece, {})
+            for key, value in state.items():
+                if (
+                    isinstance(value, Tensor)
+                    and value is not self._views.get((id(piece), key))
+                    and _covers(value, piece)
+                ):
+                    view = self._view(unit, s, piece, key, value.dtype, tuple(value.shape))
+                    state[key] = view.copy_(value)
+                    freed.add(value.nbytes)
+
+    def _view(
+        self, unit: Unit, s: ShardSlice, piece: Tensor, key: str, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> Tensor:
+        flat = unit.states.get(key)
+        if flat is None or flat.dtype != dtype:
+            flat = unit.states[key] = unit.state_buffer(dtype)
+        view = flat[s.shard_offset : s.shard_offset + s.numel].view(shape)
+        self._views[id(piece), key] = view
+        return view
+
+
+def _covers(value: Tensor, piece: Tensor) -> bool:
+    """Whether a state has an element for each element of a piece; a number of steps has not."""
+    return value.shape == piece.shape or value.numel() == piece.numel() > 1
 
 
 def _slices(unit: Unit) -> list[ShardSlice]:

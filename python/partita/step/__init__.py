@@ -1,6 +1,5 @@
-"""One optimizer step."""
+"""One optimizer step, and what became of it."""
 
-from partita.step.outcomes import StepLedger
-from partita.step.skips import SkipGuard
+from partita.step.optimizer_step import OptimizerStep
 
-__all__ = ["SkipGuard", "StepLedger"]
+__all__ = ["OptimizerStep"]

@@ -6,22 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from partita.monitor import StepReport, StepReporter
 from partita.optim import PendingOutcome
-from partita.step.skips import SkipGuard
+from partita.step.skips import Finiteness, SkipGuard
 
 
 @dataclass
 class _Entry:
     step: int
     outcome: PendingOutcome
-    finiteness: list[tuple[int, Tensor]]
+    finiteness: Finiteness
     is_known: bool = False
 
 
-class StepLedger:
+class StepOutcomes:
     """Moves the learning rate, reports the step, and ends a run that only skips, for one step at a time.
 
     On the CPU that happens at the end of the step. On a GPU the outcome arrives later; it is asked for at the beginning
@@ -41,7 +39,7 @@ class StepLedger:
         self._skips = skips
         self._last: _Entry | None = None
 
-    def enter(self, step: int, outcome: PendingOutcome, finiteness: list[tuple[int, Tensor]]) -> None:
+    def enter(self, step: int, outcome: PendingOutcome, finiteness: Finiteness) -> None:
         """A step has been queued; the one before it is settled."""
         self._last = _Entry(step, outcome, finiteness)
 
@@ -64,6 +62,10 @@ class StepLedger:
                 skipped=control.skip,
             )
         )
+
+    def forget(self) -> None:
+        """Nothing is done about the last step any more."""
+        self._last = None
 
     def settle(self) -> None:
         """The last step is done with. All ranks call this at the same place of a step.

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from partita._core import LossScaler, LossScaleState
-from partita.comm import Communicator
+from partita.comm import Communicator, text_by_rank
 from partita.units import GradientReducer
+
+Finiteness = list[tuple[str, Tensor]]  # name of a parameter, whether all elements of its gradient are finite
 
 
 class SkipGuard:
     """Counts on the loss scale's state, which is the same on every rank, so all ranks raise together.
 
-    Reduced gradients no longer tell which rank they come from, so if one more skipped step would end the run, the
-    reducer is asked to look at every gradient before it is reduced.
+    Reduced gradients no longer tell which rank they come from. So if one more skipped step would end the run, the
+    reducers are asked to look at every gradient before it is reduced.
 
     Args:
+        world: the ranks whose gradients decide about a step.
         limit: skipped steps in a row that end a run. Overflowing at the smallest loss scale ends it at once.
         lag: steps whose gradients are on their way when the outcome of one is learned.
     """
@@ -24,21 +28,21 @@ class SkipGuard:
     def __init__(
         self,
         scaler: LossScaler,
-        reducer: GradientReducer,
-        communicator: Communicator,
+        reducers: Sequence[GradientReducer],
+        world: Communicator,
         *,
         limit: int,
         lag: int,
     ) -> None:
         self._scaler = scaler
-        self._reducer = reducer
-        self._communicator = communicator
+        self._reducers = reducers
+        self._world = world
         self._limit = limit
         self._lag = lag
-        self._look_ahead(scaler.initial())
+        self.look_ahead(scaler.initial())
 
-    def check(self, step: int, state: LossScaleState, finiteness: list[tuple[int, Tensor]]) -> None:
-        """Called with the outcome of every optimizer step, and what the reducer saw of its gradients.
+    def check(self, step: int, state: LossScaleState, finiteness: Finiteness) -> None:
+        """Called with the outcome of every optimizer step, and what the reducers saw of its gradients.
 
         Raises:
             FloatingPointError: the limit or the minimum scale is reached; names ranks and parameters.
@@ -48,24 +52,24 @@ class SkipGuard:
         elif state.consecutive_skips >= self._limit:
             what = f"{state.consecutive_skips} steps in a row were skipped because gradients are not finite"
         else:
-            self._look_ahead(state)
+            self.look_ahead(state)
             return
         raise FloatingPointError(f"training stopped at step {step}: {what}; {self._origin(finiteness)}")
 
-    def _look_ahead(self, state: LossScaleState) -> None:
+    def look_ahead(self, state: LossScaleState) -> None:
+        """From this state on: gradients are looked at if a step whose gradients are to come could end the run."""
         coming = [self._scaler.after_overflows(state, n) for n in range(1, self._lag + 2)]
-        self._reducer.watches_finiteness = any(s.at_minimum or s.consecutive_skips >= self._limit for s in coming)
+        watches = any(s.at_minimum or s.consecutive_skips >= self._limit for s in coming)
+        for reducer in self._reducers:
+            reducer.watches_finiteness = watches
 
-    def _origin(self, finiteness: list[tuple[int, Tensor]]) -> str:
+    def _origin(self, finiteness: Finiteness) -> str:
         """Which ranks made non-finite gradients, and in which parameter first. A collective."""
-        mine = next((parameter for parameter, is_finite in finiteness if not is_finite), None)
-        found = torch.zeros(self._communicator.world_size, dtype=torch.float64, device=self._communicator.device)
-        found[self._communicator.rank] = 0 if mine is None else mine + 1
-        self._communicator.all_reduce(found).wait()
+        mine = next((name for name, is_finite in finiteness if not is_finite), "")
         rows = [
-            f"rank {rank}, first in parameter '{self._reducer.parameter_name(int(index) - 1)}'"
-            for rank, index in enumerate(found.tolist())
-            if index
+            f"rank {rank}, first in parameter '{name}'"
+            for rank, name in enumerate(text_by_rank(self._world, mine))
+            if name
         ]
         if not rows:
             return "every rank's own gradients are finite, so their sum overflowed: lower the loss or use bf16"

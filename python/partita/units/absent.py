@@ -69,6 +69,13 @@ def give_to(find: Callable[[], Holder | None], parameters: Iterable[nn.Parameter
         parameter._partita_holder = _Held(find)  # type: ignore[attr-defined]
 
 
+def drop_holder(parameters: Iterable[nn.Parameter]) -> None:
+    """Nobody holds the parameters any more."""
+    for parameter in parameters:
+        if hasattr(parameter, "_partita_holder"):
+            del parameter._partita_holder
+
+
 def make_absent(parameters: Iterable[nn.Parameter]) -> None:
     """Their use raises, until `make_present`."""
     for parameter in parameters:

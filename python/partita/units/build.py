@@ -59,6 +59,13 @@ class ModelUnits:
     frozen: list[FlatParameters]
     groups: list[ParameterGroup]
 
+    def close(self) -> None:
+        """Lets go of all parameters."""
+        for flat in (*self.trained, *self.frozen):
+            flat.abandon()
+        for flats in (self.trained, self.frozen, self.groups):
+            flats.clear()
+
 
 @dataclass(frozen=True)
 class _Plan:

@@ -15,22 +15,22 @@ from partita.units.unit import Unit
 
 
 class ParameterGathers:
-    """The all-gathers of a step, waited for together, or each where forward first needs it."""
+    """The all-gathers of a step, waited for together, or each where a forward first needs it."""
 
     def __init__(self) -> None:
-        self._under_way: deque[tuple[int, Handle]] = deque()  # by unit, in the order of their start
+        self._under_way: deque[tuple[Unit, Handle]] = deque()  # in the order of their start
         self._hooks: list[RemovableHandle] = []
 
     def wait_in_forward(self, model: nn.Module, units: list[Unit]) -> None:
         """From now on the forward of each module waits for the parameters that it uses."""
-        unit_of = {p: i for i, unit in enumerate(units) for p in unit.parameters}
+        unit_of = {p: unit for unit in units for p in unit.parameters}
         wait: Any = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
         for module in model.modules():
             used = {unit_of[p] for p in module.parameters(recurse=_reads_children(module)) if p in unit_of}
             if used:
                 self._hooks.append(module.register_forward_pre_hook(partial(wait, used)))
 
-    def add(self, unit: int, handle: Handle) -> None:
+    def add(self, unit: Unit, handle: Handle) -> None:
         """A unit's parameters are being gathered."""
         self._under_way.append((unit, handle))
 
@@ -49,7 +49,7 @@ class ParameterGathers:
             hook.remove()
         self._hooks = []
 
-    def _before_forward(self, used: set[int], _module: nn.Module, _inputs: Any) -> None:
+    def _before_forward(self, used: set[Unit], _module: nn.Module, _inputs: Any) -> None:
         while any(unit in used for unit, _ in self._under_way):
             self._wait_for_next()
 

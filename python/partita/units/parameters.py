@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from partita.comm import CommunicationError, Communicator, Done, Handle
 from partita.device.memory import FreedMemory, flat_buffer, host_buffer
-from partita.units.absent import give_to, holder_of, make_absent, make_present
+from partita.units.absent import drop_holder, give_to, holder_of, make_absent, make_present
 from partita.units.layout import Slot, UnitLayout
 
 
@@ -137,6 +137,20 @@ class FlatParameters:
         give_to(weakref.ref(self), self.parameters)  # a model may outlive its engine
         if self.lifetime is not Lifetime.ALWAYS:
             self._leave()
+
+    def write_own(self, values: Tensor) -> None:
+        """This rank's own range takes `values`. A collective."""
+        self.communicator.barrier()  # nobody computes with the old ones any more
+        self.own_params.copy_(values)
+        self.communicator.barrier()
+
+    def abandon(self) -> None:
+        """The parameters have no holder any more. Those that come and go have no values any more."""
+        make_present(self.parameters)
+        if self.lifetime is not Lifetime.ALWAYS:
+            for parameter in self.parameters:
+                parameter.data = torch.empty(0, dtype=self.dtype, device=self.communicator.device)
+        drop_holder(self.parameters)
 
     # -- while they compute
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +54,19 @@ class BackwardPlan:
     factor: Tensor | None = None
 
 
+class BackwardListener(Protocol):
+    """Who conducts the backwards of a model part. The reducer tells the listener what it sees of them."""
+
+    def begins(self) -> BackwardPlan:
+        """The first gradient of a backward has arrived. The answer says what becomes of the gradients."""
+
+    def reducing(self, unit: Unit) -> None:
+        """The gradients of a unit are about to be reduced."""
+
+    def ended(self) -> None:
+        """All gradients of the backward are in flat buffers, and all their reductions have been launched."""
+
+
 class _Staging:
     """Full gradient buffers for units that have none of their own, two per dtype, allocated when first needed."""
 
@@ -83,8 +96,10 @@ class _InFlight:
 class GradientReducer:
     """Watches the parameters of the units; see `Bucketer` for when a unit is launched.
 
-    `plan_backward` is asked once per backward, when its first gradient arrives; `before_reduction` hears of every
-    reduction before it is launched.
+    Args:
+        units: in launch order.
+        communicator: of the data-parallel ranks.
+        listener: hears of every backward that the reducer sees, see `BackwardListener`.
 
     [Note: streams]
     Gradients are packed on the stream that is current when their unit is complete, after waiting for the other streams
@@ -105,23 +120,18 @@ class GradientReducer:
         policy: StagePolicy,
         settings: ReductionSettings,
         streams: Streams,
-        *,
-        plan_backward: Callable[[], BackwardPlan],
-        after_backward: Callable[[], None],
-        before_reduction: Callable[[Unit], None],
+        listener: BackwardListener,
     ) -> None:
         self.units = units
         self.watches_finiteness = False  # look at every gradient as it is packed
-        self._finiteness: list[tuple[int, Tensor]] = []
+        self._finiteness: list[tuple[str, Tensor]] = []
         self._communicator = communicator
         self._policy = policy
         self._settings = settings
         self._streams = streams
         self._last_stream = streams.current()  # that this reducer has queued work on
         self._producers: list[set[Any]] = [set() for _ in units]  # streams that gradients under way come from
-        self._plan_backward = plan_backward
-        self._after_backward = after_backward
-        self._before_reduction = before_reduction
+        self._listener = listener
         self._first_backward = True
         self._plan = BackwardPlan(reduces=False)  # of the backward under way
         self._in_flight: deque[_InFlight] = deque()
@@ -140,10 +150,6 @@ class GradientReducer:
             for i, p in enumerate(parameters)
         ]
 
-    def parameter_name(self, index: int) -> str:
-        """The name of a parameter by its place in the launch order."""
-        return self._names[index]
-
     def finish_backward(self) -> None:
         """Backward is over: packs and launches what is left; parameters without a gradient count as zeros."""
         if not self._bucketer.in_backward:
@@ -154,7 +160,7 @@ class GradientReducer:
             if self._settings.overlap:
                 self._launch_late()
             FreedMemory().give_back()  # of building the model, and of what backward needs only once
-        self._after_backward()
+        self._listener.ended()
 
     @torch.no_grad()
     def _launch_late(self) -> None:
@@ -207,9 +213,9 @@ class GradientReducer:
             producers.clear()
         self._finiteness = []
 
-    def take_finiteness(self) -> list[tuple[int, Tensor]]:
-        """Of the gradients that were looked at since the last call: index of the parameter, and whether all elements
-        are finite, a bool on their device."""
+    def take_finiteness(self) -> list[tuple[str, Tensor]]:
+        """The gradients that were looked at since the last call: name of the parameter, and whether all elements are
+        finite, a bool on their device."""
         taken, self._finiteness = self._finiteness, []
         return taken
 
@@ -225,7 +231,7 @@ class GradientReducer:
         """Gradients are about to arrive; called by the first of them if by nobody else."""
         self._arrive()  # what was on its way to the host during the last micro-batch
         self._finish_reductions()  # gradients of another backward may be under way in the buffers that this one writes
-        self._plan = self._plan_backward()
+        self._plan = self._listener.begins()
         self._bucketer.begin_backward(self._settings.overlap)
 
     def accumulated(self, index: int) -> None:
@@ -275,7 +281,7 @@ class GradientReducer:
 
     def _launch(self, index: int) -> None:
         unit = self.units[index]
-        self._before_reduction(unit)
+        self._listener.reducing(unit)
         if unit.full_grads is not None and unit.grad_state is not GradState.REDUCED:
             self._collect(index)
             if self._plan.reduces:
@@ -357,8 +363,8 @@ class GradientReducer:
         self._producers[index].clear()
         grads = [_dense(p.grad) for p in unit.parameters]
         if self.watches_finiteness:
-            first = self._first_parameter[index]
-            self._finiteness += [(first + i, kernels.is_finite(g)) for i, g in enumerate(grads) if g is not None]
+            named = zip(unit.layout.slots, grads, strict=True)
+            self._finiteness += [(slot.name, kernels.is_finite(g)) for slot, g in named if g is not None]
         zeros = kernels.DTYPES[unit.dtype]
         spans = [
             Span(0, slot.numel, zeros) if g is None else kernels.span(g)

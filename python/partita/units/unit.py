@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +70,8 @@ class Unit(FlatParameters):
         self.updated = self.own_params
         self._take_weights(form.splits_masters)
         self.take_parameters()
-        self.access: Callable[[], Any] | None = None  # a weak reference to who may look into this unit
+        # What the optimizer keeps for every element of `own`, by name: exp_avg, say.
+        self.states: dict[str, Tensor] = {}
 
         # Accumulation dtype. `reduced`: the gradients of `own`, a view of `full_grads` where that exists.
         self.full_grads = communicator.empty(layout.numel, form.grad_dtype) if policy.keeps_full_grads else None
@@ -129,6 +129,18 @@ class Unit(FlatParameters):
         if self.remainder is not None:
             kernels.join_master(joined, self.updated, self.remainder)
         return joined
+
+    def write_full_precision(self, values: Tensor) -> None:
+        """The fp32 weights of this rank's own range become `values`, and the parameters with them. A collective."""
+        self.communicator.barrier()  # nobody computes with the old ones any more
+        if self.master is not None and self.master is not values:
+            self.master.copy_(values)
+        if self.dtype != torch.float32:
+            kernels.split_master(self.updated, values, self.remainder)
+        self.publish()
+        if self.lifetime is Lifetime.ALWAYS and len(self.own) < self.layout.numel:
+            self.communicator.all_gather(self.params).wait()
+        self.communicator.barrier()
 
     def adopt_written_parameters(self) -> None:
         """Brings into the masters what others wrote into 16-bit parameters since the last step: loaded weights, say.

@@ -1,0 +1,229 @@
+"""What every engine answers, keeps and ends, whatever its schedule."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from partita.config import save_config
+from partita.data import ShardedLoader
+from partita.model import ModelPart, RandomState, Section, TrainState, clone_state_dict, save_weights
+from partita.optim import HyperParameters, ShardedOptimizer
+from partita.run import Run
+from partita.step import OptimizerStep
+from partita.zero import WeightSource, load_weights
+
+logger = logging.getLogger("partita")
+
+
+class EngineBase:
+    """A model in training.
+
+    An engine composes what others made; it has no arithmetic of its own. A subclass adds its calls and overrides
+    nothing.
+
+    Attributes:
+        module: the model as the program gave it.
+        config: with all batch sizes filled in.
+        optimizer, lr_scheduler, dataloader: None where there is none.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        module: nn.Module,
+        parts: Sequence[ModelPart],
+        step: OptimizerStep,
+        optimizer: ShardedOptimizer | None,
+        lr_scheduler: Any,
+        dataloader: ShardedLoader | None,
+        exits: ExitStack,
+    ) -> None:
+        self.config = run.config
+        self.module = module
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.dataloader = dataloader
+        self._run = run
+        self._parts = list(parts)
+        self._step = step
+        self._exits = exits
+        self._is_destroyed = False
+        self._announce()
+
+    # -- what a run is asked
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self._run.device
+
+    @property
+    def global_rank(self) -> int:
+        """This process among all."""
+        return self._run.grid.world.rank
+
+    @property
+    def local_rank(self) -> int:
+        """This process among those of its host, as the launcher numbered it."""
+        return int(os.environ.get("LOCAL_RANK", 0))
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self._run.grid.world.world_size
+
+    @property
+    def global_steps(self) -> int:
+        """Optimizer steps so far, the skipped ones too."""
+        return self._step.global_steps
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by before backward; 1 outside float16."""
+        return self._step.controller.loss_scale.scale
+
+    @property
+    def skipped_steps(self) -> int:
+        """Updates skipped because gradients were not finite."""
+        return self._step.controller.loss_scale.skipped_steps
+
+    def train_batch_size(self) -> int:
+        """Samples per update over all ranks."""
+        return self._run.batch.train
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per forward of one rank."""
+        return self._run.batch.micro
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches per update."""
+        return self._run.batch.accumulation
+
+    def get_global_grad_norm(self) -> float | None:
+        """2-norm of the last step's mean gradient over all parameters, before clipping; None before the first step."""
+        return self._step.grad_norm()
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each param group."""
+        self._step.learn()
+        return self._step.learning_rates()
+
+    # -- weights and state
+
+    def module_state_dict(self, rank: int | None = None) -> dict[str, Any]:
+        """The model's state dict with memory of its own (a plain `state_dict()` shares the flat buffers).
+
+        In stage 3 a collective, unit by unit.
+
+        Args:
+            rank: the one that wants it. The others get an empty dict and need no memory for it. None: all want it.
+        """
+        self._wait_for_parameters()
+        return clone_state_dict(self.module, wanted=rank in (None, self.global_rank))
+
+    def load_module_state_dict(self, source: WeightSource, *, strict: bool = True, rank: int = 0) -> list[str]:
+        """Gives the model the weights of a full state dict or of safetensors files, see `partita.zero.load_weights`."""
+        self._wait_for_parameters()
+        return load_weights(self.module, source, strict=strict, rank=rank)
+
+    def save_model(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Writes the model's state dict to one safetensors file, which rank 0 writes and all ranks gather.
+
+        No rank holds more than one unit of whole parameters at a time. The file appears when it is complete. Shared
+        parameters are written under each of their names.
+
+        Args:
+            dtype: of the floating-point tensors; None: as the model computes. torch.float32 writes the masters of
+                what is trained.
+
+        Raises:
+            ValueError: something in the state dict is no tensor, or safetensors has no such dtype.
+            OSError: the file cannot be written; raised on all ranks.
+        """
+        self._wait_for_parameters()
+        save_weights(self.module, path, dtype, self._run.grid.data)
+
+    def save_16bit_model(self, save_dir: str | os.PathLike[str], save_filename: str = "model.safetensors") -> None:
+        """`save_model` in the dtype that the model computes in, under DeepSpeed's name."""
+        self.save_model(Path(save_dir) / save_filename)
+
+    def save_config(self, path: str | os.PathLike[str]) -> None:
+        """Writes the whole config as JSON, batch sizes resolved."""
+        save_config(self.config, path)
+
+    def train_state(self) -> TrainState:
+        """Everything that must survive a restart.
+
+        Raises:
+            TypeError: the lr_scheduler has no state that could be saved.
+        """
+        sections = [Section("step", self._step)]
+        sections += [Section("accumulation", part.accumulation) for part in self._parts[:1]]
+        if self.optimizer is not None and self._step.sharded is not None:
+            sections.append(Section("optimizer", HyperParameters(self.optimizer)))
+            sections.append(Section("optimizer_states", self._step.sharded.update, differs=True))
+        if self.lr_scheduler is not None:
+            if not hasattr(self.lr_scheduler, "state_dict"):
+                name = type(self.lr_scheduler).__name__
+                raise TypeError(f"lr_scheduler: a {name} has no state_dict(), so it could not go on after a restart")
+            sections.append(Section("lr_scheduler", self.lr_scheduler))
+        if self.dataloader is not None:
+            sections.append(Section("data", self.dataloader))
+        sections.append(Section("random", RandomState(self.device), differs=True))
+        return TrainState(self._parts, sections)
+
+    def destroy(self) -> None:
+        """Lets go of the model: hooks are removed, groups are left, and buffers are freed with the last parameter that
+        lies in them.
+
+        In stage 3 the parameters of the model have no values any more: take `module_state_dict()` before.
+        """
+        if self._is_destroyed:
+            return
+        self._is_destroyed = True
+        try:
+            self._exits.close()
+        finally:
+            self.optimizer = self.lr_scheduler = None
+            self._parts.clear()
+
+    # -- for engines
+
+    def _wait_for_parameters(self) -> None:
+        for part in self._parts:
+            part.gathers.wait()
+
+    def _announce(self) -> None:
+        if not self._run.is_first:
+            return
+        units = [unit for part in self._parts for unit in part.units]
+        optimizer = "no optimizer" if self.optimizer is None else type(self.optimizer.inner).__name__
+        batch = self._run.batch
+        logger.info(
+            "ZeRO stage %d, %d ranks over %s, %s, %s on %s; %s parameters in %d units; "
+            "batch %d = %d x %d micro-batches x %d ranks",
+            self._run.policy.stage,
+            self.world_size,
+            self._run.grid.world.transport,
+            self._run.precision.name,
+            optimizer,
+            self._run.streams.name,
+            f"{sum(p.numel() for unit in units for p in unit.parameters):,}",
+            len(units),
+            batch.train,
+            batch.micro,
+            batch.accumulation,
+            self._run.grid.data.world_size,
+        )
+        if self.device.type == "cpu" and torch.cuda.device_count():
+            logger.warning("the model is on the CPU and trains there; for a GPU: model.to('cuda') before initialize()")
+        if self.config.dump_state:
+            logger.info("config: %s", self.config.model_dump_json(indent=2))

@@ -1,0 +1,71 @@
+"""Micro-batches: which backward reduces its gradients, and which step updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from partita.units import StagePolicy
+
+
+class Accumulation:
+    """Counts micro-batches.
+
+    Args:
+        micro_batches: of one step.
+        policy: the ZeRO stage.
+    """
+
+    def __init__(self, micro_batches: int, policy: StagePolicy) -> None:
+        self.micro_steps = 0
+        self.boundary: bool | None = None  # said by hand; None: every `micro_batches`
+        self._micro_batches = micro_batches
+        self._policy = policy
+        self._is_deferred = False
+
+    @property
+    def is_boundary(self) -> bool:
+        """Whether the micro-batch under way is the last one of its step."""
+        if self.boundary is not None:
+            return self.boundary
+        return (self.micro_steps + 1) % self._micro_batches == 0
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the backward of this micro-batch reduces the gradients over ranks, or accumulates them here."""
+        return self.is_boundary and not self._is_deferred
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards in this block accumulate on this rank.
+
+        Raises:
+            RuntimeError: the stage has no room for gradients that are not reduced.
+        """
+        if not self._policy.keeps_full_grads:
+            raise RuntimeError(
+                f"no_sync() needs full gradients on every rank, which ZeRO stage {self._policy.stage} does not keep: "
+                "use stage 0 or 1, or gradient_accumulation_steps"
+            )
+        before, self._is_deferred = self._is_deferred, True
+        try:
+            yield
+        finally:
+            self._is_deferred = before
+
+    def advance(self) -> None:
+        """A micro-batch is over."""
+        self.micro_steps += 1
+
+    def restart(self) -> None:
+        """The step begins anew."""
+        self.micro_steps -= self.micro_steps % self._micro_batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Micro-batches so far."""
+        return {"micro_steps": self.micro_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse of `state_dict`."""
+        self.micro_steps = state["micro_steps"]

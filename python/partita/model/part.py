@@ -1,0 +1,154 @@
+"""A module in training: from a forward to reduced gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from partita.model.access import GivenAccess, ParameterAccess
+from partita.model.accumulation import Accumulation
+from partita.model.backward import Backward
+from partita.model.changes import ModelGuard
+from partita.model.loss_scaling import LossScaling
+from partita.model.recompute import ActivationCheckpoints
+from partita.model.take import take_model
+from partita.run import Run
+from partita.units import GradientReducer, GradState, ParameterGathers
+
+
+class ModelPart:
+    """One module's units, the lifetimes of its parameters, the reduction of its gradients, and what watches over it.
+
+    An engine has one part. A rank of a pipeline has one for each of its chunks; `OptimizerStep` updates all of them
+    together.
+
+    Args:
+        module: on the device to train on; its parameters become views into flat buffers.
+        optimizer: over what is trained, and possibly over parameters of other parts; None: nothing is trained.
+        scaling: shared by all parts of a model.
+        accumulation: says which backwards of this part reduce.
+        gathers: brings the parameters that other ranks updated; shared by all parts.
+        exits: lets go of the module.
+
+    Raises:
+        ValueError, TypeError: the module cannot be trained as asked; names the parameter or module.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer | None,
+        run: Run,
+        scaling: LossScaling,
+        accumulation: Accumulation,
+        gathers: ParameterGathers,
+        exits: ExitStack,
+    ) -> None:
+        self.module = module
+        self.gathers = gathers
+        self.accumulation = accumulation
+        self._run = run
+        checkpointing = run.config.activation_checkpointing
+        if checkpointing.enabled:
+            on_host = checkpointing.cpu_checkpointing
+            exits.callback(ActivationCheckpoints(module, checkpointing.classes, on_host=on_host).close)
+        taken = take_model(module, optimizer, run, exits)
+        self.units, self.frozen = taken.units.trained, taken.units.frozen
+        self.untrained = taken.untrained
+        self._guard = ModelGuard(module, self.units, self.untrained)
+        if run.config.zero_optimization.overlap_gather:
+            gathers.wait_in_forward(module, self.units)
+        self._backward = Backward(taken.units, run, taken.gathering, scaling, accumulation, exits)
+        self.access = ParameterAccess(self.units, self.reducer, gathers, run, scaling)
+        exits.callback(GivenAccess(self.access, [p for unit in self.units for p in unit.parameters]).close)
+
+    @property
+    def reducer(self) -> GradientReducer:
+        """What reduces the gradients of this part."""
+        return self._backward.reducer
+
+    @property
+    def ended_backwards(self) -> int:
+        """Backwards of this part so far."""
+        return self._backward.ended_count
+
+    def require_no_gradients(self, when: str) -> None:
+        """Raises RuntimeError if there are gradients of a step that has not been taken. `when` is for the error."""
+        if any(unit.grad_state is not GradState.EMPTY for unit in self.units):
+            raise RuntimeError(
+                f"the model has gradients of an unfinished step when {when}: do that after the engine.step() that "
+                "updates, or drop them with engine.zero_grad()"
+            )
+
+    # -- a micro-batch
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module. In training mode with gradients enabled a backward may follow."""
+        with self._autocast():
+            try:
+                outputs = self.module(*args, **kwargs)
+            except BaseException:
+                self._backward.lifetimes.release_all()
+                raise
+        if self.module.training and torch.is_grad_enabled():
+            self._backward.watch(outputs)
+        return outputs
+
+    def backward(
+        self, roots: Sequence[Tensor], grads: Sequence[Tensor] | None = None, *, retain_graph: bool = False
+    ) -> None:
+        """Runs a backward and adds the gradients of this part's parameters to those of the step.
+
+        Args:
+            roots: a scaled loss, or outputs of `forward()`.
+            grads: the gradients of these outputs, which carry the loss scale; None for a loss.
+        """
+        self._backward.run(roots, grads, retain_graph)
+
+    def finish_backward(self) -> None:
+        """The backward under way is over, if there is one."""
+        self._backward.finish()
+
+    def forget(self) -> None:
+        """The micro-batch is over."""
+        self._backward.forget()
+
+    # -- a step
+
+    def before_update(self) -> None:
+        """Makes the part ready for an update: gradients are reduced, and what a program did meanwhile is taken in.
+
+        Raises:
+            RuntimeError: the update would not reach the parameters that the module uses; names one.
+        """
+        self._backward.lifetimes.release_all()
+        self._guard.check()
+        self.gathers.wait()  # of parameters that no forward has used since
+        for flat in (*self.units, *self.frozen):
+            flat.check_unwritten()
+        self.adopt_written_parameters()
+        self.reducer.reduce_all()
+
+    def adopt_written_parameters(self) -> None:
+        """The masters have what a program wrote into 16-bit parameters."""
+        for unit in self.units:
+            unit.adopt_written_parameters()
+
+    def drop_gradients(self) -> None:
+        """Forgets the gradients since the last update, also those of an unfinished backward."""
+        self.reducer.reset()
+
+    def give_up(self) -> None:
+        """As `drop_gradients`, and nothing computes any more: after an error, say."""
+        self.drop_gradients()
+        self.forget()
+        self._backward.lifetimes.release_all()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = self._run.precision.autocast
+        return nullcontext() if dtype is None else torch.autocast(self._run.device.type, dtype)

@@ -1,0 +1,172 @@
+"""Everything that must survive a restart, in one list.
+
+[Note: training state]
+A `Section` is a small state that belongs to the run as a whole: counters, hyper-parameters, a schedule, a position,
+random states. A `Quantity` is one value per element of a unit: its fp32 weights, and what the optimizer keeps for each
+element. A rank has its own range of every unit. What the model has beside its units, buffers and frozen parameters, are
+`tensors`.
+
+The fp32 weights are all there is to a trained parameter: a 16-bit parameter is its master rounded, and the remainder of
+a split master is what the parameter lacks of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from partita.model.part import ModelPart
+from partita.model.plain import from_plain, to_plain
+from partita.units import FlatParameters, ShardSlice, Unit
+
+WEIGHT = "weight"
+
+
+class Stateful(Protocol):
+    """Has a small state: numbers, strings, small tensors, and lists, tuples and dicts of them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Takes a state."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A small state by name. `differs`: each rank has a state of its own."""
+
+    name: str
+    owner: Stateful
+    differs: bool = False
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One value per element of this rank's own range of a unit."""
+
+    name: str
+    unit: FlatParameters
+
+    def slices(self) -> list[ShardSlice]:
+        """The parts of parameters that this rank has."""
+        return self.unit.layout.slices(self.unit.own)
+
+    def read(self) -> Tensor:
+        """The values, flat; those of split masters are a copy."""
+        if not isinstance(self.unit, Unit):
+            return self.unit.own_params
+        return self.unit.full_precision() if self.name == WEIGHT else self.unit.states[self.name]
+
+    def write(self, values: Tensor) -> None:
+        """Takes values of the shape of `read()`. A collective, for weights."""
+        if not isinstance(self.unit, Unit):
+            self.unit.write_own(values)
+        elif self.name == WEIGHT:
+            self.unit.write_full_precision(values)
+        else:
+            self.unit.states[self.name].copy_(values)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A training state of one rank in memory of its own.
+
+    sections: by name, as JSON has them. values: by parameter and quantity, this rank's part, flat. tensors: by name.
+    """
+
+    sections: dict[str, Any]
+    values: dict[tuple[str, str], Tensor]
+    tensors: dict[str, Tensor]
+
+
+class TrainState:
+    """What a training run consists of, see [Note: training state].
+
+    Args:
+        parts: of the model.
+        sections: small states, in the order in which they are loaded.
+    """
+
+    def __init__(self, parts: Sequence[ModelPart], sections: Sequence[Section]) -> None:
+        self._parts = parts
+        self.sections = list(sections)
+
+    def quantities(self) -> Iterator[Quantity]:
+        """Every quantity of every unit. Those of a torch optimizer are there once it has taken a step, or when its
+        section has been loaded."""
+        for part in self._parts:
+            for unit in part.units:
+                for name in (WEIGHT, *unit.states):
+                    yield Quantity(name, unit)
+            for flat in part.frozen:
+                yield Quantity(WEIGHT, flat)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Buffers, and parameters that are not trained and not partitioned, by name."""
+        found: dict[str, Tensor] = {}
+        for part in self._parts:
+            partitioned = {p for flat in part.frozen for p in flat.parameters}
+            found.update((n, p.detach()) for n, p in part.untrained.items() if p not in partitioned)
+            found.update(part.module.named_buffers())
+        return found
+
+    @torch.no_grad()
+    def copy(self) -> Snapshot:
+        """The state as it is between two steps. A collective.
+
+        Raises:
+            RuntimeError: in the midst of a step, whose gradients are no part of the state.
+            TypeError: a section has something that is no state; names it.
+        """
+        for part in self._parts:
+            part.require_no_gradients("its training state is taken")
+            part.gathers.wait()
+            part.adopt_written_parameters()
+        values = {}
+        for quantity in self.quantities():
+            flat = quantity.read()
+            for s in quantity.slices():
+                piece = flat[s.shard_offset : s.shard_offset + s.numel]
+                values[s.slot.name, quantity.name] = piece.clone()
+        sections = {section.name: to_plain(section.owner.state_dict(), section.name) for section in self.sections}
+        return Snapshot(sections, values, {name: tensor.clone() for name, tensor in self.tensors().items()})
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Takes a state of a run with the same ranks, stage and model. A collective.
+
+        Raises:
+            ValueError: the state lacks something that this run has, or the other way round; names it.
+        """
+        for part in self._parts:
+            part.require_no_gradients("a training state is loaded")
+            part.gathers.wait()
+            part.adopt_written_parameters()
+        _require_equal("section", {section.name for section in self.sections}, snapshot.sections)
+        for section in self.sections:
+            section.owner.load_state_dict(from_plain(snapshot.sections[section.name]))
+        quantities = list(self.quantities())
+        names = [(s.slot.name, quantity.name) for quantity in quantities for s in quantity.slices()]
+        _require_equal("value", {f"{q} of {p}" for p, q in names}, {f"{q} of {p}": 0 for p, q in snapshot.values})
+        tensors = self.tensors()
+        _require_equal("tensor", set(tensors), snapshot.tensors)
+        for quantity in quantities:
+            flat = quantity.read().clone()
+            for s in quantity.slices():
+                flat[s.shard_offset : s.shard_offset + s.numel] = snapshot.values[s.slot.name, quantity.name]
+            quantity.write(flat)
+        for name, tensor in tensors.items():
+            tensor.copy_(snapshot.tensors[name])
+
+
+def _require_equal(what: str, here: set[str], saved: Iterable[str]) -> None:
+    there = set(saved)
+    if here - there:
+        raise ValueError(f"the training state has no {what} '{min(here - there)}', which this run needs")
+    if there - here:
+        raise ValueError(f"the training state has a {what} '{min(there - here)}', which this run does not have")

@@ -1,0 +1,61 @@
+"""The state dict of a model whose parameters may be partitioned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from partita.model.access import access_of
+from partita.units import Holder, Unit, holder_of
+
+
+def state_tensors(module: nn.Module, masters: bool = False) -> Iterator[tuple[str, Any]]:
+    """What is in the module's state dict, by name, each valid until the next is asked for.
+
+    Partitioned parameters are gathered one unit at a time: a collective, which all ranks go through to the end. So the
+    order is not that of the state dict.
+
+    Args:
+        masters: the fp32 masters in place of 16-bit parameters that are trained.
+    """
+    state = module.state_dict(keep_vars=True)
+    held_by: dict[Holder | None, list[str]] = {}
+    for name, value in state.items():
+        holder = holder_of(value) if isinstance(value, torch.Tensor) else None
+        held_by.setdefault(holder, []).append(name)
+    for holder, names in held_by.items():
+        if holder is None:
+            for name in names:
+                yield name, state[name].detach() if isinstance(state[name], torch.Tensor) else state[name]
+            continue
+        access = access_of(state[names[0]]) if masters else None
+        if access is not None and isinstance(holder, Unit) and holder.dtype != torch.float32:
+            for name in names:
+                yield name, access.weights(holder, state[name])
+            continue
+        with holder.whole() as values_of:
+            for name in names:
+                yield name, values_of(state[name])
+
+
+def clone_state_dict(module: nn.Module, wanted: bool = True) -> dict[str, Any]:
+    """The module's state dict with memory of its own; tensors that share memory still do.
+
+    A collective if parameters are partitioned. `wanted`: false where another rank asks and this one does not.
+    """
+    clones: dict[tuple[object, ...], torch.Tensor] = {}
+    values: dict[str, Any] = {}
+    for name, value in state_tensors(module):
+        if not wanted:
+            continue
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()._cdata
+            key = (storage, value.storage_offset(), value.shape, value.stride(), value.dtype)
+            if value.numel() == 0 or key not in clones:
+                clones[key] = value.clone()
+            value = clones[key]
+        values[name] = value
+    return {name: values[name] for name in module.state_dict(keep_vars=True) if name in values}

@@ -1,0 +1,78 @@
+"""From reduced gradients to new weights, whatever the stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.optim import Optimizer
+
+from partita.comm import ProcessGrid
+from partita.device import kernels
+from partita.optim.fused_adam import is_native
+from partita.optim.step_control import StepController
+from partita.optim.updates import NativeAdam, ShardUpdate, TorchUpdate
+from partita.units import Lifetime, ParameterGathers, StagePolicy, Unit
+
+
+class ShardedStep:
+    """Updates this rank's own range of every unit and gathers the new parameters.
+
+    Args:
+        inner: the user's optimizer.
+        units: of all models that this optimizer trains, in launch order.
+        grid: the norm is that of the world's gradients; new parameters are gathered from the data-parallel ranks.
+        gathers: takes the all-gathers that are under way when `run()` returns.
+    """
+
+    def __init__(
+        self,
+        inner: Optimizer,
+        units: Sequence[Unit],
+        grid: ProcessGrid,
+        policy: StagePolicy,
+        controller: StepController,
+        gathers: ParameterGathers,
+    ) -> None:
+        self._units = list(units)
+        self._grid = grid
+        self._policy = policy
+        self._controller = controller
+        self._gathers = gathers
+        self.update: ShardUpdate = (NativeAdam if is_native(inner) else TorchUpdate)(inner, self._units, controller)
+        self._norm_parts, self._host_norm_parts = (
+            [kernels.norm_part(unit.reduced, unit.norm_segments) for unit in self._units if unit.offloads == on_host]
+            for on_host in (False, True)
+        )
+
+    def run(self, *, mean: float, clip: float) -> None:
+        """One step from `Unit.reduced` of all units; the control block tells afterwards what was decided.
+
+        The new parameters of other ranks are there when their gathers have been waited for.
+
+        Args:
+            mean: what a stored gradient is multiplied by to be the mean over micro-batches and ranks.
+            clip: the largest norm of the mean gradient; 0: no clipping.
+        """
+        total = self._controller.sum_of_squares.zero_()
+        kernels.sum_of_squares(total, self._norm_parts)
+        if self._host_norm_parts:
+            on_host = torch.zeros(1, dtype=torch.float64)
+            kernels.sum_of_squares(on_host, self._host_norm_parts)
+            total += on_host.to(total.device, non_blocking=True)
+        self._grid.world.all_reduce(total).wait()
+        self._controller.decide(mean=mean, clip=clip)
+        self.update.begin()
+        gathered = self._policy.shards_states and self._grid.data.world_size > 1
+        here = [i for i, unit in enumerate(self._units) if gathered and unit.lifetime is Lifetime.ALWAYS]
+        self.update.update(i for i in range(len(self._units)) if i not in here)
+        # Forward needs the last units first; the gathering of each goes on beside the update of the next.
+        for i in reversed(here):
+            self.update.update([i])
+            self._gathers.add(self._units[i], self._grid.data.all_gather(self._units[i].params))
+        if any(unit.lifetime is Lifetime.MAPPED for unit in self._units):
+            self._grid.data.barrier()  # then every rank may read what the others have written
+
+    def close(self) -> None:
+        """The user's optimizer is as it was before, without states."""
+        self.update.close()

@@ -1,0 +1,128 @@
+"""What every part of a training job needs and no part changes."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from partita.comm import ProcessGrid, backend_for, init_distributed, world_communicator
+from partita.config import BatchSizes, load_config, resolve_batch_sizes
+from partita.device import Streams, streams_of
+from partita.run.precision import Precision, precision_of
+from partita.units import StagePolicy, stage_policy
+
+if TYPE_CHECKING:
+    from partita.config import Config
+
+logger = logging.getLogger("partita")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training job before it has a model.
+
+    Attributes:
+        config: with all three batch sizes filled in.
+        batch: the batch sizes, over the data-parallel ranks.
+        precision: the number formats.
+        policy: what the ZeRO stage decides.
+        streams: the order of work on the device that trains.
+        grid: the ranks, by axis. Gradients, gathers, means, batch sizes and samples follow `grid.data`; the norm, the
+            decision about a step and its reports concern `grid.world`.
+    """
+
+    config: Config
+    batch: BatchSizes
+    precision: Precision
+    policy: StagePolicy
+    streams: Streams
+    grid: ProcessGrid
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.streams.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank of the job that speaks."""
+        return self.grid.world.rank == 0
+
+    @property
+    def predivide(self) -> float:
+        """What gradients are divided by before they are summed over ranks."""
+        if not self.config.prescale_gradients:
+            return 1.0
+        factor = self.config.gradient_predivide_factor
+        return factor if factor != 1.0 else float(self.grid.data.world_size)
+
+    @property
+    def mean(self) -> float:
+        """What turns a stored gradient into the mean over micro-batches and ranks.
+
+        A stored gradient is the sum over micro-batches and data-parallel ranks, divided by `predivide`.
+        """
+        return self.predivide / (self.batch.accumulation * self.grid.data.world_size)
+
+    @property
+    def splits_masters(self) -> bool:
+        """Whether the masters of bf16 parameters are the 16 bits that these lack."""
+        return self.config.bf16.master_weights == "split"
+
+
+def begin_run(source: Any, device: torch.device, exits: ExitStack) -> Run:
+    """Reads the config and joins the ranks of the job. A collective.
+
+    Args:
+        source: the config, see `load_config`.
+        device: where the model is.
+        exits: closes what was made here.
+
+    Raises:
+        ConfigError: the config does not make sense, for this number of ranks.
+        RuntimeError: the device or the transport cannot be had.
+    """
+    config = load_config(source)
+    streams = streams_of(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what is made without naming a device belongs here, and not on GPU 0
+    init_distributed(backend_for(device))
+    timeout = timedelta(seconds=config.comm.timeout_seconds)
+    grid = ProcessGrid(partial(world_communicator, config.comm.transport, timeout, device))
+    exits.callback(grid.close)
+    _show_log_on(grid.world.rank)
+    batch = resolve_batch_sizes(
+        train=config.train_batch_size,
+        micro=config.train_micro_batch_size_per_gpu,
+        accumulation=config.gradient_accumulation_steps,
+        world_size=grid.data.world_size,
+    )
+    filled = {
+        "train_batch_size": batch.train,
+        "train_micro_batch_size_per_gpu": batch.micro,
+        "gradient_accumulation_steps": batch.accumulation,
+    }
+    zero = config.zero_optimization
+    return Run(
+        config=config.model_copy(update=filled),
+        batch=batch,
+        precision=precision_of(config, batch.accumulation),
+        policy=stage_policy(zero.stage, reduce_scatter=zero.reduce_scatter),
+        streams=streams,
+        grid=grid,
+    )
+
+
+def _show_log_on(rank: int) -> None:
+    """Prints the library's messages on rank 0, unless the program set up logging itself."""
+    if rank == 0 and not logger.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[partita] %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)

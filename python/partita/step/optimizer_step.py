@@ -1,0 +1,140 @@
+"""One optimizer step: from the gradients of all parts of a model to its new weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from partita.comm import CommunicationError
+from partita.model import ModelPart
+from partita.monitor import PhaseTimers, StepReporter
+from partita.optim import ShardedOptimizer, ShardedStep, StepController
+from partita.run import Run
+from partita.step.outcomes import StepOutcomes
+from partita.step.skips import SkipGuard
+from partita.units import ParameterGathers
+
+
+class OptimizerStep:
+    """Updates all parts of a model together, and acts on what became of it.
+
+    Args:
+        parts: with the optimizer's parameters.
+        optimizer: None: nothing is trained, and `update()` raises.
+        scheduler: has step(), called after every update that was not skipped; None: the learning rate stays.
+        controller: decides about a step.
+        gathers: as the parts have it.
+        exits: ends the step's hold on the optimizer.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        parts: Sequence[ModelPart],
+        optimizer: ShardedOptimizer | None,
+        scheduler: Any,
+        controller: StepController,
+        gathers: ParameterGathers,
+        exits: ExitStack,
+    ) -> None:
+        self.global_steps = 0
+        self.controller = controller
+        self.sharded: ShardedStep | None = None
+        self._run = run
+        self._parts = list(parts)
+        self._optimizer = optimizer
+        self._gathers = gathers
+        prints = run.config.steps_per_print or 0
+        timed = run.config.wall_clock_breakdown and run.is_first and prints > 0
+        self.timers = PhaseTimers(timed, run.streams)
+        reporter = StepReporter(run.grid.world.rank, prints, self.timers)
+        self._skips = SkipGuard(
+            controller.scaler,
+            [part.reducer for part in parts],
+            run.grid.world,
+            limit=run.config.max_consecutive_skipped_steps,
+            lag=1 if run.streams.is_asynchronous else 0,
+        )
+        self._outcomes = StepOutcomes(scheduler, self.learning_rates, reporter, self._skips)
+        if optimizer is not None:
+            units = [unit for part in parts for unit in part.units]
+            self.sharded = ShardedStep(optimizer.inner, units, run.grid, run.policy, controller, gathers)
+            exits.callback(self.sharded.close)
+        exits.callback(self._close)
+
+    def update(self) -> None:
+        """Takes a step with the gradients of all backwards since the last one.
+
+        On a GPU this queues the work, and what became of the step is learned during the next one.
+
+        Raises:
+            RuntimeError: there is no optimizer, or the update would not reach the parameters that the model uses.
+            FloatingPointError: the run skips its steps and does nothing else.
+            CommunicationError: a rank is gone.
+        """
+        with self.timers.phase("step"):
+            self._update()
+        if not self._run.streams.is_asynchronous:
+            self._settle()
+        self._drop_gradients()
+
+    def _update(self) -> None:
+        if self.sharded is None:
+            raise RuntimeError("engine.step() has no optimizer: give initialize() one, or name one in the config")
+        self._settle()
+        for part in self._parts:
+            part.before_update()
+        try:
+            self.sharded.run(mean=self._run.mean, clip=self._run.config.gradient_clipping)
+        except CommunicationError:
+            self._gathers.abandon()
+            raise
+        if not self._run.config.zero_optimization.overlap_gather:
+            self._gathers.wait()
+        self.global_steps += 1
+        finiteness = [seen for part in self._parts for seen in part.reducer.take_finiteness()]
+        self._outcomes.enter(self.global_steps, self.controller.outcome(), finiteness)
+
+    def learn(self) -> None:
+        """The learning rate and the reports are those of the last step. On a GPU the host waits for it."""
+        self._outcomes.learn()
+
+    def learning_rates(self) -> list[float]:
+        """Of each param group, as they are now."""
+        return [] if self._optimizer is None else [float(group["lr"]) for group in self._optimizer.param_groups]
+
+    def grad_norm(self) -> float | None:
+        """2-norm of the last step's mean gradient, before clipping; None before the first step."""
+        return self.controller.last.grad_norm if self.global_steps else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps, and the loss scale with its counters."""
+        self.learn()
+        return {"global_steps": self.global_steps, **self.controller.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the state of a run; what became of an earlier step of this one is of no interest any more."""
+        self.global_steps = state["global_steps"]
+        self.controller.load_state_dict(state)
+        self._outcomes.forget()
+        self._skips.look_ahead(self.controller.loss_scale)
+
+    def _settle(self) -> None:
+        """Acts on the outcome of the last step; if that ends the run, the gradients at hand go with it."""
+        try:
+            self._outcomes.settle()
+        except FloatingPointError:
+            self._drop_gradients()
+            raise
+
+    def _drop_gradients(self) -> None:
+        for part in self._parts:
+            part.drop_gradients()
+
+    def _close(self) -> None:
+        try:
+            self.learn()
+        finally:
+            self.sharded = self._optimizer = None
+            self._parts.clear()
