@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,11 +13,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from partita.comm import Communicator
-from partita.config import BatchSizes, Config, ConfigError, resolve_batch_sizes
+from partita.config import BatchSizes, ConfigError, resolve_batch_sizes
 from partita.model import ModelGuard, optimized_parameters, place_untrained, refuse_compiled, untrained_parameters
 from partita.optim import make_optimizer, make_scheduler
 from partita.run import Precision
 from partita.units import Lifetime, ModelUnits, Offload, StagePolicy, UnitSettings, build_units, lifetime_of
+
+if TYPE_CHECKING:
+    from partita.config import Config
 
 logger = logging.getLogger("partita")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partita.comm import CommunicationError, backend_for, init_distributed, world_communicator
-from partita.config import Config, load_config, save_config
+from partita.config import ConfigSource, load_config, save_config
 from partita.data import ShardedLoader, call_with, differentiable_tensors, loss_in, micro_batches, on_device
 from partita.device import streams_of
 from partita.engine.assembly import (
@@ -53,7 +53,6 @@ from partita.zero import WeightSource, load_weights
 
 logger = logging.getLogger("partita")
 
-ConfigSource = Mapping[str, Any] | str | os.PathLike[str] | Config | None
 SchedulerSource = Any  # anything with step(), or a function that makes one from an optimizer
 
 
