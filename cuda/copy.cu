@@ -1,4 +1,4 @@
-// pack, unpack and cast: every thread has several vectors under way.
+// pack and cast: every thread has several vectors under way.
 #include "copy_pairs.h"
 #include "dispatch.cuh"
 #include "launch.cuh"
@@ -108,11 +108,6 @@ void run(const char* function, const std::vector<CopyPair>& pairs, Scale scale, 
 void pack(Span destination, const std::vector<Span>& sources, const std::vector<std::int64_t>& offsets, Scale scale,
           bool accumulate, Stream stream) {
     cuda::run("pack", pack_pairs(destination, sources, offsets), scale, accumulate, stream);
-}
-
-void unpack(Span source, const std::vector<Span>& destinations, const std::vector<std::int64_t>& offsets, Scale scale,
-            bool accumulate, Stream stream) {
-    cuda::run("unpack", unpack_pairs(source, destinations, offsets), scale, accumulate, stream);
 }
 
 void cast(Span destination, Span source, Scale scale, bool accumulate, Stream stream) {

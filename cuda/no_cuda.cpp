@@ -23,7 +23,6 @@ bool built_with_cuda() { return false; }
 int cuda_device_count() { return 0; }
 
 void pack(Span, const std::vector<Span>&, const std::vector<std::int64_t>&, Scale, bool, Stream) { refuse("pack"); }
-void unpack(Span, const std::vector<Span>&, const std::vector<std::int64_t>&, Scale, bool, Stream) { refuse("unpack"); }
 void cast(Span, Span, Scale, bool, Stream) { refuse("cast"); }
 void norm(double*, const std::vector<NormPart>&, double*, Stream) { refuse("norm"); }
 void adam(const std::vector<AdamPart>&, const std::vector<AdamGroup>&, const StepControl*, Stream) { refuse("adam"); }

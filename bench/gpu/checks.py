@@ -24,7 +24,7 @@ from report import write_json
 
 PROGRAM = "build/release/tests/cpp/partita_cuda_tests"
 # Without billions of elements, and without thousands of small allocations, which take minutes under it.
-SANITIZER_FILTER = "-*Large*:*VeryMany*:*Unpack*"
+SANITIZER_FILTER = "-*Large*:*VeryMany*"
 RACECHECK_FILTER = "*Norm*:*Adam*-*Large*:*VeryMany*"  # the kernels with shared memory
 NO_TESTS = {"pytest": 5}  # exit status of a test program that has found nothing to run
 TAIL_LINES = 40

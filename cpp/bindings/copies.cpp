@@ -20,12 +20,6 @@ void register_for(py::module_& m) {
         py::arg("destination"), py::arg("sources"), py::arg("offsets"), py::arg("scale"), py::arg("factor"),
         py::arg("accumulate"), py::arg("where"), release());
     m.def(
-        "unpack",
-        [](Span source, const std::vector<Span>& destinations, const std::vector<std::int64_t>& offsets, float scale,
-           bool accumulate, Where where) { unpack(source, destinations, offsets, scale, accumulate, where); },
-        py::arg("source"), py::arg("destinations"), py::arg("offsets"), py::arg("scale"), py::arg("accumulate"),
-        py::arg("where"), release());
-    m.def(
         "cast",
         [](Span destination, Span source, float scale, bool accumulate, Where where) {
             cast(destination, source, scale, accumulate, where);

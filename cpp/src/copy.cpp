@@ -50,11 +50,6 @@ void pack(Span destination, const std::vector<Span>& sources, const std::vector<
     run(pack_pairs(destination, sources, offsets), scale, accumulate, threads);
 }
 
-void unpack(Span source, const std::vector<Span>& destinations, const std::vector<std::int64_t>& offsets, Scale scale,
-            bool accumulate, int threads) {
-    run(unpack_pairs(source, destinations, offsets), scale, accumulate, threads);
-}
-
 void cast(Span destination, Span source, Scale scale, bool accumulate, int threads) {
     run(cast_pairs(destination, source), scale, accumulate, threads);
 }

@@ -1,4 +1,4 @@
-// What pack, unpack and cast are made of, whatever processor does it.
+// What pack and cast are made of, whatever processor does it.
 #pragma once
 
 #include <cstdint>
@@ -15,11 +15,9 @@ struct CopyPair {
     Span from;
 };
 
-// The pairs of a pack, an unpack or a cast; throw std::invalid_argument when something does not fit.
+// The pairs of a pack or a cast; throw std::invalid_argument when something does not fit.
 std::vector<CopyPair> pack_pairs(Span destination, const std::vector<Span>& sources,
                                  const std::vector<std::int64_t>& offsets);
-std::vector<CopyPair> unpack_pairs(Span source, const std::vector<Span>& destinations,
-                                   const std::vector<std::int64_t>& offsets);
 std::vector<CopyPair> cast_pairs(Span destination, Span source);
 
 PARTITA_HOST_DEVICE inline float product(const Scale& scale) {

@@ -1,10 +1,24 @@
 """Partita: ZeRO data parallelism and mixed precision for PyTorch, on a native core."""
 
+from typing import TYPE_CHECKING, Any
+
 from partita import utils, zero
 from partita.comm import CommunicationError, init_distributed
-from partita.config import Config, ConfigError, default_config
+from partita.config import ConfigError, default_config
 from partita.engine import Engine, LifecycleError, initialize
 from partita.optim import FusedAdam
+
+if TYPE_CHECKING:
+    from partita.config import Config
+else:  # see [Note: pydantic when a config is needed]
+
+    def __getattr__(name: str) -> Any:
+        if name == "Config":
+            from partita.config import Config
+
+            return Config
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,3 +35,7 @@ __all__ = [
     "utils",
     "zero",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-// pack, unpack and cast against a plain loop that computes in fp32 and rounds once.
+// pack and cast against a plain loop that computes in fp32 and rounds once.
 #include <stdexcept>
 #include <tuple>
 
@@ -100,28 +100,6 @@ TEST_P(Copies, Pack) {
     });
 }
 
-TEST_P(Copies, Unpack) {
-    const Layout layout;
-    Buffer source = wild(random, from, layout.numel, 1);
-    std::vector<Buffer> before;
-    for (const std::int64_t size : sizes) {
-        before.push_back(wild(random, to, size, static_cast<std::int64_t>(before.size()) % 4));
-    }
-    for_each_mode([&](float scale, bool accumulate) {
-        for (const int threads : {1, 2}) {
-            std::vector<Buffer> actual = before;
-            std::vector<Span> spans;
-            for (Buffer& destination : actual) spans.push_back(destination.span());
-            unpack(source.span(), spans, layout.offsets, scale, accumulate, threads);
-            for (std::size_t i = 0; i < before.size(); ++i) {
-                Buffer expected = before[i];
-                plain_copy(expected, 0, source, layout.offsets[i], expected.numel(), scale, accumulate);
-                EXPECT_TRUE(same(actual[i], expected)) << "threads " << threads;
-            }
-        }
-    });
-}
-
 TEST_P(Copies, EveryLevelGivesTheSameBits) {
     for (std::int64_t numel = 0; numel < 70; ++numel) {
         Buffer source = wild(random, from, numel, numel % 4);
@@ -149,13 +127,11 @@ TEST(Copy, ASourceWithoutDataIsZeros) {
     Buffer half_zero = flat, unchanged = flat;
     for (std::int64_t i = 0; i < 20; ++i) half_zero.set(i, 0.0f);
     const Span none{nullptr, 20, DType::f32};
-    Buffer packed = flat, part = flat, whole = flat;
+    Buffer packed = flat, whole = flat;
     pack(packed.span(), {none}, {0}, 0.5f, false, 1);
     EXPECT_TRUE(same(packed, half_zero));
     pack(packed.span(), {none}, {20}, 0.5f, true, 1);
     EXPECT_TRUE(same(packed, half_zero));
-    unpack({nullptr, 100, DType::f16}, {part.span().part(0, 20)}, {50}, 0.5f, false, 1);
-    EXPECT_TRUE(same(part, half_zero));
     cast(whole.span().part(0, 20), none, 0.5f, false, 1);
     EXPECT_TRUE(same(whole, half_zero));
 }
@@ -186,13 +162,12 @@ TEST(Copy, RefusesWhatDoesNotFit) {
     const Buffer before = flat;
     for (const std::int64_t offset : {-1LL, 7LL, 1LL << 62}) {
         EXPECT_THROW(pack(flat.span(), {small.span()}, {offset}, 1.0f, false, 1), std::invalid_argument);
-        EXPECT_THROW(unpack(flat.span(), {small.span()}, {offset}, 1.0f, false, 1), std::invalid_argument);
     }
     const Span negative{small.span().data, -1, DType::f16}, huge{small.span().data, INT64_MAX, DType::f16};
     EXPECT_THROW(pack(flat.span(), {negative}, {0}, 1.0f, false, 1), std::invalid_argument);
     EXPECT_THROW(pack(flat.span(), {huge}, {1}, 1.0f, false, 1), std::invalid_argument);
     EXPECT_THROW(pack(flat.span(), {small.span()}, {}, 1.0f, false, 1), std::invalid_argument);
-    EXPECT_THROW(unpack(flat.span(), {}, {0}, 1.0f, false, 1), std::invalid_argument);
+    EXPECT_THROW(pack(flat.span(), {}, {0}, 1.0f, false, 1), std::invalid_argument);
     EXPECT_THROW(cast(flat.span(), small.span(), 1.0f, false, 1), std::invalid_argument);
     // The first source fits, the second does not: nothing is written.
     EXPECT_THROW(pack(flat.span(), {small.span(), small.span()}, {0, 7}, 1.0f, false, 1), std::invalid_argument);

@@ -89,14 +89,13 @@ Span end_of_far(Buffer& buffer) {
             far + buffer.numel(), buffer.dtype()};
 }
 
-TEST(Far, PackAndUnpack) {
+TEST(Far, Pack) {
     Random random;
-    Buffer source(DType::bf16, 100), flat(DType::f16, 100), back(DType::f32, 100), expected(DType::f32, 100);
+    Buffer source(DType::bf16, 100), flat(DType::f16, 100), expected(DType::f16, 100);
     random.fill_uniform(source);
     pack(end_of_far(flat), {source.span()}, {far}, 1.0f, false, 1);
-    unpack(end_of_far(flat), {back.span()}, {far}, 1.0f, false, 1);
-    for (std::int64_t i = 0; i < 100; ++i) expected.set(i, decode(DType::f16, encode(DType::f16, source.at(i))));
-    EXPECT_TRUE(same(back, expected));
+    for (std::int64_t i = 0; i < 100; ++i) expected.set(i, source.at(i));
+    EXPECT_TRUE(same(flat, expected));
     EXPECT_THROW(pack(end_of_far(flat), {source.span()}, {far + 1}, 1.0f, false, 1), std::invalid_argument);
 }
 

@@ -55,7 +55,7 @@ def test_the_wheel_is_built_without_nvcc_and_is_complete(tmp_path, without_nvcc)
     (wheel,) = tmp_path.glob("partita-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("partita/_core.") and name.endswith(".so") for name in names)
-    assert {"partita/_core.pyi", "partita/py.typed", "partita/engine.py"} <= set(names)
+    assert {"partita/_core.pyi", "partita/py.typed", "partita/engine/engine.py"} <= set(names)
     assert not [name for name in names if not name.startswith(("partita/", "partita-"))]
 
 

@@ -25,12 +25,6 @@ void pack(Span destination, const std::vector<Span>& sources, const std::vector<
 void pack(Span destination, const std::vector<Span>& sources, const std::vector<std::int64_t>& offsets, Scale scale,
           bool accumulate, Stream stream);
 
-// Scatters `source` from `offsets[i]` on into `destinations[i]`, the reverse of pack.
-void unpack(Span source, const std::vector<Span>& destinations, const std::vector<std::int64_t>& offsets, Scale scale,
-            bool accumulate, int threads);
-void unpack(Span source, const std::vector<Span>& destinations, const std::vector<std::int64_t>& offsets, Scale scale,
-            bool accumulate, Stream stream);
-
 // One span into one of the same number of elements.
 void cast(Span destination, Span source, Scale scale, bool accumulate, int threads);
 void cast(Span destination, Span source, Scale scale, bool accumulate, Stream stream);

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from partita.config.models import Config
+if TYPE_CHECKING:
+    from partita.config.models import Config
 
 
 def default_config() -> dict[str, Any]:
     """Every key with its default, nested as in the JSON file. The caller owns the dict."""
+    from partita.config.models import Config  # see [Note: pydantic when a config is needed]
+
     return Config().model_dump(mode="json")
 
 

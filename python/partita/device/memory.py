@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 HOST = torch.device("cpu")
+FREED_LIMIT_BYTES = 16 << 20  # after freeing so much, FreedMemory returns it to the system
 
 
 def flat_buffer(numel: int, dtype: torch.dtype, device: torch.device = HOST) -> Tensor:
@@ -44,14 +45,13 @@ class FreedMemory:
     where malloc can do that (glibc).
     """
 
-    def __init__(self, limit_bytes: int = 16 << 20) -> None:
-        self._limit_bytes = limit_bytes
+    def __init__(self) -> None:
         self._freed_bytes = 0
 
     def add(self, nbytes: int) -> None:
         """So much was freed."""
         self._freed_bytes += nbytes
-        if self._freed_bytes >= self._limit_bytes:
+        if self._freed_bytes >= FREED_LIMIT_BYTES:
             self.give_back()
 
     def give_back(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from partita.config import ConfigSource
 from partita.data import ShardedLoader, call_with, loss_in, micro_batches, on_device
 from partita.engine.base import EngineBase
 from partita.engine.phase import Phase, require
@@ -59,7 +60,7 @@ class Engine(EngineBase):
         model_parameters: Iterable[Any] | None = None,
         train_data: Any = None,
         lr_scheduler: SchedulerSource = None,
-        config: Any = None,
+        config: ConfigSource = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         # What refuses comes first, while the model is as the program gave it. A later error undoes what was done.
@@ -258,7 +259,7 @@ def initialize(
     model_parameters: Iterable[Any] | None = None,
     training_data: Any = None,
     lr_scheduler: SchedulerSource = None,
-    config: Any = None,
+    config: ConfigSource = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
 ) -> tuple[Engine, Optimizer | None, ShardedLoader | None, Any]:
     """Makes a model ready to train; see `Engine` for the arguments (`training_data` is its `train_data`).

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from partita._core import LossScaler
-from partita.config import Config
+
+if TYPE_CHECKING:
+    from partita.config import Config
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 AUTOCAST_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -7,12 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from partita.comm import ProcessGrid, backend_for, init_distributed, world_communicator
-from partita.config import BatchSizes, load_config, resolve_batch_sizes
+from partita.config import BatchSizes, ConfigSource, load_config, resolve_batch_sizes
 from partita.device import Streams, streams_of
 from partita.run.precision import Precision, precision_of
 from partita.units import StagePolicy, stage_policy
@@ -76,7 +76,7 @@ class Run:
         return self.config.bf16.master_weights == "split"
 
 
-def begin_run(source: Any, device: torch.device, exits: ExitStack) -> Run:
+def begin_run(source: ConfigSource, device: torch.device, exits: ExitStack) -> Run:
     """Reads the config and joins the ranks of the job. A collective.
 
     Args:

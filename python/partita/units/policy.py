@@ -13,8 +13,7 @@ class StagePolicy:
     shards_states: bool  # master weights and moments exist for this rank's shard only
     # The full gradient buffer outlives its reduction, to accumulate micro-batches; without, each of them is reduced.
     keeps_full_grads: bool
-    reduces_to_shard: bool  # this rank needs its slice of the reduced gradients only
-    reduce_scatter: bool  # how they are reduced when the slice is enough: reduce-scatter, or all-reduce
+    reduce_scatter: bool  # each rank receives its slice of the reduced gradients only; else all of them
     shards_params: bool  # full parameters exist only while their unit computes
 
 
@@ -27,7 +26,6 @@ def stage_policy(stage: int, *, reduce_scatter: bool = True) -> StagePolicy:
         stage=stage,
         shards_states=sharded,
         keeps_full_grads=stage <= 1,
-        reduces_to_shard=sharded,
         reduce_scatter=sharded and reduce_scatter,
         shards_params=stage == 3,
     )

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,12 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from partita.comm import Communicator, backend_for, init_distributed, world_communicator
-from partita.config import Config, load_config
+from partita.config import load_config
 from partita.device.memory import FreedMemory
 from partita.units import DESCRIBING, FlatParameters, Lifetime, ParameterInfo, give_to, holder_of, make_layout
+
+if TYPE_CHECKING:
+    from partita.config import Config
 
 
 class Init:

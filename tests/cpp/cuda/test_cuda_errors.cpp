@@ -51,7 +51,6 @@ class CudaErrors : public ::testing::Test {
 
     std::vector<Call> calls() {
         return {{"pack", [&](Stream s) { pack(f32.span(), {bf16.span()}, {0}, 1.0f, false, s); }},
-                {"unpack", [&](Stream s) { unpack(f32.span(), {bf16.span()}, {0}, 1.0f, false, s); }},
                 {"cast", [&](Stream s) { cast(f32.span(), bf16.span(), 1.0f, false, s); }},
                 {"norm", [&](Stream s) { norm(numbers.data(), f32.span(), segments, numbers.data() + 1, s); }},
                 {"adam", [&](Stream s) { adam(buffers(), segments, {AdamGroup{}}, control.data(), s); }},
@@ -130,13 +129,12 @@ TEST_F(CudaErrors, CopiesThatDoNotFit) {
     const Buffer before = f32.read();
     for (const std::int64_t offset : {-1LL, 97LL, 1LL << 62}) {
         EXPECT_THROW(pack(f32.span(), {small.span()}, {offset}, 1.0f, false, stream), std::invalid_argument);
-        EXPECT_THROW(unpack(f32.span(), {small.span()}, {offset}, 1.0f, false, stream), std::invalid_argument);
     }
     const Span negative{small.span().data, -1, DType::f16}, huge{small.span().data, INT64_MAX, DType::f16};
     EXPECT_THROW(pack(f32.span(), {negative}, {0}, 1.0f, false, stream), std::invalid_argument);
     EXPECT_THROW(pack(f32.span(), {huge}, {1}, 1.0f, false, stream), std::invalid_argument);
     EXPECT_THROW(pack(f32.span(), {small.span()}, {}, 1.0f, false, stream), std::invalid_argument);
-    EXPECT_THROW(unpack(f32.span(), {}, {0}, 1.0f, false, stream), std::invalid_argument);
+    EXPECT_THROW(pack(f32.span(), {}, {0}, 1.0f, false, stream), std::invalid_argument);
     EXPECT_THROW(cast(f32.span(), small.span(), 1.0f, false, stream), std::invalid_argument);
     EXPECT_THROW(pack(f32.span(), {small.span(), small.span()}, {0, 97}, 1.0f, false, stream), std::invalid_argument);
     EXPECT_TRUE(same(f32.read(), before)) << "the first source would have fitted";
