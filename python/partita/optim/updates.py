@@ -72,7 +72,7 @@ class NativeAdam(ShardUpdate):
     def states(self, index: int, key: str) -> list[tuple[ShardSlice, Tensor]]:
         flat = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}.get(key)
         slices = _slices(self._units[index])
-        return [] if flat is None else [(s, flat[index][s.shard_offset : s.shard_offset + s.numel]) for s in slices]
+        return [] if flat is None else [(s, flat[index][s.in_shard]) for s in slices]
 
 
 class TorchUpdate(ShardUpdate):
@@ -137,5 +137,5 @@ def _slices(unit: Unit) -> list[ShardSlice]:
 
 
 def _piece(flat: Tensor, s: ShardSlice) -> Tensor:
-    piece = flat[s.shard_offset : s.shard_offset + s.numel]
+    piece = flat[s.in_shard]
     return piece.view(s.slot.shape) if s.numel == s.slot.numel else piece

@@ -225,8 +225,8 @@ class FlatParameters:
         for part in self.layout.slices(self.own) if self.lifetime is not Lifetime.ALWAYS else []:
             if part.slot in given:
                 values = given[part.slot].detach().reshape(-1)
-                own = self.own_params[part.shard_offset : part.shard_offset + part.numel]
-                own.copy_(values[part.parameter_offset : part.parameter_offset + part.numel])
+                own = self.own_params[part.in_shard]
+                own.copy_(values[part.in_parameter])
         self._written |= given.keys()
         if self.lifetime is Lifetime.MAPPED:
             self.communicator.barrier()  # the others may read
@@ -266,7 +266,7 @@ class FlatParameters:
         return [p.untyped_storage()._cdata for p in self.parameters]
 
     def _views_of(self, buffer: Tensor) -> list[Tensor]:
-        return [buffer[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.layout.slots]
+        return [buffer[slot.in_unit].view(slot.shape) for slot in self.layout.slots]
 
     def _point(self, buffer: Tensor) -> None:
         for parameter, view in zip(self.parameters, self._views[id(buffer)], strict=True):
@@ -325,6 +325,6 @@ def fill_from_rank_0(
         values = full_values(parameter)
         communicator.broadcast(values, 0).wait()
         if (part := parts.get(slot)) is not None:
-            taken = values.view(-1)[part.parameter_offset : part.parameter_offset + part.numel]
-            destination[part.shard_offset : part.shard_offset + part.numel] = taken
+            taken = values.view(-1)[part.in_parameter]
+            destination[part.in_shard] = taken
         freed.add(values.nbytes)

@@ -150,7 +150,7 @@ class Unit(FlatParameters):
         if self.remainder is not None:
             for part in self.layout.slices(self.own):
                 if part.slot in slots:
-                    self.remainder[part.shard_offset : part.shard_offset + part.numel].zero_()
+                    self.remainder[part.in_shard].zero_()
         elif self.master is not None and self.dtype != torch.float32:
             kernels.adopt_written(self.master, self.updated)
 
