@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from partita.comm import Communicator
 from partita.device import kernels
 from partita.optim import ShardedOptimizer
-from partita.units import GradientReducer, GradState, Lifetime, ParameterGathers, ShardSlice, Slot, Unit
+from partita.units import GradientReducer, GradState, ParameterGathers, ShardSlice, Slot, Unit
 
 Pieces = list[tuple[ShardSlice, Tensor]]
 
@@ -59,7 +59,7 @@ class ParameterAccess:
         if unit.dtype != torch.float32:
             kernels.split_master(unit.updated, masters, unit.remainder)
         unit.publish()
-        if unit.lifetime is Lifetime.ALWAYS and len(unit.own) < unit.layout.numel:
+        if unit.residence.all_gathers_updates and len(unit.own) < unit.layout.numel:
             self._communicator.all_gather(unit.params).wait()
         self._communicator.barrier()
 
@@ -130,7 +130,7 @@ def _slot(unit: Unit, parameter: nn.Parameter) -> Slot:
 def _pieces(unit: Unit, parameter: nn.Parameter, flat: Tensor) -> Pieces:
     """This rank's pieces of a parameter in a flat buffer of its own range."""
     slot = _slot(unit, parameter)
-    own = [s for s in unit.layout.slices(unit.own) if s.slot == slot]
+    own = [s for s in unit.own_slices() if s.slot == slot]
     return [(s, flat[s.in_shard]) for s in own]
 
 

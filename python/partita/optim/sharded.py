@@ -15,7 +15,7 @@ from partita.optim.elementwise import why_not_elementwise
 from partita.optim.fused_adam import is_native
 from partita.optim.step_control import StepController
 from partita.optim.updates import NativeAdam, ShardUpdate, TorchUpdate
-from partita.units import Lifetime, ParameterGathers, ShardSlice, StagePolicy, Unit
+from partita.units import ParameterGathers, ShardSlice, StagePolicy, Unit
 
 
 def require_supported(optimizer: Optimizer, policy: StagePolicy, *, splits_masters: bool) -> None:
@@ -99,13 +99,13 @@ class ShardedOptimizer(Optimizer):
         self._controller.decide(mean=mean, clip=clip)
         self._update.begin()
         gathered = self._policy.shards_states and self._communicator.world_size > 1
-        here = [i for i, unit in enumerate(self._units) if gathered and unit.lifetime is Lifetime.ALWAYS]
+        here = [i for i, unit in enumerate(self._units) if gathered and unit.residence.all_gathers_updates]
         self._update.update(i for i in range(len(self._units)) if i not in here)
         # Forward needs the last units first; the gathering of each goes on beside the update of the next.
         for i in reversed(here):
             self._update.update([i])
             self._gathers.add(i, self._communicator.all_gather(self._units[i].params))
-        if any(unit.lifetime is Lifetime.MAPPED for unit in self._units):
+        if any(unit.residence.is_read_by_peers for unit in self._units):
             self._communicator.barrier()  # then every rank may read what the others have written
 
     def states(self, unit: int, key: str) -> list[tuple[ShardSlice, torch.Tensor]]:

@@ -71,7 +71,7 @@ class NativeAdam(ShardUpdate):
 
     def states(self, index: int, key: str) -> list[tuple[ShardSlice, Tensor]]:
         flat = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}.get(key)
-        slices = _slices(self._units[index])
+        slices = self._units[index].own_slices()
         return [] if flat is None else [(s, flat[index][s.in_shard]) for s in slices]
 
 
@@ -89,12 +89,12 @@ class TorchUpdate(ShardUpdate):
         self._units = units
         self._controller = controller
         self._skips = False
-        self._pieces = [[_piece(unit.full_precision(), s) for s in _slices(unit)] for unit in units]
+        self._pieces = [[_piece(unit.full_precision(), s) for s in unit.own_slices()] for unit in units]
         for i, group in enumerate(optimizer.param_groups):
             group["params"] = [
                 piece
                 for unit, pieces in zip(units, self._pieces, strict=True)
-                for s, piece in zip(_slices(unit), pieces, strict=True)
+                for s, piece in zip(unit.own_slices(), pieces, strict=True)
                 if s.slot.group == i
             ]
 
@@ -108,7 +108,7 @@ class TorchUpdate(ShardUpdate):
             if grads.dtype != torch.float32:
                 grads = torch.empty_like(grads, dtype=torch.float32)
             kernels.cast(grads, unit.reduced, scale=control.grad_scale)
-            for s, piece in zip(_slices(unit), pieces, strict=True):
+            for s, piece in zip(unit.own_slices(), pieces, strict=True):
                 piece.grad = _piece(grads, s)
         self._optimizer.step()
         for pieces in self._pieces:
@@ -125,15 +125,11 @@ class TorchUpdate(ShardUpdate):
 
     def states(self, index: int, key: str) -> list[tuple[ShardSlice, Tensor]]:
         found = []
-        for s, piece in zip(_slices(self._units[index]), self._pieces[index], strict=True):
+        for s, piece in zip(self._units[index].own_slices(), self._pieces[index], strict=True):
             state = self._optimizer.state.get(piece, {}).get(key)
             if isinstance(state, Tensor) and state.numel() == s.numel:
                 found.append((s, state))
         return found
-
-
-def _slices(unit: Unit) -> list[ShardSlice]:
-    return unit.layout.slices(unit.own)
 
 
 def _piece(flat: Tensor, s: ShardSlice) -> Tensor:

@@ -58,6 +58,7 @@ class ParameterInfo:
     group: int
     element_bytes: int
     kind: str  # parameters of different kinds (dtypes) never share a unit
+    block: int | None = None  # the one module that needs the parameter; None: the root
 
     @property
     def numel(self) -> int:
