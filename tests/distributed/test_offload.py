@@ -11,14 +11,14 @@ from typing import Any
 from unittest import mock
 
 import partita
-import partita.units.parameters as parameters_module
+import partita.units.residence.gathered as gathered_module
 import partita.units.unit as unit_module
 import pytest
 import torch
 from dictated import SPLIT, Dictated, config_for, dictate, share
 from late_streams import LateStreams, on_late_streams
 from partita.device.memory import host_buffer
-from partita.units import Lifetime
+from partita.units import Gathered
 from partita.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -205,7 +205,7 @@ def noted_host_buffers() -> Iterator[list[Tensor]]:
         made.append(host_buffer(*args))
         return made[-1]
 
-    with mock.patch.object(unit_module, "host_buffer", note), mock.patch.object(parameters_module, "host_buffer", note):
+    with mock.patch.object(unit_module, "host_buffer", note), mock.patch.object(gathered_module, "host_buffer", note):
         yield made
 
 
@@ -229,14 +229,14 @@ def _bytes_of(config: dict[str, Any]) -> None:
             continue
         assert [lies_in(t, host) for t in states] == [unit.offloads] * len(states), unit.layout.slots
         assert all(t.numel() == len(unit.own) for t in states)
-        shard_is_there = zero.offload_param.device == "cpu" and unit.lifetime is Lifetime.GATHERED
+        shard_is_there = zero.offload_param.device == "cpu" and isinstance(unit.residence, Gathered)
         assert lies_in(unit.own_params, host) == shard_is_there
         assert (unit.updated is not unit.own_params) == unit.offloads  # where the host is no device, it has no copy
         assert lies_in(unit.updated, host) == unit.offloads
         if unit.full_grads is not None:
             shared = unit.reduced.untyped_storage()._cdata == unit.full_grads.untyped_storage()._cdata
             assert shared != unit.offloads
-    by_unit = (5 if engine.config.bf16.enabled else 4) + (unit.lifetime is Lifetime.GATHERED and shard_is_there)
+    by_unit = (5 if engine.config.bf16.enabled else 4) + (isinstance(unit.residence, Gathered) and shard_is_there)
     spare = 1 if engine.config.bf16.master_weights == "split" else 0  # whole masters, while it is built
     assert len(host) == (by_unit + spare) * len(offloaded)
     if not everything:
@@ -423,8 +423,8 @@ def _set_apart(engine: partita.Engine) -> None:
     for unit in engine._units:
         if unit.offloads:
             unit.reduced = unit.reduced.as_subclass(OnHost)
-            if engine.config.zero_optimization.offload_param.device == "cpu" and unit.lifetime is Lifetime.GATHERED:
-                unit.own_params = unit.own_params.as_subclass(OnHost)
+            if engine.config.zero_optimization.offload_param.device == "cpu" and isinstance(unit.residence, Gathered):
+                unit.residence.own_params = unit.own_params.as_subclass(OnHost)
     engine._streams.waits()
 
 

@@ -211,8 +211,8 @@ class Seen:
 
     def _here(self) -> set[int]:
         root = self._groups[-1]
-        assert all(unit.gathered_bytes for unit in root.units), "the root is not there"
-        return {i for i, g in enumerate(self._groups[:-1]) if any(unit.gathered_bytes for unit in g.units)}
+        assert all(unit.residence.gathered_bytes for unit in root.units), "the root is not there"
+        return {i for i, g in enumerate(self._groups[:-1]) if any(unit.residence.gathered_bytes for unit in g.units)}
 
 
 def _blocks_that_are_here(zero: dict[str, Any]) -> tuple[dict[int, set[int]], dict[int, set[int]], int]:

@@ -113,6 +113,20 @@ def test_slices_of_any_range_are_those_of_its_elements(infos, world_size, data):
 
 
 @arithmetic
+@given(parameters(), WORLD_SIZES)
+def test_a_flat_buffer_is_read_by_the_slices_of_its_layout(infos, world_size):
+    """The same element by `in_unit` and `in_parameter`, and by the shard and `in_shard`."""
+    layout = make_layout(infos, world_size)
+    buffer = list(range(layout.numel))
+    for rank in range(world_size):
+        shard = layout.shard_range(rank)
+        for part in layout.slices(shard):
+            piece = buffer[part.slot.in_unit][part.in_parameter]
+            assert piece == buffer[shard.start : shard.stop][part.in_shard]
+            assert len(piece) == part.numel
+
+
+@arithmetic
 @given(parameters(), WORLD_SIZES, st.sampled_from([1, 3, 32, 96, 1024, 2048]))
 def test_a_shard_multiple_pads_the_end_and_moves_no_parameter(infos, world_size, multiple):
     """Shards that are mapped between processes are whole pages, also where 128 bytes do not divide one."""

@@ -107,14 +107,12 @@ class ParameterAccess:
             return None
         whole = torch.empty(slot.numel, dtype=torch.float32, device=unit.params.device)
         for s, piece in own:
-            whole[s.parameter_offset : s.parameter_offset + s.numel] = piece.reshape(-1)
+            whole[s.in_parameter] = piece.reshape(-1)
         if len(unit.own) < unit.layout.numel:
             for rank in range(self._communicator.world_size):
                 for s in unit.layout.slices(unit.layout.shard_range(rank)):
                     if s.slot == slot:
-                        self._communicator.broadcast(
-                            whole[s.parameter_offset : s.parameter_offset + s.numel], rank
-                        ).wait()
+                        self._communicator.broadcast(whole[s.in_parameter], rank).wait()
         return whole.view(slot.shape)
 
 
@@ -125,14 +123,14 @@ def _slot(unit: Unit, parameter: nn.Parameter) -> Slot:
 def _pieces(unit: Unit, parameter: nn.Parameter, flat: Tensor) -> Pieces:
     """This rank's pieces of a parameter in a flat buffer of its own range."""
     slot = _slot(unit, parameter)
-    own = [s for s in unit.layout.slices(unit.own) if s.slot == slot]
-    return [(s, flat[s.shard_offset : s.shard_offset + s.numel]) for s in own]
+    own = [s for s in unit.own_slices() if s.slot == slot]
+    return [(s, flat[s.in_shard]) for s in own]
 
 
 def _copy_into(pieces: Pieces, value: Tensor) -> None:
     flat = value.reshape(-1)
     for s, piece in pieces:
-        piece.view(-1).copy_(flat[s.parameter_offset : s.parameter_offset + s.numel])
+        piece.view(-1).copy_(flat[s.in_parameter])
 
 
 class _Access:

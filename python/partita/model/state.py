@@ -54,7 +54,7 @@ class Quantity:
 
     def slices(self) -> list[ShardSlice]:
         """The parts of parameters that this rank has."""
-        return self.unit.layout.slices(self.unit.own)
+        return self.unit.own_slices()
 
     def read(self) -> Tensor:
         """The values, flat; those of split masters are a copy."""
@@ -131,7 +131,7 @@ class TrainState:
         for quantity in self.quantities():
             flat = quantity.read()
             for s in quantity.slices():
-                piece = flat[s.shard_offset : s.shard_offset + s.numel]
+                piece = flat[s.in_shard]
                 values[s.slot.name, quantity.name] = piece.clone()
         sections = {section.name: to_plain(section.owner.state_dict(), section.name) for section in self.sections}
         return Snapshot(sections, values, {name: tensor.clone() for name, tensor in self.tensors().items()})
@@ -158,7 +158,7 @@ class TrainState:
         for quantity in quantities:
             flat = quantity.read().clone()
             for s in quantity.slices():
-                flat[s.shard_offset : s.shard_offset + s.numel] = snapshot.values[s.slot.name, quantity.name]
+                flat[s.in_shard] = snapshot.values[s.slot.name, quantity.name]
             quantity.write(flat)
         for name, tensor in tensors.items():
             tensor.copy_(snapshot.tensors[name])

@@ -12,7 +12,7 @@ from partita.device import kernels
 from partita.optim.fused_adam import is_native
 from partita.optim.step_control import StepController
 from partita.optim.updates import NativeAdam, ShardUpdate, TorchUpdate
-from partita.units import Lifetime, ParameterGathers, StagePolicy, Unit
+from partita.units import ParameterGathers, StagePolicy, Unit
 
 
 class ShardedStep:
@@ -64,13 +64,13 @@ class ShardedStep:
         self._controller.decide(mean=mean, clip=clip)
         self.update.begin()
         gathered = self._policy.shards_states and self._grid.data.world_size > 1
-        here = [i for i, unit in enumerate(self._units) if gathered and unit.lifetime is Lifetime.ALWAYS]
+        here = [i for i, unit in enumerate(self._units) if gathered and unit.residence.all_gathers_updates]
         self.update.update(i for i in range(len(self._units)) if i not in here)
         # Forward needs the last units first; the gathering of each goes on beside the update of the next.
         for i in reversed(here):
             self.update.update([i])
             self._gathers.add(self._units[i], self._grid.data.all_gather(self._units[i].params))
-        if any(unit.lifetime is Lifetime.MAPPED for unit in self._units):
+        if any(unit.residence.is_read_by_peers for unit in self._units):
             self._grid.data.barrier()  # then every rank may read what the others have written
 
     def close(self) -> None:

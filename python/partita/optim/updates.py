@@ -114,7 +114,7 @@ class TorchUpdate(ShardUpdate):
         # the parameters that it belongs to.
         optimizer.state.clear()
         self._given = [group["params"] for group in optimizer.param_groups]
-        self._pieces = [[_piece(unit.full_precision(), s) for s in _slices(unit)] for unit in units]
+        self._pieces = [[_piece(unit.full_precision(), s) for s in unit.own_slices()] for unit in units]
         self._views: dict[tuple[int, str], Tensor] = {}  # of `Unit.states`, as the optimizer has them
         for i, group in enumerate(optimizer.param_groups):
             group["params"] = [piece for _, s, piece in self._all_pieces() if s.slot.group == i]
@@ -129,7 +129,7 @@ class TorchUpdate(ShardUpdate):
             if grads.dtype != torch.float32:
                 grads = torch.empty_like(grads, dtype=torch.float32)
             kernels.cast(grads, unit.reduced, scale=control.grad_scale)
-            for s, piece in zip(_slices(unit), pieces, strict=True):
+            for s, piece in zip(unit.own_slices(), pieces, strict=True):
                 piece.grad = _piece(grads, s)
         self._optimizer.step()
         for pieces in self._pieces:
@@ -182,7 +182,7 @@ class TorchUpdate(ShardUpdate):
 
     def _all_pieces(self) -> Iterable[tuple[Unit, ShardSlice, Tensor]]:
         for unit, pieces in zip(self._units, self._pieces, strict=True):
-            for s, piece in zip(_slices(unit), pieces, strict=True):
+            for s, piece in zip(unit.own_slices(), pieces, strict=True):
                 yield unit, s, piece
 
     def _take_states(self) -> None:
@@ -205,7 +205,7 @@ class TorchUpdate(ShardUpdate):
         flat = unit.states.get(key)
         if flat is None or flat.dtype != dtype:
             flat = unit.states[key] = unit.state_buffer(dtype)
-        view = flat[s.shard_offset : s.shard_offset + s.numel].view(shape)
+        view = flat[s.in_shard].view(shape)
         self._views[id(piece), key] = view
         return view
 
@@ -215,10 +215,6 @@ def _covers(value: Tensor, piece: Tensor) -> bool:
     return value.shape == piece.shape or value.numel() == piece.numel() > 1
 
 
-def _slices(unit: Unit) -> list[ShardSlice]:
-    return unit.layout.slices(unit.own)
-
-
 def _piece(flat: Tensor, s: ShardSlice) -> Tensor:
-    piece = flat[s.shard_offset : s.shard_offset + s.numel]
+    piece = flat[s.in_shard]
     return piece.view(s.slot.shape) if s.numel == s.slot.numel else piece

@@ -14,21 +14,26 @@ from partita.units.build import (
 from partita.units.gathers import ParameterGathers
 from partita.units.layout import ParameterInfo, ShardSlice, Slot, UnitLayout, make_layout
 from partita.units.lifetimes import ParameterLifetimes
-from partita.units.parameters import FlatParameters, Lifetime, Offload, fill_from_rank_0, full_values
-from partita.units.policy import StagePolicy, stage_policy
+from partita.units.parameters import FlatParameters, fill_from_rank_0, full_values
+from partita.units.plan import PlanSettings, UnitPlan, plan_frozen, plan_trained
+from partita.units.policy import Lifetime, Offload, StagePolicy, stage_policy
 from partita.units.reducer import BackwardListener, BackwardPlan, GradientReducer, ReductionSettings, has_reducer
+from partita.units.residence import Always, Gathered, Mapped, Residence, Residency
 from partita.units.unit import GradState, Unit
 
 __all__ = [
     "DESCRIBING",
     "AbsentParameterError",
+    "Always",
     "BackwardListener",
     "BackwardPlan",
     "FlatParameters",
+    "Gathered",
     "GradState",
     "GradientReducer",
     "Holder",
     "Lifetime",
+    "Mapped",
     "ModelUnits",
     "NamedParameter",
     "Offload",
@@ -36,12 +41,16 @@ __all__ = [
     "ParameterGroup",
     "ParameterInfo",
     "ParameterLifetimes",
+    "PlanSettings",
     "ReductionSettings",
+    "Residence",
+    "Residency",
     "ShardSlice",
     "Slot",
     "StagePolicy",
     "Unit",
     "UnitLayout",
+    "UnitPlan",
     "UnitSettings",
     "build_units",
     "fill_from_rank_0",
@@ -52,6 +61,8 @@ __all__ = [
     "holder_of",
     "lifetime_of",
     "make_layout",
+    "plan_frozen",
+    "plan_trained",
     "require_on",
     "stage_policy",
     "take_back",

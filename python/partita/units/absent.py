@@ -24,7 +24,7 @@ class AbsentParameterError(RuntimeError):
 
 
 class Holder(Protocol):
-    """Who has the values of parameters while they are not here."""
+    """What has the values of parameters while the parameters are absent: the unit that they are in."""
 
     parameters: list[nn.Parameter]
     dtype: torch.dtype
@@ -36,15 +36,15 @@ class Holder(Protocol):
     def whole(self) -> AbstractContextManager[Callable[[nn.Parameter], Tensor]]:
         """Inside the block, the values of each of the parameters, to be read only. A collective."""
 
-    def hold(self) -> None:
-        """The values are here from now on, in memory of this rank's own. A collective."""
+    def pin(self) -> None:
+        """Brings the values into memory that belongs to this rank alone, so that writing there reaches no other rank
+        until `commit`. A collective; pins are counted."""
 
-    def let_go(self) -> None:
-        """The reverse of `hold`; what was written to them and not kept is forgotten."""
+    def unpin(self) -> None:
+        """The reverse of `pin`. What was written in between and not committed is forgotten."""
 
-    def keep(self, parameters: list[nn.Parameter]) -> None:
-        """What was written into these parameters, the same on every rank, are their values from now on. A collective,
-        while they are held."""
+    def commit(self, parameters: list[nn.Parameter]) -> None:
+        """What was written into these pinned parameters, the same on every rank, becomes their values. A collective."""
 
 
 class _Held:

@@ -1,9 +1,10 @@
-"""A model's parameters, cut into units."""
+"""A model's parameters, moved into units: the plans of `plan.py` carried out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,9 +12,11 @@ from torch import nn
 from partita.comm import Communicator
 from partita.device import kernels
 from partita.units.blocks import find_blocks, owners_of
-from partita.units.layout import ParameterInfo, UnitLayout, make_layout, plan_buckets
-from partita.units.parameters import RESIDENT, FlatParameters, Lifetime, Offload, fill_from_rank_0
-from partita.units.policy import StagePolicy
+from partita.units.layout import ParameterInfo
+from partita.units.parameters import FlatParameters, fill_from_rank_0
+from partita.units.plan import PlanSettings, UnitPlan, plan_frozen, plan_trained
+from partita.units.policy import RESIDENT, Lifetime, Offload, StagePolicy
+from partita.units.residence import Always, Gathered, Mapped, Residence
 from partita.units.unit import Unit, UnitForm
 
 NamedParameter = tuple[str, nn.Parameter, int]  # with its optimizer group
@@ -67,18 +70,25 @@ class ModelUnits:
             flats.clear()
 
 
-@dataclass(frozen=True)
-class _Plan:
-    indices: list[int]
-    lifetime: Lifetime
-    owner: int | None  # the block
-
-
 def lifetime_of(policy: StagePolicy, communicator: Communicator, offload: Offload = RESIDENT) -> Lifetime:
     """How full parameters live in this stage, among these ranks."""
-    if not policy.shards_params or (communicator.world_size == 1 and not offload.params):
-        return Lifetime.ALWAYS
-    return Lifetime.MAPPED if communicator.shares_memory else Lifetime.GATHERED
+    return policy.lifetime(
+        world_size=communicator.world_size,
+        shares_memory=communicator.shares_memory,
+        offloads_params=offload.params,
+    )
+
+
+def plan_settings(settings: UnitSettings, lifetime: Lifetime, communicator: Communicator) -> PlanSettings:
+    """How units are cut among these ranks."""
+    return PlanSettings(
+        world_size=communicator.world_size,
+        lifetime=lifetime,
+        bucket_numel=settings.bucket_numel,
+        persistent_numel=settings.persistent_numel,
+        offload_share=settings.offload.states,
+        shard_multiples={dtype.itemsize: communicator.mapped_multiple(dtype) for dtype in kernels.DTYPES},
+    )
 
 
 def build_units(
@@ -94,7 +104,8 @@ def build_units(
     """Moves parameters into flat buffers, with rank 0's values on every rank; of the untrained ones those that are
     partitioned.
 
-    Memory beside the result is bounded by one parameter, and in stages 0 to 2 by the fp32 weights of one unit.
+    Memory beside the result is bounded by one parameter, and in stages 0 to 2 by the fp32 weights of one unit. Whatever
+    refuses does so before any parameter has moved.
 
     Args:
         gathering: carries the parameters of stage 3. Gathers follow the modules and reductions the gradients: each has
@@ -107,72 +118,65 @@ def build_units(
     lifetime = lifetime_of(policy, communicator, settings.offload)
     blocks = find_blocks(model, settings.unit_classes) if policy.shards_params else []  # which refuses unknown classes
     blocks = blocks if lifetime is Lifetime.GATHERED else []
+    frozen: list[NamedParameter] = []
+    if lifetime is not Lifetime.ALWAYS:
+        frozen = [(name, p, 0) for name, p in untrained.items() if p.dtype in kernels.DTYPES]
+    cut = plan_settings(settings, lifetime, communicator)
+    describe = partial(_describe, model, blocks, settings.compute_dtype, communicator.device)
+    trained_plans, frozen_plans = plan_trained(describe(trained), cut), plan_frozen(describe(frozen), cut)
+
+    builder = _Builder(settings, policy, communicator, gathering)
+    units: list[Unit] = []
+    kept: list[FlatParameters] = []
+    try:
+        units += (builder.trained(plan, trained) for plan in trained_plans)
+        kept += (builder.frozen(plan, frozen) for plan in frozen_plans)
+    except BaseException:  # no memory, say, or a rank is gone
+        ModelUnits(units, kept, []).close()
+        raise
     groups = [ParameterGroup(module) for module in (*blocks, model)]
-    device = communicator.device
-
-    def infos_of(named: list[NamedParameter]) -> list[ParameterInfo]:
-        return [_info(name, p, group, settings.compute_dtype, device) for name, p, group in named]
-
-    def layout_of(infos: list[ParameterInfo], plan: _Plan, dtype: torch.dtype) -> UnitLayout:
-        # In every stage, so that the norm is summed in the same parts.
-        multiple = communicator.mapped_multiple(dtype)
-        return make_layout([infos[i] for i in plan.indices], communicator.world_size, multiple)
-
-    infos, units = infos_of(trained), []
-    to_offload = settings.offload.states * sum(info.numel for info in infos)
-    for plan in _plan_units(infos, _owners(trained, blocks, model), len(blocks), lifetime, settings):
-        parameters = [trained[i][1] for i in plan.indices]
-        dtype = settings.compute_dtype or parameters[0].dtype
-        layout, grad_dtype = layout_of(infos, plan, dtype), settings.grad_dtype or dtype
-        numel = sum(infos[i].numel for i in plan.indices)
-        # Units that are reduced early have the longest time to reach the host.
-        offload = settings.offload if numel / 2 <= to_offload else RESIDENT
-        to_offload -= numel if offload is settings.offload else 0
-        form = UnitForm(dtype, grad_dtype, settings.splits_masters, offload)
-        units.append(Unit(layout, parameters, form, communicator, gathering, policy, plan.lifetime))
-        if plan.lifetime is not Lifetime.ALWAYS:
-            groups[-1 if plan.owner is None else plan.owner].units.append(units[-1])
-    frozen = [
-        (name, p, 0) for name, p in untrained.items() if lifetime is not Lifetime.ALWAYS and p.dtype in kernels.DTYPES
-    ]
-    infos, kept = infos_of(frozen), []
-    for plan in _plan_units(infos, _owners(frozen, blocks, model), len(blocks), lifetime, settings):
-        if plan.lifetime is Lifetime.ALWAYS:
-            continue
-        parameters = [frozen[i][1] for i in plan.indices]
-        dtype = settings.compute_dtype or parameters[0].dtype
-        layout = layout_of(infos, plan, dtype)
-        own = layout.shard_range(communicator.rank)
-        flat = FlatParameters(layout, parameters, dtype, communicator, own, plan.lifetime, gathering, settings.offload)
-        fill_from_rank_0(flat.own_params, layout, own, parameters, communicator)
-        flat.take_parameters()
-        kept.append(flat)
-        groups[-1 if plan.owner is None else plan.owner].units.append(flat)
-    if lifetime is Lifetime.MAPPED:
-        communicator.barrier()  # then every rank may read what the others have filled in
+    for plan, unit in zip((*trained_plans, *frozen_plans), (*units, *kept), strict=True):
+        if unit.residence.comes_and_goes:
+            groups[-1 if plan.block is None else plan.block].units.append(unit)
+    if any(unit.residence.is_read_by_peers for unit in (*units, *kept)):
+        communicator.barrier()  # from here on every rank may read what the others have filled in
     return ModelUnits(units, kept, [group for group in groups[:-1] if group.units] + groups[-1:])
 
 
-def _owners(named: list[NamedParameter], blocks: list[nn.Module], model: nn.Module) -> list[int | None]:
-    return owners_of([p for _, p, _ in named], blocks, model)
+@dataclass(frozen=True)
+class _Builder:
+    """Makes units from plans."""
 
+    settings: UnitSettings
+    policy: StagePolicy
+    communicator: Communicator
+    gathering: Communicator
 
-def _plan_units(
-    infos: list[ParameterInfo], owners: list[int | None], blocks: int, lifetime: Lifetime, settings: UnitSettings
-) -> list[_Plan]:
-    """In the order in which backward completes them: the last block first, then what is outside of blocks."""
-    if lifetime is not Lifetime.GATHERED:
-        return [_Plan(bucket, lifetime, None) for bucket in plan_buckets(infos, settings.bucket_numel)]
-    plans = []
-    persistent = [i for i, info in enumerate(infos) if info.numel <= settings.persistent_numel]
-    others = [i for i, info in enumerate(infos) if info.numel > settings.persistent_numel]
-    for owner in [*reversed(range(blocks)), None]:
-        members = [i for i in others if owners[i] == owner]
-        for bucket in plan_buckets([infos[i] for i in members], settings.bucket_numel):
-            plans.append(_Plan([members[i] for i in bucket], lifetime, owner))
-    for bucket in plan_buckets([infos[i] for i in persistent], settings.bucket_numel):
-        plans.append(_Plan([persistent[i] for i in bucket], Lifetime.ALWAYS, None))
-    return plans
+    def trained(self, plan: UnitPlan, named: list[NamedParameter]) -> Unit:
+        """The unit of a plan, with its states."""
+        offload = self.settings.offload if plan.offloads else RESIDENT
+        residence = self._residence(plan, named, offload, shards=self.policy.shards_states)
+        grad_dtype = self.settings.grad_dtype or residence.dtype
+        return Unit(residence, UnitForm(grad_dtype, self.settings.splits_masters, offload), self.policy)
+
+    def frozen(self, plan: UnitPlan, named: list[NamedParameter]) -> FlatParameters:
+        """The parameters of a plan, without states."""
+        flat = FlatParameters(self._residence(plan, named, self.settings.offload, shards=True))
+        fill_from_rank_0(flat.own_params, flat.layout, flat.own, flat.parameters, self.communicator)
+        flat.take_parameters()
+        return flat
+
+    def _residence(self, plan: UnitPlan, named: list[NamedParameter], offload: Offload, *, shards: bool) -> Residence:
+        """The one place where a lifetime becomes a class."""
+        layout, communicator = plan.layout, self.communicator
+        parameters = [named[i][1] for i in plan.indices]
+        dtype = self.settings.compute_dtype or parameters[0].dtype
+        own = layout.shard_range(communicator.rank) if shards else range(layout.numel)
+        if plan.lifetime is Lifetime.ALWAYS:
+            return Always(layout, parameters, dtype, own, communicator)
+        if plan.lifetime is Lifetime.MAPPED:
+            return Mapped(layout, parameters, dtype, own, communicator)
+        return Gathered(layout, parameters, dtype, own, communicator, self.gathering, offload)
 
 
 def require_on(device: torch.device, what: str, tensor: torch.Tensor) -> None:
@@ -184,8 +188,28 @@ def require_on(device: torch.device, what: str, tensor: torch.Tensor) -> None:
         )
 
 
+def _describe(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    compute_dtype: torch.dtype | None,
+    device: torch.device,
+    named: list[NamedParameter],
+) -> list[ParameterInfo]:
+    """What plans need to know of parameters."""
+    owners = owners_of([p for _, p, _ in named], blocks, model)
+    return [
+        _info(name, parameter, group, owner, compute_dtype, device)
+        for (name, parameter, group), owner in zip(named, owners, strict=True)
+    ]
+
+
 def _info(
-    name: str, parameter: nn.Parameter, group: int, compute_dtype: torch.dtype | None, device: torch.device
+    name: str,
+    parameter: nn.Parameter,
+    group: int,
+    block: int | None,
+    compute_dtype: torch.dtype | None,
+    device: torch.device,
 ) -> ParameterInfo:
     if parameter.dtype not in kernels.DTYPES:
         raise TypeError(
@@ -194,4 +218,4 @@ def _info(
         )
     require_on(device, f"parameter '{name}'", parameter)
     dtype = compute_dtype or parameter.dtype
-    return ParameterInfo(name, tuple(parameter.shape), group, dtype.itemsize, str(dtype))
+    return ParameterInfo(name, tuple(parameter.shape), group, dtype.itemsize, str(dtype), block)

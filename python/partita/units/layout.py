@@ -23,6 +23,11 @@ class Slot:
         """Elements of the parameter."""
         return prod(self.shape)
 
+    @property
+    def in_unit(self) -> slice:
+        """The parameter's elements in the full buffer."""
+        return slice(self.offset, self.offset + self.numel)
+
 
 @dataclass(frozen=True)
 class ShardSlice:
@@ -32,6 +37,16 @@ class ShardSlice:
     parameter_offset: int  # where the part starts in the parameter
     shard_offset: int  # where the part starts in the range
     numel: int
+
+    @property
+    def in_parameter(self) -> slice:
+        """The part's elements in the flattened parameter."""
+        return slice(self.parameter_offset, self.parameter_offset + self.numel)
+
+    @property
+    def in_shard(self) -> slice:
+        """The part's elements in a buffer of the range."""
+        return slice(self.shard_offset, self.shard_offset + self.numel)
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,7 @@ class ParameterInfo:
     group: int
     element_bytes: int
     kind: str  # parameters of different kinds (dtypes) never share a unit
+    block: int | None = None  # the one module that needs the parameter; None: the root
 
     @property
     def numel(self) -> int:

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from partita._core import Segments
-from partita.comm import Communicator
 from partita.device import kernels
 from partita.device.memory import flat_buffer, host_buffer
 from partita.units.layout import Slot, UnitLayout
-from partita.units.parameters import RESIDENT, FlatParameters, Lifetime, Offload, fill_from_rank_0
-from partita.units.policy import StagePolicy
+from partita.units.parameters import FlatParameters, fill_from_rank_0
+from partita.units.policy import RESIDENT, Offload, StagePolicy
+from partita.units.residence import Residence
 
 
 class GradState(Enum):
@@ -28,10 +28,9 @@ class GradState(Enum):
 
 @dataclass(frozen=True)
 class UnitForm:
-    """In which formats a unit is kept, and where. splits_masters: the masters of bf16 parameters are 16 bits beside
-    them."""
+    """In which formats the states of a unit are kept, and where. splits_masters: the masters of bf16 parameters are 16
+    bits beside them."""
 
-    dtype: torch.dtype
     grad_dtype: torch.dtype
     splits_masters: bool = False
     offload: Offload = RESIDENT
@@ -44,22 +43,12 @@ class Unit(FlatParameters):
     above.
     """
 
-    def __init__(
-        self,
-        layout: UnitLayout,
-        parameters: list[nn.Parameter],
-        form: UnitForm,
-        communicator: Communicator,
-        gathering: Communicator,
-        policy: StagePolicy,
-        lifetime: Lifetime,
-    ) -> None:
-        shard = layout.shard_range(communicator.rank)
-        own = shard if policy.shards_states else range(layout.numel)
-        super().__init__(layout, parameters, form.dtype, communicator, own, lifetime, gathering, form.offload)
+    def __init__(self, residence: Residence, form: UnitForm, policy: StagePolicy) -> None:
+        super().__init__(residence)
+        layout, communicator = self.layout, self.communicator
         self.segments = _segments(layout, self.own, self.own.start)
         # Every element is counted by one rank in every stage, so that the norm has the same bits in all of them.
-        self.norm_segments = _segments(layout, shard, self.own.start)
+        self.norm_segments = _segments(layout, layout.shard_range(communicator.rank), self.own.start)
         self.offloads = form.offload.states > 0  # what follows is on the host, and moves there and back
         self._pin = form.offload.pin
 
@@ -90,7 +79,7 @@ class Unit(FlatParameters):
     def _take_weights(self, splits_masters: bool) -> None:
         """The user's weights, before they are cast, as rank 0 has them; kept in fp32 where that is a master."""
         is_fp32 = self.dtype == torch.float32
-        whole = self.lifetime is Lifetime.ALWAYS
+        whole = not self.residence.comes_and_goes  # then the full buffer is filled, else this rank's own range
         elements = range(self.layout.numel) if whole else self.own
         if is_fp32:
             weights = self.params if whole else self.own_params
@@ -138,7 +127,7 @@ class Unit(FlatParameters):
         if self.dtype != torch.float32:
             kernels.split_master(self.updated, values, self.remainder)
         self.publish()
-        if self.lifetime is Lifetime.ALWAYS and len(self.own) < self.layout.numel:
+        if self.residence.all_gathers_updates and len(self.own) < self.layout.numel:
             self.communicator.all_gather(self.params).wait()
         self.communicator.barrier()
 
@@ -147,22 +136,18 @@ class Unit(FlatParameters):
 
         An element that still is its master rounded keeps the master's precision; where masters are split, those of a
         written parameter become its 16-bit values, as which elements were written is not known. Writes are seen by
-        autograd's version counters, so those through `.data` go unnoticed; those inside GatheredParameters by `keep`.
+        autograd's version counters, so those through `.data` go unnoticed; those inside GatheredParameters by `commit`.
         """
-        versions = [parameter._version for parameter in self.parameters]
-        if versions != self._versions or self._written:
-            slots = zip(self.layout.slots, versions, self._versions, strict=True)
-            written = self._written | {slot for slot, now, before in slots if now != before}
-            self._versions, self._written = versions, set()
+        if written := self.take_written():
             self._adopt(written)
 
     def _adopt(self, slots: Collection[Slot]) -> None:
         if self.updated is not self.own_params:
             self.updated.copy_(self.own_params)
         if self.remainder is not None:
-            for part in self.layout.slices(self.own):
+            for part in self.own_slices():
                 if part.slot in slots:
-                    self.remainder[part.shard_offset : part.shard_offset + part.numel].zero_()
+                    self.remainder[part.in_shard].zero_()
         elif self.master is not None and self.dtype != torch.float32:
             kernels.adopt_written(self.master, self.updated)
 

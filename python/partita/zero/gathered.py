@@ -36,12 +36,12 @@ class GatheredParameters:
     ) -> None:
         given = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
         self._modifier_rank = modifier_rank
-        self._held: dict[Holder, list[nn.Parameter]] = {}
+        self._given: dict[Holder, list[nn.Parameter]] = {}
         for parameter in given if enabled else []:
             holder = holder_of(parameter)
-            if holder is not None and not any(parameter is p for p in self._held.setdefault(holder, [])):
-                self._held[holder].append(parameter)
-        for holder in self._held:
+            if holder is not None and not any(parameter is p for p in self._given.setdefault(holder, [])):
+                self._given[holder].append(parameter)
+        for holder in self._given:
             if modifier_rank is not None and not 0 <= modifier_rank < holder.communicator.world_size:
                 raise ValueError(
                     f"modifier_rank = {modifier_rank}: there are the ranks 0 to {holder.communicator.world_size - 1}"
@@ -49,16 +49,16 @@ class GatheredParameters:
         self._versions: list[tuple[Holder, nn.Parameter, int]] = []
 
     def __enter__(self) -> None:
-        held: list[Holder] = []
+        pinned: list[Holder] = []
         try:
-            for holder in self._held:
-                holder.hold()
-                held.append(holder)
+            for holder in self._given:
+                holder.pin()
+                pinned.append(holder)
         except BaseException:
-            for holder in held:
-                holder.let_go()
+            for holder in pinned:
+                holder.unpin()
             raise
-        self._versions = [(holder, p, p._version) for holder in self._held for p in holder.parameters]
+        self._versions = [(holder, p, p._version) for holder in self._given for p in holder.parameters]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -67,16 +67,16 @@ class GatheredParameters:
             if error is None:
                 self._refuse_unclaimed()
                 if self._modifier_rank is not None:
-                    self._keep(self._modifier_rank)
+                    self._commit(self._modifier_rank)
         finally:
-            for holder in self._held:
-                holder.let_go()
+            for holder in self._given:
+                holder.unpin()
 
     def _refuse_unclaimed(self) -> None:
         """A collective: whoever wrote, all ranks raise."""
-        claimed = {id(p) for given in self._held.values() for p in given if self._modifier_rank is not None}
+        claimed = {id(p) for given in self._given.values() for p in given if self._modifier_rank is not None}
         written = next((h.name_of(p) for h, p, v in self._versions if p._version != v and id(p) not in claimed), None)
-        for communicator in {holder.communicator: None for holder in self._held}:
+        for communicator in {holder.communicator: None for holder in self._given}:
             by_rank = torch.zeros(communicator.world_size, device=communicator.device)
             by_rank[communicator.rank] = float(written is not None)
             communicator.all_reduce(by_rank).wait()
@@ -90,8 +90,8 @@ class GatheredParameters:
                 )
 
     @torch.no_grad()
-    def _keep(self, rank: int) -> None:
-        for holder, given in self._held.items():
+    def _commit(self, rank: int) -> None:
+        for holder, given in self._given.items():
             for parameter in given:
                 holder.communicator.broadcast(parameter.data, rank).wait()
-            holder.keep(given)
+            holder.commit(given)

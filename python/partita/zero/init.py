@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from partita.comm import Communicator, backend_for, init_distributed, world_communicator
 from partita.config import load_config
 from partita.device.memory import FreedMemory
-from partita.units import DESCRIBING, FlatParameters, Lifetime, ParameterInfo, give_to, holder_of, make_layout
+from partita.units import DESCRIBING, FlatParameters, Gathered, ParameterInfo, give_to, holder_of, make_layout
 
 if TYPE_CHECKING:
     from partita.config import Config
@@ -104,7 +104,7 @@ class Partitioner:
         for parameter in parameters:
             holder = holder_of(parameter)
             if holder is not None and id(parameter) not in self._open:
-                holder.hold()
+                holder.pin()
                 self._open[id(parameter)] = (parameter, holder.name_of(parameter))
 
     def close(self) -> None:
@@ -121,8 +121,8 @@ class Partitioner:
                             f"parameter '{name}' was converted from {holder.dtype} to {parameter.dtype} inside "
                             "partita.zero.Init(): give Init that dtype="
                         )
-                    holder.keep([parameter])
-                    holder.let_go()
+                    holder.commit([parameter])
+                    holder.unpin()
                 self._freed.add(parameter.nbytes)
 
 
@@ -134,7 +134,7 @@ def partition(parameter: nn.Parameter, name: str, communicator: Communicator) ->
     info = ParameterInfo(name, tuple(parameter.shape), 0, parameter.element_size(), str(parameter.dtype))
     layout = make_layout([info], communicator.world_size)
     own = layout.shard_range(communicator.rank)
-    flat = FlatParameters(layout, [parameter], parameter.dtype, communicator, own, Lifetime.GATHERED)
+    flat = FlatParameters(Gathered(layout, [parameter], parameter.dtype, own, communicator))
     values = parameter.detach().reshape(-1)[own.start : own.stop]
     flat.own_params[: values.numel()] = values
     flat.take_parameters()
