@@ -1,18 +1,30 @@
 """Communicators: the ranks of a job and how bytes move between them."""
 
 from partita._core import CommunicationError, Reduction
-from partita.comm.agree import any_rank, text_by_rank
+from partita.comm.agree import (
+    any_rank,
+    any_rank_each,
+    by_rank,
+    every_rank,
+    raise_together,
+    ranks_that_differ,
+    text_by_rank,
+)
 from partita.comm.communicator import Communicator, Done, Handle, SingleProcess
-from partita.comm.grid import ProcessGrid
+from partita.comm.grid import Connect, Coordinates, GridShape, ProcessGrid
+from partita.comm.groups import backend_for
 from partita.comm.hierarchical import HierarchicalCommunicator
-from partita.comm.setup import backend_for, communicator_of, init_distributed, world_communicator
+from partita.comm.setup import communicator_of, init_distributed, world_communicator
 from partita.comm.shared_memory import SharedMemoryCommunicator
 from partita.comm.torch_transport import TorchCommunicator
 
 __all__ = [
     "CommunicationError",
     "Communicator",
+    "Connect",
+    "Coordinates",
     "Done",
+    "GridShape",
     "Handle",
     "HierarchicalCommunicator",
     "ProcessGrid",
@@ -21,9 +33,14 @@ __all__ = [
     "SingleProcess",
     "TorchCommunicator",
     "any_rank",
+    "any_rank_each",
     "backend_for",
+    "by_rank",
     "communicator_of",
+    "every_rank",
     "init_distributed",
+    "raise_together",
+    "ranks_that_differ",
     "text_by_rank",
     "world_communicator",
 ]

@@ -1,29 +1,150 @@
-"""Which ranks of a job communicate for what."""
+"""The ranks of a job as a grid: pipeline stages by data-parallel copies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from partita.comm.communicator import Communicator, SingleProcess
 
 
-class ProcessGrid:
-    """The axes of a job."""
+class Coordinates(NamedTuple):
+    """Where a rank stands: its pipeline stage, and its place among the data-parallel copies of that stage."""
 
-    def __init__(self, connect: Callable[..., Communicator]) -> None:
+    pipe: int
+    data: int
+
+
+@dataclass(frozen=True)
+class GridShape:
+    """Rank r stands at (r // data, r % data): the ranks of a data group are adjacent, as in DeepSpeed.
+
+    Args:
+        pipe: number of pipeline stages.
+        data: number of data-parallel copies of each stage.
+
+    Raises:
+        ValueError: a number is below 1.
+    """
+
+    pipe: int
+    data: int
+
+    def __post_init__(self) -> None:
+        if self.pipe < 1 or self.data < 1:
+            raise ValueError(f"a grid of {self.pipe} pipeline stages x {self.data} data-parallel ranks has no rank")
+
+    @staticmethod
+    def of_world(world_size: int, pipe: int) -> GridShape:
+        """The shape that gives every rank of a job a place.
+
+        Raises:
+            ValueError: the ranks do not divide evenly among the stages.
+        """
+        if pipe < 1 or world_size % pipe:
+            raise ValueError(
+                f"{world_size} ranks do not divide evenly among {pipe} pipeline stages: start a multiple of the "
+                "number of stages, at least 1"
+            )
+        return GridShape(pipe, world_size // pipe)
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return self.pipe * self.data
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Where a rank stands.
+
+        Raises:
+            ValueError: there is no such rank.
+        """
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank}: the grid has the ranks 0 to {self.world_size - 1}")
+        return Coordinates(*divmod(rank, self.data))
+
+    def rank_at(self, pipe: int, data: int) -> int:
+        """The rank that stands there.
+
+        Raises:
+            ValueError: there is no such place.
+        """
+        if not (0 <= pipe < self.pipe and 0 <= data < self.data):
+            raise ValueError(f"(pipe {pipe}, data {data}) is not in a grid of {self.pipe} x {self.data}")
+        return pipe * self.data + data
+
+    @property
+    def data_groups(self) -> list[list[int]]:
+        """For each pipeline stage, its ranks in order: they hold the same parameters."""
+        return [[self.rank_at(p, d) for d in range(self.data)] for p in range(self.pipe)]
+
+    @property
+    def pipe_groups(self) -> list[list[int]]:
+        """For each data-parallel copy, its ranks in the order of the stages: together they hold one model."""
+        return [[self.rank_at(p, d) for p in range(self.pipe)] for d in range(self.data)]
+
+
+class Connect(Protocol):
+    """`world_communicator` with all arguments but these."""
+
+    def __call__(
+        self, *, beside: Communicator | None = ..., parts: Sequence[Sequence[int]] | None = ...
+    ) -> Communicator: ...
+
+
+class ProcessGrid:
+    """The communicators of a job, one for each axis. A collective of all ranks of the job, like every method.
+
+    The grid owns its communicators. Users of a communicator choose the axis: gradients are reduced over `data`,
+    activations travel along `pipe`, and what concerns the whole model is settled over `world`.
+
+    Args:
+        connect: makes a communicator. Called without arguments for the world, afterwards with `beside` another one of
+            the grid, and with `parts` for an axis of several stages.
+        pipe: number of pipeline stages.
+
+    Attributes:
+        world: all ranks.
+        data: the ranks of this rank's stage. The same object as `world` if there is one stage.
+        pipe: the ranks of this rank's copy of the model, in the order of the stages.
+
+    Raises:
+        ValueError: the ranks do not divide evenly among the stages.
+        RuntimeError: as `connect` does.
+    """
+
+    world: Communicator
+    data: Communicator
+    pipe: Communicator
+
+    def __init__(self, connect: Connect, pipe: int = 1) -> None:
         self._connect = connect
-        self.world = connect()
-        self.data = self.world
-        self.pipe: Communicator = SingleProcess(self.world.device)
-        self._beside: list[Communicator] = []
+        with ExitStack() as exits:
+            self.world = connect()
+            exits.callback(self.world.close)
+            self.shape = GridShape.of_world(self.world.world_size, pipe)
+            self.coordinates = self.shape.coordinates(self.world.rank)
+            if pipe == 1:
+                self.data, self.pipe = self.world, SingleProcess(self.world.device)
+            else:
+                self.data = connect(beside=self.world, parts=self.shape.data_groups)
+                exits.callback(self.data.close)
+                self.pipe = connect(beside=self.world, parts=self.shape.pipe_groups)
+            exits.callback(self.pipe.close)
+            self._exits = exits.pop_all()
 
     def beside_data(self) -> Communicator:
-        """Another communicator of the data-parallel ranks, whose collectives have an order of their own."""
-        self._beside.append(self._connect(beside=self.data))
-        return self._beside[-1]
+        """A second communicator of the ranks of `data`, whose collectives have an order of their own. It ends with the
+        grid."""
+        if self.data is self.world:
+            made = self._connect(beside=self.data)
+        else:
+            made = self._connect(beside=self.data, parts=self.shape.data_groups)
+        self._exits.callback(made.close)
+        return made
 
     def close(self) -> None:
-        """Leaves all groups."""
-        for communicator in self._beside:
-            communicator.close()
-        self.world.close()
+        """Closes every communicator, the last one first; a second call does nothing. No collective."""
+        self._exits.close()

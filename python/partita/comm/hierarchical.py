@@ -35,7 +35,8 @@ class HierarchicalCommunicator(Communicator):
         hosts: the ranks of each host, in order.
         inside: the ranks of this host, in order.
         between: the leaders, in the order of `hosts`; None on the others.
-        everyone: all ranks, for what two ranks of different hosts send each other.
+        everyone: all ranks, for what two ranks of different hosts send each other; owns the process groups that were
+            made for this communicator, the leaders' too.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class HierarchicalCommunicator(Communicator):
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._inside.close()
+        self._everyone.close()
 
     def _run(self, function: Callable[..., None], *args: object) -> Handle:
         return FutureHandle(self._thread.submit(partial(self._run_or_leave, function, *args)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -12,16 +13,13 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from partita import _core
+from partita.comm.agree import raise_together, text_by_rank
+from partita.comm.choice import Meeting, Wish, connect
 from partita.comm.communicator import Communicator, SingleProcess
-from partita.comm.hierarchical import HierarchicalCommunicator
-from partita.comm.hosts import Contact, exchange_contacts, no_host, ranks_by_host, this_host
-from partita.comm.shared_memory import SharedMemoryCommunicator
+from partita.comm.groups import GROUP_TIMEOUT, OwnGroups, backend_for
 from partita.comm.torch_transport import TorchCommunicator, backend_of
 from partita.device.memory import HOST
 
-logger = logging.getLogger("partita")
-
-GROUP_TIMEOUT = timedelta(minutes=10)  # of torch.distributed, unless the program says otherwise
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -63,31 +61,43 @@ def world_communicator(
     device: torch.device = HOST,
     *,
     beside: Communicator | None = None,
+    parts: Sequence[Sequence[int]] | None = None,
+    host: str | None = None,
 ) -> Communicator:
-    """The communicator of all ranks of the default process group; see `communicator_of`.
+    """The communicator of all ranks of the default process group, or of the part of them that this rank is in.
 
-    A default group that cannot carry the device's tensors (NCCL and a model on the CPU, say) gets one beside it that
-    can. `beside`: another communicator of the same ranks; a group of its own is made, whose collectives have an order
-    of their own.
+    A collective of all ranks of the job; see `communicator_of`. A default group that cannot carry the device's tensors
+    (NCCL and a model on the CPU, say) gets one beside it that can. The process groups that are made for a communicator
+    end with it.
+
+    Args:
+        beside: another communicator of the job. A group of its own is made, whose collectives have an order of their
+            own. Over torch.distributed the two fail together: after a failure in one no collective of either begins.
+        parts: disjoint, of all ranks of the job, each ascending, and the same on all ranks; the communicator is that of
+            this rank's part. Shared memory that is asked for is no obstacle to a part whose ranks all have hosts of
+            their own: such a part communicates over torch.distributed. None: the communicator of all ranks.
+        host: equal on the ranks that share memory; None: found out.
+
+    Raises:
+        RuntimeError: there is no default process group, or as for `communicator_of`; with `parts` on all ranks of the
+            job, if on those of one part.
     """
     group = dist.group.WORLD
     if group is None:
         raise RuntimeError("no process group: call init_distributed() first")
+    wish = Wish(transport, timeout, device, host)
+    if parts is not None:
+        made = _part_communicator(parts, wish)
+        _fail_together(made, beside)
+        return made
     carrier = backend_of(group, device)
     carries = carrier is not None and (device.type != "cuda" or carrier != "gloo")
     if dist.get_world_size(group) == 1 or (carries and beside is None):
-        return communicator_of(group, transport, timeout, device=device)
-    made = communicator_of(dist.new_group(backend=backend_for(device)), transport, timeout, device=device)
-    if isinstance(made, TorchCommunicator):
-        made.owns_group = True
-        if isinstance(beside, TorchCommunicator):
-            made.failures = beside.failures
+        return communicator_of(group, transport, timeout, device=device, host=host)
+    own = OwnGroups()
+    made = connect(own.make(backend_for(device)) or group, wish, own)
+    _fail_together(made, beside)
     return made
-
-
-def backend_for(device: torch.device) -> str:
-    """The backend of torch.distributed that is best for a device's tensors."""
-    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def communicator_of(
@@ -98,7 +108,7 @@ def communicator_of(
     device: torch.device = HOST,
     host: str | None = None,
 ) -> Communicator:
-    """How the ranks of a process group communicate. A collective.
+    """How the ranks of a process group communicate. A collective. The group outlives the communicator.
 
     Args:
         transport: "torch": through the process group. "shared_memory": through memory inside a host, through the
@@ -110,69 +120,72 @@ def communicator_of(
     Raises:
         RuntimeError: "shared_memory" is asked for and cannot be had; says why.
     """
-    if dist.get_world_size(group) == 1:
-        return SingleProcess(device)
-    if transport == "torch":
-        return TorchCommunicator(group, device)
+    return connect(group, Wish(transport, timeout, device, host), OwnGroups())
+
+
+def _fail_together(made: Communicator, other: Communicator | None) -> None:
+    if isinstance(made, TorchCommunicator) and isinstance(other, TorchCommunicator):
+        made.failures = other.failures
+
+
+def _part_communicator(parts: Sequence[Sequence[int]], wish: Wish) -> Communicator:
+    """A collective of all ranks of the job: first all make the process groups of all parts, in one order."""
+    own = OwnGroups()
+    if not wish.tries_shared_memory:
+        group, _ = _groups_of_parts(parts, None, own, backend_for(wish.device))
+        return SingleProcess(wish.device) if group is None else connect(group, wish, own)
+    with ExitStack() as on_failure, _settling() as everyone:
+        on_failure.callback(own.end)
+        meeting = Meeting.on(wish.host)
+        group, leaders = _groups_of_parts(parts, text_by_rank(everyone, meeting.host), own, backend_for(wish.device))
+        made: Communicator = SingleProcess(wish.device)
+        error = None
+        try:
+            if group is not None:
+                made = connect(group, wish, own, replace(meeting, leaders=leaders))
+                on_failure.callback(made.close)
+        except Exception as failure:
+            error = failure
+        raise_together(everyone, error, "a part of the job's ranks cannot communicate:")
+        on_failure.pop_all()
+        return made
+
+
+@contextmanager
+def _settling() -> Iterator[Communicator]:
+    """All ranks of the job over torch.distributed, for tensors on the CPU.
+
+    A rank that waits in vain for another one to join shared memory does so until the timeout of shared memory. Ranks
+    that wait for that rank need more patience than shared memory has.
+    """
+    own = OwnGroups()
+    default = dist.group.WORLD
+    carries = default is not None and backend_of(default, HOST) is not None
+    group = default if carries else own.make(backend_for(HOST))
+    assert group is not None  # all ranks are in both
     try:
-        if device.type != "cpu":
-            raise _UnavailableError(f"the ranks compute on '{device.type}'", is_a_failure=False)
-        return _over_shared_memory(group, timeout, host or this_host())
-    except _UnavailableError as error:
-        if transport == "shared_memory":
-            raise RuntimeError(f'comm.transport is "shared_memory", but {error}') from error
-        if error.is_a_failure:
-            logger.warning("%s; going on over torch.distributed", error)
-        return TorchCommunicator(group, device)
+        yield TorchCommunicator(group)
+    finally:
+        own.end()
 
 
-class _UnavailableError(Exception):
-    """Raised on all ranks together."""
+def _groups_of_parts(
+    parts: Sequence[Sequence[int]], hosts: list[str] | None, own: OwnGroups, backend: str
+) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """The process group of this rank's part, and that of its hosts' first ranks if this rank is one of them.
 
-    def __init__(self, reason: str, *, is_a_failure: bool) -> None:
-        super().__init__(reason)
-        self.is_a_failure = is_a_failure
-
-
-def _over_shared_memory(group: dist.ProcessGroup, timeout: timedelta, host: str) -> Communicator:
-    rank = dist.get_rank(group)
-    listener = None
-    with suppress(RuntimeError):  # a sandbox without Unix sockets, say; the others must hear of it
-        listener = _core.Listener()
-    contacts = exchange_contacts(group, host if listener else no_host(), listener.address if listener else b"")
-    hosts = ranks_by_host(contacts)
-    if len(hosts) == len(contacts):
-        raise _UnavailableError("no two ranks share a host", is_a_failure=False)
-    ranks = next(ranks for ranks in hosts if rank in ranks)
-    if len(hosts) > 1:
-        if dist.get_world_size(group) < dist.get_world_size():  # a group of leaders is made by all ranks of the job
-            raise _UnavailableError("a part of the job's ranks is on several hosts", is_a_failure=False)
-        timeout += GROUP_TIMEOUT  # the leader of a host may be waiting for another host
-    inside = _join(group, listener, ranks.index(rank), [contacts[r] for r in ranks], timeout)
-    if len(hosts) == 1:
-        return inside
-    leaders = dist.new_group([dist.get_global_rank(group, ranks[0]) for ranks in hosts])
-    between = TorchCommunicator(leaders) if rank == ranks[0] else None
-    return HierarchicalCommunicator(rank, hosts, inside, between, TorchCommunicator(group))
-
-
-def _join(
-    group: dist.ProcessGroup, listener: _core.Listener | None, rank: int, contacts: list[Contact], timeout: timedelta
-) -> Communicator:
-    """The ranks of this host over shared memory, if that works on every host."""
-    made, reason = None, "another rank could not join a group over shared memory"
-    try:
-        if listener is None:
-            raise RuntimeError("no Unix socket can be made")
-        addresses, token = [contact.address for contact in contacts], contacts[0].token
-        threads = torch.get_num_threads()
-        made = _core.SharedMemoryGroup(listener, rank, addresses, token, timeout.total_seconds(), threads)
-    except (RuntimeError, MemoryError) as error:
-        reason = f"shared memory between processes does not work here: {error}"
-        if listener is not None:
-            listener.close()  # so that no rank waits for this one
-    everywhere = torch.tensor(int(made is not None))
-    dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=group)
-    if made is None or not everywhere.item():
-        raise _UnavailableError(reason, is_a_failure=True)
-    return SharedMemoryCommunicator(made)
+    Args:
+        hosts: of all ranks of the job; None: they share no memory.
+    """
+    group = leaders = None
+    with ExitStack() as on_failure:
+        on_failure.callback(own.end)
+        for ranks in parts:
+            if len(ranks) == 1:
+                continue
+            group = own.make(backend, ranks) or group
+            first = sorted({hosts[r]: r for r in reversed(ranks)}.values()) if hosts is not None else []
+            if 1 < len(first) < len(ranks):
+                leaders = own.make(backend, first) or leaders
+        on_failure.pop_all()
+    return group, leaders

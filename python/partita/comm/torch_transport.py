@@ -18,6 +18,7 @@ from torch import Tensor
 
 from partita._core import CommunicationError, Reduction
 from partita.comm.communicator import Communicator, Handle
+from partita.comm.groups import OwnGroups
 from partita.device import kernels
 from partita.device.memory import HOST, flat_buffer
 
@@ -83,13 +84,13 @@ class TorchCommunicator(Communicator):
     tensors that nobody else has, and at the end of the program, or of this communicator, we wait until they are gone.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device = HOST) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device = HOST, own: OwnGroups | None = None) -> None:
         self._group = group
+        self._own = own or OwnGroups()
         self.device = device
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self.transport = backend_of(group, device) or str(dist.get_backend(group))
-        self.owns_group = False
         self.failures: list[str] = []  # shared by groups that fail together
         self._gloo = self.transport == "gloo"
         self._reducing: deque[WorkHandle] = deque()
@@ -140,9 +141,8 @@ class TorchCommunicator(Communicator):
             dist.barrier(self._group, device_ids=[self.device.index] if on_gpu else None)
 
     def close(self) -> None:
-        """Ends the process group if it was made for this communicator alone."""
-        if self.owns_group:
-            dist.destroy_process_group(self._group)
+        """Ends the process groups that were made for this communicator."""
+        self._own.end()
 
     def _asynchronous(self, collective: Callable[..., dist.Work | None], *args: Any, **kwargs: Any) -> Start:
         return partial(collective, *args, group=self._group, async_op=True, **kwargs)

@@ -178,7 +178,7 @@ class EngineBase:
         if self.dataloader is not None:
             sections.append(Section("data", self.dataloader))
         sections.append(Section("random", RandomState(self.device), differs=True))
-        return TrainState(self._parts, sections)
+        return TrainState(self._parts, sections, self._run.grid.world)
 
     def destroy(self) -> None:
         """Lets go of the model: hooks are removed, groups are left, and buffers are freed with the last parameter that

@@ -12,13 +12,15 @@ a split master is what the parameter lacks of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from partita.comm import Communicator, raise_together
 from partita.model.part import ModelPart
 from partita.model.plain import from_plain, to_plain
 from partita.units import FlatParameters, ShardSlice, Unit
@@ -90,11 +92,13 @@ class TrainState:
     Args:
         parts: of the model.
         sections: small states, in the order in which they are loaded.
+        world: the ranks that go on together.
     """
 
-    def __init__(self, parts: Sequence[ModelPart], sections: Sequence[Section]) -> None:
-        self._parts = parts
+    def __init__(self, parts: Sequence[ModelPart], sections: Sequence[Section], world: Communicator) -> None:
         self.sections = list(sections)
+        self._parts = parts
+        self._world = world
 
     def quantities(self) -> Iterator[Quantity]:
         """Every quantity of every unit. Those of a torch optimizer are there once it has taken a step, or when its
@@ -123,10 +127,7 @@ class TrainState:
             RuntimeError: in the midst of a step, whose gradients are no part of the state.
             TypeError: a section has something that is no state; names it.
         """
-        for part in self._parts:
-            part.require_no_gradients("its training state is taken")
-            part.gathers.wait()
-            part.adopt_written_parameters()
+        self._agree(partial(self._require_idle, "its training state is taken"))
         values = {}
         for quantity in self.quantities():
             flat = quantity.read()
@@ -143,25 +144,43 @@ class TrainState:
         Raises:
             ValueError: the state lacks something that this run has, or the other way round; names it.
         """
-        for part in self._parts:
-            part.require_no_gradients("a training state is loaded")
-            part.gathers.wait()
-            part.adopt_written_parameters()
-        _require_equal("section", {section.name for section in self.sections}, snapshot.sections)
-        for section in self.sections:
-            section.owner.load_state_dict(from_plain(snapshot.sections[section.name]))
+        self._agree(partial(self._require_idle, "a training state is loaded"))
+        self._agree(partial(self._load_sections, snapshot))
         quantities = list(self.quantities())
-        names = [(s.slot.name, quantity.name) for quantity in quantities for s in quantity.slices()]
-        _require_equal("value", {f"{q} of {p}" for p, q in names}, {f"{q} of {p}": 0 for p, q in snapshot.values})
-        tensors = self.tensors()
-        _require_equal("tensor", set(tensors), snapshot.tensors)
+        self._agree(partial(self._require_all, quantities, snapshot))
         for quantity in quantities:
             flat = quantity.read().clone()
             for s in quantity.slices():
                 flat[s.in_shard] = snapshot.values[s.slot.name, quantity.name]
             quantity.write(flat)
-        for name, tensor in tensors.items():
+        for name, tensor in self.tensors().items():
             tensor.copy_(snapshot.tensors[name])
+
+    def _agree(self, step: Callable[[], None]) -> None:
+        """Does what may be refused on one rank; all ranks raise together."""
+        error: Exception | None = None
+        try:
+            step()
+        except Exception as refused:
+            error = refused
+        raise_together(self._world, error)
+
+    def _require_idle(self, when: str) -> None:
+        for part in self._parts:
+            part.require_no_gradients(when)
+        for part in self._parts:
+            part.gathers.wait()
+            part.adopt_written_parameters()
+
+    def _load_sections(self, snapshot: Snapshot) -> None:
+        _require_equal("section", {section.name for section in self.sections}, snapshot.sections)
+        for section in self.sections:
+            section.owner.load_state_dict(from_plain(snapshot.sections[section.name]))
+
+    def _require_all(self, quantities: list[Quantity], snapshot: Snapshot) -> None:
+        here = {f"{quantity.name} of {s.slot.name}" for quantity in quantities for s in quantity.slices()}
+        _require_equal("value", here, {f"{quantity} of {parameter}" for parameter, quantity in snapshot.values})
+        _require_equal("tensor", set(self.tensors()), snapshot.tensors)
 
 
 def _require_equal(what: str, here: set[str], saved: Iterable[str]) -> None:

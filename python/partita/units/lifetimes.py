@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from partita.comm import CommunicationError, Communicator
+from partita.comm import CommunicationError, Communicator, ranks_that_differ
 from partita.units.build import ParameterGroup
 from partita.units.gather_pass import GatherPass
 from partita.units.parameters import FlatParameters
@@ -235,11 +235,7 @@ class ParameterLifetimes:
             return
         used = [*self._used, *(i for i in range(self._root) if i not in self._used)]
         self._used = None
-        table = torch.zeros(self._communicator.world_size * self._root)
-        self._communicator.slice_of(table).copy_(torch.tensor(used))
-        table = table.to(self._communicator.device)
-        self._communicator.all_gather(table).wait()
-        if bool((table.view(-1, self._root) == torch.tensor(used, device=table.device)).all()):
+        if not ranks_that_differ(self._communicator, repr(used).encode()):
             self._order = used
 
 

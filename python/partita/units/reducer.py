@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from partita._core import Bucketer, Span
-from partita.comm import Communicator, Handle, Reduction
+from partita.comm import Communicator, Handle, any_rank_each
 from partita.device import kernels
 from partita.device.memory import FreedMemory
 from partita.device.streams import HostCopy, Streams
@@ -165,11 +165,9 @@ class GradientReducer:
     @torch.no_grad()
     def _launch_late(self) -> None:
         """Reduces what arrived after its unit was launched; on all ranks, if on any. See `Bucketer`."""
-        late = [float(any(p.grad is not None for p in unit.parameters)) for unit in self.units]
+        late = [any(p.grad is not None for p in unit.parameters) for unit in self.units]
         if self._plan.reduces or not self._policy.keeps_full_grads:
-            flags = torch.tensor(late, dtype=torch.float64, device=self._communicator.device)
-            self._communicator.all_reduce(flags, Reduction.max).wait()
-            late = flags.tolist()
+            late = any_rank_each(self._communicator, late)
         for i, is_late in enumerate(late):
             if is_late:
                 self._finish_reductions()  # the first one of this unit may be under way in the buffer of this one

@@ -8,6 +8,7 @@ from types import TracebackType
 import torch
 from torch import nn
 
+from partita.comm import by_rank
 from partita.units import Holder, holder_of
 
 
@@ -77,10 +78,7 @@ class GatheredParameters:
         claimed = {id(p) for given in self._given.values() for p in given if self._modifier_rank is not None}
         written = next((h.name_of(p) for h, p, v in self._versions if p._version != v and id(p) not in claimed), None)
         for communicator in {holder.communicator: None for holder in self._given}:
-            by_rank = torch.zeros(communicator.world_size, device=communicator.device)
-            by_rank[communicator.rank] = float(written is not None)
-            communicator.all_reduce(by_rank).wait()
-            writers = [rank for rank, wrote in enumerate(by_rank.tolist()) if wrote]
+            writers = [rank for rank, wrote in enumerate(by_rank(communicator, written is not None)) if wrote]
             if writers:
                 what = "a parameter" if written is None else f"parameter '{written}'"
                 raise RuntimeError(

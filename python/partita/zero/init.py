@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from partita.comm import Communicator, backend_for, init_distributed, world_communicator
+from partita.comm import Communicator, backend_for, init_distributed, ranks_that_differ, world_communicator
 from partita.config import load_config
 from partita.device.memory import FreedMemory
 from partita.units import DESCRIBING, FlatParameters, Gathered, ParameterInfo, give_to, holder_of, make_layout
@@ -167,11 +166,7 @@ class SameRandomNumbers:
             _set_random_states(self._own)
         if kind is not None or self._communicator.world_size == 1:
             return
-        digest = hashlib.blake2b(b"".join(state.numpy().tobytes() for state in now), digest_size=6).digest()
-        digests = torch.zeros(self._communicator.world_size, dtype=torch.float64)
-        digests[self._communicator.rank] = float(int.from_bytes(digest, "little"))
-        self._communicator.all_reduce(digests).wait()
-        different = [rank for rank, value in enumerate(digests.tolist()) if value != digests[0]]
+        different = ranks_that_differ(self._communicator, b"".join(state.numpy().tobytes() for state in now))
         if different:
             raise RuntimeError(
                 f"ranks built different models inside partita.zero.Init(): rank {', '.join(map(str, different))} drew "

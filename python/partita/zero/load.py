@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from partita.comm import SingleProcess, any_rank_each, raise_together
 from partita.device.memory import FreedMemory
 from partita.units import Holder, holder_of
 from partita.zero.gathered import GatheredParameters
@@ -48,24 +49,19 @@ def load_weights(model: nn.Module, source: WeightSource, *, strict: bool = True,
     communicator = next((holder.communicator for holder in holders), None)
     reads = communicator is None or communicator.rank == rank
     with ExitStack() as files, torch.no_grad():
-        problem, read = "", None
+        error, read = None, None
         shapes: dict[str, tuple[int, ...]] = {}
         if reads:
             try:
                 shapes, read = _open(source, files)
-                problem = _difference(tensors, shapes, strict)
-            except (OSError, ValueError) as error:
-                problem = str(error)
-        present = torch.zeros(len(tensors) + 1)
-        if reads:
-            present[:-1] = torch.tensor([float(name in shapes) for name in tensors])
-            present[-1] = float(bool(problem))
-        if communicator is not None:
-            present = present.to(communicator.device)
-            communicator.broadcast(present, rank).wait()
-        if bool(present[-1]):
-            raise ValueError(problem or f"the weights cannot be loaded: see the error of rank {rank}")
-        found = {name for name, is_there in zip(tensors, present.tolist(), strict=False) if is_there}
+                _require_fit(tensors, shapes, strict)
+            except (OSError, ValueError) as problem:
+                error = problem if isinstance(problem, ValueError) else ValueError(str(problem))
+        group = communicator or SingleProcess()
+        raise_together(group, error, "the weights cannot be loaded:")
+        # Ranks that do not read have no shapes, so this is the answer of the rank that reads.
+        is_there = any_rank_each(group, [name in shapes for name in tensors])
+        found = {name for name, there in zip(tensors, is_there, strict=True) if there}
         missing = _missing(tensors, found)
         freed = FreedMemory()
         for names in holders.values():
@@ -110,8 +106,8 @@ def _open(source: WeightSource, files: ExitStack) -> tuple[dict[str, tuple[int, 
     return shapes, lambda name: file_of[name].get_tensor(name)
 
 
-def _difference(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], strict: bool) -> str:
-    """What keeps these weights from being loaded; nothing if they fit."""
+def _require_fit(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], strict: bool) -> None:
+    """Raises a ValueError that says what keeps these weights from being loaded."""
     problems = []
     if strict:
         problems += [f"'{name}' is missing" for name in _missing(tensors, shapes)]
@@ -121,8 +117,9 @@ def _difference(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], 
         for name, tensor in tensors.items()
         if name in shapes and tuple(tensor.shape) != shapes[name]
     ]
-    more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-    return f"the weights do not fit the model: {'; '.join(problems[:5])}{more}" if problems else ""
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"the weights do not fit the model: {'; '.join(problems[:5])}{more}")
 
 
 def _missing(tensors: dict[str, Tensor], names: Iterable[str]) -> list[str]:
