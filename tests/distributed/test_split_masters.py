@@ -171,7 +171,7 @@ def _bytes_per_parameter(kind: str, stage: int) -> float:
         assert (unit.master is None, unit.remainder is None) == (kind == "split", kind == "fp32")
         kept += [unit.own_params if stage == 3 else unit.params, unit.master, unit.remainder]
         kept.append(unit.reduced if unit.full_grads is None else unit.full_grads)
-        assert unit.gathered_bytes == 0
+        assert unit.residence.gathered_bytes == 0
     update = engine._sharded._update
     kept += [*update.exp_avg, *update.exp_avg_sq]
     return sum(t.nbytes for t in kept if t is not None) / (3 * 64 * 64)

@@ -290,6 +290,18 @@ def test_writes_inside_a_pin_are_forgotten_and_those_before_it_are_not(kind):
         flat.check_unwritten()
 
 
+@pytest.mark.parametrize("kind", [Mapped, Gathered])
+def test_a_pin_inside_a_pin_does_not_make_earlier_writes_unclaimed(kind):
+    flat = flat_of(kind)
+    flat.pin()
+    write(flat.parameters[0])
+    flat.pin()
+    flat.unpin()
+    flat.unpin()
+    flat.check_unwritten()
+    assert flat.take_written() == set()
+
+
 @pytest.mark.parametrize("kind", [Always, Mapped, Gathered])
 def test_what_was_committed_is_told_once(kind):
     flat = flat_of(kind)

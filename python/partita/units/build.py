@@ -117,10 +117,7 @@ def build_units(
     """
     lifetime = lifetime_of(policy, communicator, settings.offload)
     blocks = find_blocks(model, settings.unit_classes) if policy.shards_params else []  # which refuses unknown classes
-    blocks = blocks if lifetime is Lifetime.GATHERED else []
-    frozen: list[NamedParameter] = []
-    if lifetime is not Lifetime.ALWAYS:
-        frozen = [(name, p, 0) for name, p in untrained.items() if p.dtype in kernels.DTYPES]
+    frozen = [(name, p, 0) for name, p in untrained.items() if p.dtype in kernels.DTYPES]
     cut = plan_settings(settings, lifetime, communicator)
     describe = partial(_describe, model, blocks, settings.compute_dtype, communicator.device)
     trained_plans, frozen_plans = plan_trained(describe(trained), cut), plan_frozen(describe(frozen), cut)
