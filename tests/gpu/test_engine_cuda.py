@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import inside
 import partita
 import pytest
 import torch
@@ -295,7 +296,7 @@ def test_split_masters_have_the_bits_of_whole_ones_over_a_thousand_steps():
     assert whole.skipped_steps == split.skipped_steps == 10
     for (name, p), q in zip(whole.module.named_parameters(), split.module.parameters(), strict=True):
         assert torch.equal(bits(p.detach()), bits(q.detach())), name
-    for a, b in zip(whole._units, split._units, strict=True):
+    for a, b in zip(inside.units(whole), inside.units(split), strict=True):
         for slot in a.layout.slots:
             part = slice(slot.offset, slot.offset + slot.numel)
             assert torch.equal(bits(a.full_precision()[part]), bits(b.full_precision()[part])), slot.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import inside
 import partita
 import torch
 import torch.nn.functional as F
@@ -126,16 +127,11 @@ def run_steps(
         if between is not None:
             between(engine, step)
         losses.append(take_step(engine, step))
-        assert gathered_bytes(engine) == 0, f"after step {step}"
+        assert inside.gathered_bytes(engine) == 0, f"after step {step}"
     weights = engine.module_state_dict()
-    assert gathered_bytes(engine) == 0
+    assert inside.gathered_bytes(engine) == 0
     engine.destroy()
     return losses, weights
-
-
-def gathered_bytes(engine: partita.Engine) -> int:
-    """Memory of full parameters that this rank does not keep."""
-    return engine._lifetimes.gathered_bytes
 
 
 def assert_same_weights(actual: dict[str, Tensor], expected: dict[str, Tensor], where: str = "") -> None:

@@ -9,9 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from unittest import mock
 
-import partita.engine.engine
+import inside
 import torch
 from partita.comm import Communicator, Done, Handle, Reduction, world_communicator
 from torch import Tensor
@@ -29,7 +28,7 @@ def world_communicator_by_default(transport: str) -> Callable[..., Communicator]
 @contextmanager
 def communicating_through(make: Callable[[Communicator], Any]) -> Iterator[Any]:
     """Engines made in this block use `make(the real communicator)`, and another one made like it beside that."""
-    world = partita.engine.engine.world_communicator  # of the transport under test
+    world = inside.connect()  # of the transport under test
     made = make(world())
     wrapped: list[Communicator] = []
 
@@ -42,7 +41,7 @@ def communicating_through(make: Callable[[Communicator], Any]) -> Iterator[Any]:
             made.beside = beside
         return beside
 
-    with mock.patch.object(partita.engine.engine, "world_communicator", connect):
+    with inside.with_connect(connect):
         yield made
     for inner in wrapped:
         inner.close()

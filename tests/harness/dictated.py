@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import inside
 import partita
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def take_step(engine: partita.Engine, grads: Mapping[str, Tensor]) -> None:
 def masters(engine: partita.Engine) -> dict[str, Tensor]:
     """The fp32 weights by parameter; NaN where another rank has them."""
     result = {}
-    for unit in engine._units:
+    for unit in inside.units(engine):
         for slot in unit.layout.slots:
             result[slot.name] = torch.full((slot.numel,), float("nan"))
         for s in unit.layout.slices(unit.own):

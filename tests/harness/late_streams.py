@@ -6,9 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
-import partita.engine.engine
+import inside
 from partita.device.streams import HostStreams
 from torch import Tensor
 
@@ -72,5 +71,5 @@ class _LateCopy:
 def on_late_streams(streams: LateStreams | None = None) -> Iterator[LateStreams]:
     """Engines made in this block believe that their device works by itself."""
     streams = streams or LateStreams()
-    with mock.patch.object(partita.engine.engine, "streams_of", lambda _device: streams):
+    with inside.with_streams(streams):
         yield streams

@@ -75,13 +75,13 @@ class RankPool:
 
 def _serve(rank: int, world_size: int, store: str, transport: str, pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    import partita.engine.engine
+    import inside
     import torch
     import torch.distributed as dist
     from communicators import world_communicator_by_default
 
     torch.set_num_threads(1)
-    partita.engine.engine.world_communicator = world_communicator_by_default(transport)  # type: ignore[assignment]
+    inside.connect_by(world_communicator_by_default(transport))
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
     )

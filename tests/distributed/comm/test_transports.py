@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import inside
 import partita
-import partita.engine.engine
 import pytest
 import torch
 import torch.distributed as dist
@@ -129,15 +129,15 @@ def test_when_one_rank_cannot_join_all_raise_if_that_was_asked_for(ranks):
 
 
 def _asked_of_world_communicator(comm: dict[str, Any]) -> tuple[str, timedelta, str]:
-    real, calls = partita.engine.engine.world_communicator, []
+    real, calls = inside.connect(), []
 
     def record(*args: Any) -> Any:
         calls.append(args)
         return real(*args)
 
-    with mock.patch.object(partita.engine.engine, "world_communicator", record):
+    with inside.with_connect(record):
         engine = partita.Engine(make_model(), config=base_config(comm=comm))
-    kind = type(engine._communicator).__name__
+    kind = type(inside.communicator(engine)).__name__
     engine.destroy()
     ((transport, timeout, _device),) = calls
     return transport, timeout, kind
@@ -168,7 +168,8 @@ def test_the_config_reaches_the_transport(ranks, transport, comm, expected):
 )
 def test_wrong_values_are_config_errors_that_name_the_key(key, value):
     """Before anything is communicated."""
-    with mock.patch.object(partita.engine.engine, "world_communicator") as called, pytest.raises(ConfigError) as raised:
+    called = mock.Mock()
+    with inside.with_connect(called), pytest.raises(ConfigError) as raised:
         partita.Engine(make_model(), config=base_config(comm={key: value}))
     assert f"comm.{key}" in str(raised.value)
     assert not called.called
@@ -200,7 +201,7 @@ def _trained_on_hosts(stage: int, hosts: tuple[str, ...]) -> Any:
     def connect(*_: Any, beside: Communicator | None = None) -> Communicator:
         return communicator_of(dist.new_group() if beside else group, "auto", TIMEOUT, host=hosts[dist.get_rank()])
 
-    with mock.patch.object(partita.engine.engine, "world_communicator", connect):
+    with inside.with_connect(connect):
         return train(base_config(stage=stage, gradient_clipping=0.5))
 
 
@@ -228,7 +229,7 @@ def _step(engine: partita.Engine, step: int) -> None:
 
 def _copies(stage: int) -> None:
     engine = partita.Engine(make_model(), config=base_config(stage=stage, **SHARED))
-    assert isinstance(engine._communicator, SharedMemoryCommunicator)
+    assert isinstance(inside.communicator(engine), SharedMemoryCommunicator)
     _step(engine, 0)
     state = engine.module_state_dict()
     expected = {name: value.tolist() for name, value in state.items()}
@@ -375,7 +376,7 @@ def _life(stage: int) -> None:
     """An engine that trains two steps and ends."""
     model = _wide_model()
     engine = partita.Engine(model, config=base_config(stage=stage, reduce_bucket_size=1 << 20, **SHARED))
-    communicator = weakref.ref(engine._communicator)
+    communicator = weakref.ref(inside.communicator(engine))
     for _ in range(2):
         engine.backward(engine(torch.ones(1, 1024)).square().mean())
         engine.step()
@@ -413,7 +414,7 @@ def _dropped(stage: int) -> None:
     for _ in range(2):
         engine.backward(engine(torch.ones(1, 1024)).square().mean())
         engine.step()
-    communicator = weakref.ref(engine._communicator)
+    communicator = weakref.ref(inside.communicator(engine))
     del engine
     gc.collect()
     assert communicator() is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import inside
 import partita
 import pytest
 import torch
@@ -92,7 +93,7 @@ def _launches_of_a_backward(config: dict[str, Any], backward: str) -> tuple[list
             backward_of(engine, backward)(engine(*tokens_of(step, 0)))
             launches.append(len(recorder.launches()))
             engine.step()
-        units = len(engine._units)
+        units = len(inside.units(engine))
         engine.destroy()
     return launches, units
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import inside
 import partita
 import pytest
 import torch
@@ -39,7 +40,7 @@ def _leaves(config: dict[str, Any], backward: str, create_graph: bool) -> None:
             engine.step()
             for parameter in model.parameters():
                 assert parameter.is_leaf and parameter.requires_grad and parameter.grad is None
-            for unit in engine._units:
+            for unit in inside.units(engine):
                 for name, value in vars(unit).items():
                     if isinstance(value, Tensor):
                         assert value.grad_fn is None and not value.requires_grad, name

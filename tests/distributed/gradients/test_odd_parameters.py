@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import inside
 import partita
 import pytest
 import torch
@@ -67,9 +68,8 @@ def _state_is_finite(config: dict[str, Any]) -> tuple[bool, bool, bool]:
         for i in range(engine.gradient_accumulation_steps()):
             ODD_MODEL.micro_batch(engine, engine.backward, step, i)
             engine.step()
-    update = engine._sharded._update
-    states = getattr(update, "exp_avg", []) + getattr(update, "exp_avg_sq", [])
-    states += [s["momentum_buffer"] for s in engine._sharded.inner.state.values()]
+    states = [moment for by_name in inside.moments(engine) for moment in by_name.values()]
+    states += [s["momentum_buffer"] for s in inside.torch_states(engine)]
     with whole(engine):
         finite = [all(bool(t.isfinite().all()) for t in tensors) for tensors in (states, engine.module.parameters())]
     engine.destroy()

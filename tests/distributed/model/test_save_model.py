@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import inside
 import partita
 import pytest
 import torch
@@ -54,7 +55,7 @@ def _saves(folder: str, stage: int, over: str, precision: str) -> None:
     engine.save_model(root / "half.safetensors", dtype=torch.float16)
     live = engine.module_state_dict()
     masters = {name: safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters(remove_duplicate=False)}
-    engine._communicator.barrier()  # rank 0 has written
+    inside.communicator(engine).barrier()  # rank 0 has written
 
     assert_same_weights(load_file(root / "live.safetensors"), live, "in the file")
     written = load_file(root / "new" / "masters.safetensors")
@@ -173,17 +174,17 @@ def _fails(folder: str, stage: int, over: str, failure: str) -> tuple[str, list[
     if engine.global_rank == 0:
         (root / "taken").write_text("a file")
         (root / "folder" / "inner").mkdir(parents=True)
-    engine._communicator.barrier()
-    with mock.patch("partita.model.export.WeightFile", file):
+    inside.communicator(engine).barrier()
+    with inside.with_weight_file(file):
         message = error_of(lambda: engine.save_model(root / name), OSError)
-    engine._communicator.barrier()
+    inside.communicator(engine).barrier()
     left = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
-    engine._communicator.barrier()
+    inside.communicator(engine).barrier()
     for each in (engine, other):
         take_step(each, 1)
     engine.save_model(root / "next.safetensors")
     assert_same_weights(engine.module_state_dict(), other.module_state_dict(), "after the error")
-    engine._communicator.barrier()
+    inside.communicator(engine).barrier()
     assert_same_weights(load_file(root / "next.safetensors"), other.module_state_dict(), "in the next file")
     engine.destroy()
     other.destroy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import inside
 import partita
 import pytest
 import torch
@@ -131,10 +132,10 @@ def _views(stage: int) -> None:
     if stage == 3:
         _views_of_shards(engine)
         return
-    storages = {unit.params.untyped_storage().data_ptr() for unit in engine._units}
+    storages = {unit.params.untyped_storage().data_ptr() for unit in inside.units(engine)}
     for name, parameter in model.named_parameters():
         assert parameter.untyped_storage().data_ptr() in storages, name
-    for unit in engine._units:
+    for unit in inside.units(engine):
         # fp32: the master is the parameter; the shard is a slice of the full buffer; reduced gradients of theirs
         assert unit.master.untyped_storage().data_ptr() == unit.params.untyped_storage().data_ptr()
         assert unit.master.data_ptr() == unit.params.data_ptr() + 4 * unit.own.start
@@ -147,7 +148,7 @@ def _views(stage: int) -> None:
 def _views_of_shards(engine: partita.Engine) -> None:
     """In stage 3 a parameter has no memory but while it computes, when it lies in its unit's full buffer."""
     model, seen = engine.module, set()
-    unit_of = {p: unit for unit in engine._units for p in unit.parameters}
+    unit_of = {p: unit for unit in inside.units(engine) for p in unit.parameters}
 
     def note(*_: Any) -> None:
         for p, unit in unit_of.items():
@@ -162,7 +163,7 @@ def _views_of_shards(engine: partita.Engine) -> None:
         assert parameter.untyped_storage().nbytes() == 0, name
         assert parameter.untyped_storage()._cdata == places[name], name
     assert_absent(model)
-    for unit in engine._units:
+    for unit in inside.units(engine):
         assert len(unit.own_params) == len(unit.own) == unit.layout.shard_numel
         assert unit.master.data_ptr() == unit.own_params.data_ptr()
         mapped = unit.params.untyped_storage().nbytes() > 0

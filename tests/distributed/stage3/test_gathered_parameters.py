@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import inside
 import partita
 import pytest
 import torch
@@ -13,7 +14,6 @@ from blocks_model import (
     batch_of,
     config_for,
     error_of,
-    gathered_bytes,
     make_blocks,
     take_step,
 )
@@ -53,11 +53,11 @@ def _trained_after_an_edit(stage: int, transport: str, precision: str, gathers: 
             else:
                 with torch.no_grad():
                     edited[0].fill_(77.0)  # not the modifier: dropped
-    assert gathered_bytes(engine) == 0
+    assert inside.gathered_bytes(engine) == 0
     now = engine.module_state_dict()
     with GatheredParameters(model.parameters()):
         assert_same_weights({name: p.detach() for name, p in model.state_dict().items()}, now, "gathered")
-    for unit in engine._units:
+    for unit in inside.units(engine):
         unit.adopt_written_parameters()  # the next step would
     kept = masters(engine)
     for step in (1, 2):
@@ -112,7 +112,7 @@ def _refused_edits(stage: int, transport: str, precision: str) -> None:
         if stage == 3:
             assert "embed" in error_of(edited[0].sum, AbsentParameterError)
     assert "ranks 0 to 1" in error_of(lambda: GatheredParameters(edited, modifier_rank=2), ValueError)
-    assert gathered_bytes(engine) == 0
+    assert inside.gathered_bytes(engine) == 0
     assert_same_weights(engine.module_state_dict(), before)
     assert_same_weights(
         {n: v.nan_to_num(7.0) for n, v in masters(engine).items()}, {n: v.nan_to_num(7.0) for n, v in kept.items()}
@@ -168,8 +168,8 @@ def _unequal(transport: str, inside: bool, first: bool) -> dict[str, Tensor]:
                 assert torch.equal(model(tokens), whole)
             if inside:
                 assert model.head.weight.sum() != 0
-                assert gathered_bytes(engine) > 0
-        assert gathered_bytes(engine) == 0
+                assert inside.gathered_bytes(engine) > 0
+        assert inside.gathered_bytes(engine) == 0
         take_step(engine, 1)
     return engine.module_state_dict()
 
@@ -205,7 +205,7 @@ def _trains_inside(stage: int, transport: str) -> dict[str, Tensor]:
         if step >= 2:
             engine.backward(loss)
         engine.step()
-        assert gathered_bytes(engine) == 0
+        assert inside.gathered_bytes(engine) == 0
     return engine.module_state_dict()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import inside
 import partita
 import pytest
 import torch
@@ -195,7 +196,7 @@ def _pending_at_launches(stage: int) -> tuple[list[int], int]:
             engine.backward(engine(numbers(step + engine.global_rank, 2, 7)))
             engine.step()
         engine.module_state_dict()
-        units = len(engine._units)
+        units = len(inside.units(engine))
         engine.destroy()
     return gates.pending, units
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import inside
 import partita
 import pytest
 import torch
@@ -19,7 +20,6 @@ from blocks_model import (
     batch_of,
     config_for,
     error_of,
-    gathered_bytes,
     make_blocks,
     take_step,
 )
@@ -129,7 +129,7 @@ def _interrupt(engine: partita.Engine, step: int) -> None:
         for length in range(1, 6):  # an inner module by itself, as generate() of what the model wraps
             with torch.no_grad():
                 model.body(tokens[:, :length])
-            assert gathered_bytes(engine) == 0
+            assert inside.gathered_bytes(engine) == 0
         with torch.inference_mode():
             model(tokens)
             model.body.blocks[2](torch.ones(1, 7))
@@ -142,7 +142,7 @@ def _interrupt(engine: partita.Engine, step: int) -> None:
                     call(tokens)
                 failing.fails = ""
                 engine.zero_grad()
-                assert gathered_bytes(engine) == 0
+                assert inside.gathered_bytes(engine) == 0
     elif step == 4:
         failing.fails = "backward"
         loss = engine(tokens, targets)
@@ -153,7 +153,7 @@ def _interrupt(engine: partita.Engine, step: int) -> None:
     elif step == 5:
         engine(tokens, targets)  # nobody wants its gradients
         engine.zero_grad()
-    assert gathered_bytes(engine) == 0, f"between steps, {step}"
+    assert inside.gathered_bytes(engine) == 0, f"between steps, {step}"
 
 
 @through_both
@@ -182,7 +182,7 @@ def _forwards_inside_a_step(transport: str, stage: int) -> dict[str, Tensor]:
             if step == 2:
                 engine.backward(loss)
         engine.step()
-        assert gathered_bytes(engine) == 0
+        assert inside.gathered_bytes(engine) == 0
     return engine.module_state_dict()
 
 
@@ -201,8 +201,8 @@ class Seen:
     def __init__(self, engine: partita.Engine) -> None:
         self.forward: dict[int, set[int]] = {}
         self.backward: dict[int, set[int]] = {}
-        self._groups = engine._lifetimes.groups
-        for i, group in enumerate(self._groups[:-1]):
+        self._blocks, self._root = inside.blocks(engine), inside.root(engine)
+        for i, group in enumerate(self._blocks):
             group.module.mix.register_forward_hook(partial(self._compute, i))  # type: ignore[union-attr]
 
     def _compute(self, i: int, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -210,9 +210,8 @@ class Seen:
         output.register_hook(lambda _: self.backward.update({i: self._here()}))  # type: ignore[no-untyped-call]
 
     def _here(self) -> set[int]:
-        root = self._groups[-1]
-        assert all(unit.gathered_bytes for unit in root.units), "the root is not there"
-        return {i for i, g in enumerate(self._groups[:-1]) if any(unit.gathered_bytes for unit in g.units)}
+        assert all(unit.gathered_bytes for unit in self._root.units), "the root is not there"
+        return {i for i, g in enumerate(self._blocks) if any(unit.gathered_bytes for unit in g.units)}
 
 
 def _blocks_that_are_here(zero: dict[str, Any]) -> tuple[dict[int, set[int]], dict[int, set[int]], int]:
@@ -220,7 +219,7 @@ def _blocks_that_are_here(zero: dict[str, Any]) -> tuple[dict[int, set[int]], di
     seen = Seen(engine)
     for step in range(3):
         take_step(engine, step)
-    sizes = {group.numel for group in engine._lifetimes.groups[:-1]}
+    sizes = {group.numel for group in inside.blocks(engine)}
     assert len(sizes) == 1
     return seen.forward, seen.backward, sizes.pop()
 
@@ -262,7 +261,7 @@ def test_small_parameters_are_always_here(ranks, threshold):
 
 def _blocks_of(config: dict[str, Any]) -> list[str]:
     engine = partita.Engine(model=make_blocks(), config=config)
-    names = [type(group.module).__name__ for group in engine._lifetimes.groups[:-1]]
+    names = [type(group.module).__name__ for group in inside.blocks(engine)]
     engine.destroy()
     return names
 

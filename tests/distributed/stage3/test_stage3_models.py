@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import inside
 import partita
 import pytest
 import torch
@@ -17,7 +18,6 @@ from blocks_model import (
     batch_of,
     config_for,
     error_of,
-    gathered_bytes,
     make_blocks,
     take_step,
 )
@@ -40,9 +40,9 @@ def _orders_as_stage_0(orders: dict[Any, list[int]], transport: str) -> None:
             for step in range(4):
                 _set_order(orders, engine, step)
                 take_step(engine, step)
-                assert gathered_bytes(engine) == 0
+                assert inside.gathered_bytes(engine) == 0
                 engine.eval_batch(batch_of(50, engine.global_rank))
-                assert gathered_bytes(engine) == 0
+                assert inside.gathered_bytes(engine) == 0
             runs.append(engine.module_state_dict())
             engine.destroy()
         assert_same_weights(runs[1], runs[0], f"{orders} {zero}")
@@ -143,9 +143,8 @@ def _frozen_memory(transport: str) -> tuple[int, int, int, int]:
         assert p.untyped_storage().nbytes() == 0, f"{name} has memory"
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    states = sum(s.numel for i in range(len(engine._units)) for s, _ in engine._sharded.states(i, "exp_avg"))
-    flats = {id(u): u for group in engine._lifetimes.groups for u in group.units if u not in engine._units}
-    kept = sum(s.numel for flat in flats.values() for s in flat.layout.slices(flat.own))
+    states = inside.state_numel(engine, "exp_avg")
+    kept = sum(s.numel for flat in inside.frozen_units(engine) for s in flat.layout.slices(flat.own))
     return trained, frozen, states, kept
 
 

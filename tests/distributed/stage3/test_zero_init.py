@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import inside
 import partita
 import pytest
 import torch
@@ -16,7 +17,6 @@ from blocks_model import (
     assert_same_weights,
     config_for,
     error_of,
-    gathered_bytes,
     make_blocks,
     run_steps,
     take_step,
@@ -283,7 +283,7 @@ def _loads(folder: str, transport: str, stage: int, precision: str, kind: str) -
     config = config_for(stage, transport, precision)
     engine = partita.Engine(model=make_blocks(), config=config)
     assert engine.load_module_state_dict(source, rank=1) == []
-    assert gathered_bytes(engine) == 0
+    assert inside.gathered_bytes(engine) == 0
     own = engine.module_state_dict()
     assert_same_weights(own, {name: value.to(own[name].dtype) for name, value in expected.items()})
     take_step(engine, 0)

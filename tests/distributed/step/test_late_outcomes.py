@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
-from unittest import mock
 
+import inside
 import partita
-import partita.units.reducer as reducer_module
 import pytest
 import torch
 from dictated import SPLIT, Dictated, config_for, dictate, share, take_step
 from late_streams import LateStreams, on_late_streams
+from partita.units import Unit
 from support import whole
 from torch import Tensor
 
@@ -60,25 +60,19 @@ def _run(config: dict[str, Any], late: bool, asks: bool) -> dict[str, Any]:
     seen: dict[str, Any] = {"used": [], "reports": [], "asked": [], "losses": []}
     with on_late_streams() if late else nullcontext(), log_lines() as lines:
         engine = partita.Engine(model=Dictated(), config=config)
-        update, lines[:] = engine._sharded._update, []
-        begin = update.begin
-
-        def note_and_begin() -> None:
-            seen["used"].append(engine._learning_rates())
-            begin()
-
-        update.begin = note_and_begin
-        for step, event in enumerate(PATTERN):
-            for i in range(engine.gradient_accumulation_steps()):
-                loss = engine(gradients(engine, step, bad=event == "x" and i == 0))
-                seen["losses"].append(loss.item())
-                engine.backward(loss)
-                engine.step()
-            if asks:
-                norm = engine.get_global_grad_norm()
-                seen["asked"].append(repr((engine.get_lr(), engine.loss_scale, engine.skipped_steps, norm)))
-            seen["reports"].append(list(lines))
-            lines.clear()
+        lines.clear()
+        with inside.watching_update(engine, lambda: seen["used"].append(inside.learning_rates(engine))):
+            for step, event in enumerate(PATTERN):
+                for i in range(engine.gradient_accumulation_steps()):
+                    loss = engine(gradients(engine, step, bad=event == "x" and i == 0))
+                    seen["losses"].append(loss.item())
+                    engine.backward(loss)
+                    engine.step()
+                if asks:
+                    norm = engine.get_global_grad_norm()
+                    seen["asked"].append(repr((engine.get_lr(), engine.loss_scale, engine.skipped_steps, norm)))
+                seen["reports"].append(list(lines))
+                lines.clear()
         seen["skipped"] = engine.skipped_steps
         seen["lr"] = engine.get_lr()
         weights = engine.module_state_dict()
@@ -146,10 +140,7 @@ def _waits(config: dict[str, Any]) -> list[tuple[list[int], list[int], list[int]
         for step in range(6):
             engine.backward(engine(gradients(engine, step, bad=step == 2)))
             before = streams.waits()
-            run = engine._sharded.run
-            with mock.patch.object(
-                engine._sharded, "run", lambda run=run, **kw: (streams.events.append("run"), run(**kw))
-            ):
+            with inside.watching_step(engine, lambda: streams.events.append("run")):
                 engine.step()
             assert "run" in streams.events
             assert all(e[0] != "wait" for e in streams.events[streams.events.index("run") :]), "waits after the update"
@@ -238,7 +229,7 @@ def _packs(stage: int, overlap: bool) -> list[tuple[set[str], set[str], bool]]:
         backward = 0
         for name, parameter in engine.module.named_parameters():
             parameter.register_hook(lambda _grad, name=name: work_on(name))
-        with mock.patch.object(reducer_module.GradientReducer, "_pack", _watched_pack(streams, made_on, rows)):
+        with inside.watching_packs(_watch(streams, made_on, rows)):
             for backward in range(6):
                 engine.backward(engine(gradients(engine, backward, bad=False)))
                 streams.stream = "main"
@@ -247,27 +238,22 @@ def _packs(stage: int, overlap: bool) -> list[tuple[set[str], set[str], bool]]:
     return rows
 
 
-def _watched_pack(streams: LateStreams, made_on: dict[str, str], rows: list[Any]) -> Any:
-    original, pack = reducer_module.GradientReducer._pack, reducer_module.kernels.pack
-
-    def watched(self: Any, index: int, buffer: Tensor, *, accumulate: bool) -> None:
-        unit = self.units[index]
+def _watch(streams: LateStreams, made_on: dict[str, str], rows: list[Any]) -> inside.PackWatch:
+    def begins(unit: Unit) -> Callable[[], None]:
         grads = {p.grad.data_ptr() for p in unit.parameters if p.grad is not None}
         streams.events.clear()
 
-        def note_and_pack(*args: Any, **kwargs: Any) -> None:
+        def packs() -> None:
             after = [event for event in streams.events if event[0] == "come after" and event[2]]
             expected = {made_on[slot.name] for slot in unit.layout.slots}
             told = all(grads <= set(event[2]) for event in after)
             in_order = set(range(len(rows))) <= streams.known[streams.stream]
             streams.known[streams.stream].add(len(rows))
             rows.append((expected, {event[1] for event in after}, told and in_order))
-            pack(*args, **kwargs)
 
-        with mock.patch.object(reducer_module.kernels, "pack", note_and_pack):
-            original(self, index, buffer, accumulate=accumulate)
+        return packs
 
-    return watched
+    return begins
 
 
 @pytest.mark.parametrize("overlap", [True, False])

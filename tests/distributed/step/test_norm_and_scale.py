@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import inside
 import partita
 import pytest
 import torch
@@ -89,7 +90,7 @@ def _scales(fp16: dict[str, Any], pattern: str) -> tuple[list[tuple[float, int, 
             engine.step()
         except FloatingPointError as error:
             return rows, str(error)
-        state = engine._controller.loss_scale
+        state = inside.loss_scale(engine)
         good_steps = state.good_steps if fp16.get("loss_scale") is None else state.applied_steps
         rows.append((engine.loss_scale, state.hysteresis, good_steps))
     return rows, ""
@@ -218,7 +219,7 @@ def _few_elements(config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list
         engine.backward(engine(share(grads, engine.global_rank, engine.world_size)))
         engine.step()
         norms.append(engine.get_global_grad_norm())
-    return masters(engine), norms, [len(unit.layout.slices(unit.own)) for unit in engine._units]
+    return masters(engine), norms, [len(unit.layout.slices(unit.own)) for unit in inside.units(engine)]
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "SGD", "Adagrad", "RMSprop"])

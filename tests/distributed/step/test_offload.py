@@ -5,19 +5,15 @@ The device is the CPU here, so what is on the host is told by who allocated it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
+import inside
 import partita
-import partita.units.parameters as parameters_module
-import partita.units.unit as unit_module
 import pytest
 import torch
 from dictated import SPLIT, Dictated, config_for, dictate, share
 from late_streams import LateStreams, on_late_streams
-from partita.device.memory import host_buffer
 from partita.units import Lifetime
 from partita.utils import (
     safe_get_full_fp32_param,
@@ -196,35 +192,22 @@ def test_several_backwards_before_a_step_all_count(ranks, offload, over, change)
 # -- where the bytes are
 
 
-@contextmanager
-def noted_host_buffers() -> Iterator[list[Tensor]]:
-    """Those that units made in this block have on the host."""
-    made: list[Tensor] = []
-
-    def note(*args: Any) -> Tensor:
-        made.append(host_buffer(*args))
-        return made[-1]
-
-    with mock.patch.object(unit_module, "host_buffer", note), mock.patch.object(parameters_module, "host_buffer", note):
-        yield made
-
-
 def lies_in(tensor: Tensor, buffers: list[Tensor]) -> bool:
     storages = {buffer.untyped_storage()._cdata for buffer in buffers}
     return tensor.numel() == 0 or tensor.untyped_storage()._cdata in storages
 
 
 def _bytes_of(config: dict[str, Any]) -> None:
-    with noted_host_buffers() as host:
+    with inside.noting_host_buffers() as host:
         engine = partita.Engine(model=Dictated(), config=config)
     zero = engine.config.zero_optimization
     everything = zero.offload_optimizer.ratio == 1
-    offloaded = [unit for unit in engine._units if unit.offloads]
+    offloaded = [unit for unit in inside.units(engine) if unit.offloads]
     assert offloaded
-    assert (len(offloaded) == len(engine._units)) == everything
-    update = engine._sharded._update
-    for unit, exp_avg, exp_avg_sq in zip(engine._units, update.exp_avg, update.exp_avg_sq, strict=True):
-        states = [t for t in (unit.master, unit.remainder, unit.reduced, exp_avg, exp_avg_sq) if t is not None]
+    assert (len(offloaded) == len(inside.units(engine))) == everything
+    for unit, moments in zip(inside.units(engine), inside.moments(engine), strict=True):
+        assert len(moments) == 2
+        states = [t for t in (unit.master, unit.remainder, unit.reduced, *moments.values()) if t is not None]
         if not len(unit.own):
             continue
         assert [lies_in(t, host) for t in states] == [unit.offloads] * len(states), unit.layout.slots
@@ -240,8 +223,8 @@ def _bytes_of(config: dict[str, Any]) -> None:
     spare = 1 if engine.config.bf16.master_weights == "split" else 0  # whole masters, while it is built
     assert len(host) == (by_unit + spare) * len(offloaded)
     if not everything:
-        numel = [sum(p.numel() for p in unit.parameters) for unit in engine._units]
-        on_host = sum(n for n, unit in zip(numel, engine._units, strict=True) if unit.offloads)
+        numel = [sum(p.numel() for p in unit.parameters) for unit in inside.units(engine)]
+        on_host = sum(n for n, unit in zip(numel, inside.units(engine), strict=True) if unit.offloads)
         assert abs(on_host - zero.offload_optimizer.ratio * sum(numel)) <= max(numel) / 2
     engine.destroy()
 
@@ -259,10 +242,10 @@ def _offloaded_share(ratio: float, sizes: list[int]) -> float:
     config = offloading("1")
     config["zero_optimization"]["offload_optimizer"] = {**CPU, "ratio": ratio}
     engine = partita.Engine(model=Dictated(shapes), config=config)
-    share = [unit.offloads for unit in engine._units]
+    share = [unit.offloads for unit in inside.units(engine)]
     if len(set(sizes)) == 1:
         assert share == sorted(share, reverse=True)  # what is reduced first has the longest time to travel
-    numel = sum(p.numel() for unit in engine._units if unit.offloads for p in unit.parameters)
+    numel = sum(p.numel() for unit in inside.units(engine) if unit.offloads for p in unit.parameters)
     engine.destroy()
     return numel / sum(sizes)
 
@@ -372,14 +355,14 @@ def _skips(config: dict[str, Any], maker: int, element: int) -> None:
     engine = partita.Engine(model=Dictated(), config=config)
     one_backward(engine, 0, bad=False)
     engine.step()
-    before, step = state_of(engine), engine._controller.last.step
+    before, step = state_of(engine), inside.last_control(engine).step
     grads = gradients(engine, 1)
     if engine.global_rank == maker:
         grads["e"][element] = float("nan")
     engine.backward(engine(grads))
     engine.step()
     assert engine.skipped_steps == 1
-    assert engine._controller.last.step == step
+    assert inside.last_control(engine).step == step
     assert_same(state_of(engine), before, "after the skip")
     one_backward(engine, 2, bad=False)
     engine.step()
@@ -420,12 +403,12 @@ class ApartStreams(LateStreams):
 
 def _set_apart(engine: partita.Engine) -> None:
     """From now on, what gradients and shards are copied to and from is on another device."""
-    for unit in engine._units:
+    for unit in inside.units(engine):
         if unit.offloads:
             unit.reduced = unit.reduced.as_subclass(OnHost)
             if engine.config.zero_optimization.offload_param.device == "cpu" and unit.lifetime is Lifetime.GATHERED:
                 unit.own_params = unit.own_params.as_subclass(OnHost)
-    engine._streams.waits()
+    inside.streams(engine).waits()
 
 
 def _late(config: dict[str, Any], backward: Callable[..., None], apart: bool) -> list[tuple[int, int]]:
@@ -461,8 +444,7 @@ def _order(config: dict[str, Any]) -> list[Any]:
         one_backward(engine, 1, bad=False)
         in_backward = [event for event in streams.events if event[0] in ("copy", "wait")]
         streams.events.clear()
-        run = engine._sharded.run
-        with mock.patch.object(engine._sharded, "run", lambda **kw: (streams.events.append(("run",)), run(**kw))):
+        with inside.watching_step(engine, lambda: streams.events.append(("run",))):
             engine.step()
         events = [event for event in streams.events if event[0] in ("copy", "wait", "run")]
         before_run = events[: events.index(("run",))]

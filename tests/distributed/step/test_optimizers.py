@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import inside
 import partita
 import pytest
 import torch
@@ -58,10 +59,9 @@ def _fresh(config: dict[str, Any], seed_of_rank: bool) -> tuple[dict[str, Tensor
     """Masters right after initialize, the numbers that must be 0, and the sums of the moments."""
     rank = torch.distributed.get_rank()
     engine = partita.Engine(model=Dictated(seed=rank if seed_of_rank else 0), config=config)
-    state = engine._controller.loss_scale
+    state = inside.loss_scale(engine)
     counts = [engine.global_steps, engine.micro_steps, engine.skipped_steps, state.applied_steps, state.good_steps]
-    update = engine._sharded._update
-    return masters(engine), counts, [float(m.abs().sum()) for m in (*update.exp_avg, *update.exp_avg_sq)]
+    return masters(engine), counts, [float(m.abs().sum()) for unit in inside.moments(engine) for m in unit.values()]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -134,7 +134,7 @@ def _grouped_steps(config: dict[str, Any], make: Any) -> dict[str, Tensor]:
     model = Dictated()
     optimizer = make(model)
     engine = partita.Engine(model=model, optimizer=optimizer, config=config)
-    assert type(engine._sharded._update).__name__ == "NativeAdam"
+    assert inside.update_kind(engine) == "NativeAdam"
     assert engine.get_lr() == [0.1, 7.0, 0.01, 0.02]
     for step in range(10):
         take_step(engine, dictate(step))
@@ -179,7 +179,7 @@ def _steps_with_unused(config: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
     engine = partita.Engine(model=Dictated(), config=config)
     for step in range(6):
         take_step(engine, _some_unused(step))
-    return masters(engine), engine._controller.loss_scale.applied_steps
+    return masters(engine), inside.loss_scale(engine).applied_steps
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
@@ -224,16 +224,17 @@ def _adapters(config: dict[str, Any], all_in_the_optimizer: bool) -> dict[str, A
         engine.backward(engine(torch.randn(4, 6, generator=generator)))
         engine.step()
     dtypes = {p.dtype for p in model.parameters()}
-    assert dtypes == {engine._units[0].dtype}, "frozen parameters are cast as the others"
+    assert dtypes == {inside.units(engine)[0].dtype}, "frozen parameters are cast as the others"
     with whole(engine):
         for name, parameter in model.named_parameters():
             same = torch.equal(parameter, before[name].to(parameter.dtype))
             assert same == name.startswith(("base", "out")), f"{name} {'did not change' if same else 'changed'}"
             assert parameter.grad is None
+    units = inside.units(engine)
     return {
-        "trained": sorted(slot.name for unit in engine._units for slot in unit.layout.slots),
-        "states": [m.numel() for m in engine._sharded._update.exp_avg] == [len(unit.own) for unit in engine._units],
-        "elements": sum(slot.numel for unit in engine._units for slot in unit.layout.slots),
+        "trained": sorted(slot.name for unit in units for slot in unit.layout.slots),
+        "states": [m["exp_avg"].numel() for m in inside.moments(engine)] == [len(unit.own) for unit in units],
+        "elements": sum(slot.numel for unit in units for slot in unit.layout.slots),
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import inside
 import partita
 import pytest
 import torch
@@ -27,21 +28,20 @@ def _snapshot(engine: partita.Engine) -> dict[str, Tensor]:
     """Every byte that a step may change: parameters, masters, moments (padding too)."""
     with whole(engine):
         tensors = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
-    for i, unit in enumerate(engine._units):
+    for i, unit in enumerate(inside.units(engine)):
         params = unit.own_params if is_partitioned(engine) else unit.params
         kept = {f"params {i}": params, f"master {i}": unit.master, f"remainder {i}": unit.remainder}
         tensors |= {name: tensor for name, tensor in kept.items() if tensor is not None}
-    update = engine._sharded._update
-    for kind in ("exp_avg", "exp_avg_sq"):
-        tensors |= {f"{kind} {i}": tensor for i, tensor in enumerate(getattr(update, kind, []))}
-    for i, state in enumerate(engine._sharded.inner.state.values()):
+    for i, moments in enumerate(inside.moments(engine)):
+        tensors |= {f"{kind} {i}": tensor for kind, tensor in moments.items()}
+    for i, state in enumerate(inside.torch_states(engine)):
         tensors |= {f"{key} {i}": torch.as_tensor(value) for key, value in state.items()}
     return {name: t.detach().reshape(-1).view(torch.uint8).clone() for name, t in tensors.items()}
 
 
 def _element_in_shard(engine: partita.Engine, shard: int) -> tuple[str, int]:
     """The last element of some unit that belongs to rank `shard`."""
-    for unit in engine._units:
+    for unit in inside.units(engine):
         slices = unit.layout.slices(unit.layout.shard_range(shard))
         if slices:
             return slices[-1].slot.name, slices[-1].parameter_offset + slices[-1].numel - 1
@@ -83,7 +83,7 @@ def _skips_bad_steps(config: dict[str, Any]) -> None:
                 assert engine.get_lr() == lr, case
                 assert engine.lr_scheduler.last_epoch == 1, case
                 assert (engine.skipped_steps, engine.global_steps) == (skipped, skipped + 1), case
-                assert engine._controller.loss_scale.applied_steps == 1, case
+                assert inside.loss_scale(engine).applied_steps == 1, case
                 assert not torch.isfinite(torch.tensor(engine.get_global_grad_norm())), case
                 assert engine.loss_scale == scale, case
     for step in (1, 2):

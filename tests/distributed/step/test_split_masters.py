@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import inside
 import partita
 import pytest
 import torch
@@ -66,7 +67,7 @@ def assert_same_state(whole: partita.Engine, split: partita.Engine, where: str) 
     for (name, value), other in zip(masters(whole).items(), masters(split).values(), strict=True):
         assert torch.equal(bits(value), bits(other)), f"master of {name} {where}"
     for moment in ("exp_avg", "exp_avg_sq"):
-        ours, theirs = (getattr(engine._sharded._update, moment) for engine in (split, whole))
+        ours, theirs = ([unit[moment] for unit in inside.moments(engine)] for engine in (split, whole))
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), f"{moment} {where}"
     assert split.get_lr() == whole.get_lr(), where
     assert split.skipped_steps == whole.skipped_steps, where
@@ -167,13 +168,12 @@ def _bytes_per_parameter(kind: str, stage: int) -> float:
     model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3)))
     engine = partita.Engine(model, config=config_for(stage, optimizer=ADAM, **KINDS[kind]))
     kept: list[Tensor | None] = []
-    for unit in engine._units:
+    for unit in inside.units(engine):
         assert (unit.master is None, unit.remainder is None) == (kind == "split", kind == "fp32")
         kept += [unit.own_params if stage == 3 else unit.params, unit.master, unit.remainder]
         kept.append(unit.reduced if unit.full_grads is None else unit.full_grads)
         assert unit.gathered_bytes == 0
-    update = engine._sharded._update
-    kept += [*update.exp_avg, *update.exp_avg_sq]
+    kept += [moment for by_name in inside.moments(engine) for moment in by_name.values()]
     return sum(t.nbytes for t in kept if t is not None) / (3 * 64 * 64)
 
 

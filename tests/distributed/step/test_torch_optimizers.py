@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import inside
 import partita
 import pytest
 import torch
@@ -127,7 +128,7 @@ def _train(config: dict[str, Any], recipe: Recipe, as_function: bool = False) ->
             else:  # bf16 ties away from zero
                 kernels.split_master(rounded, value[known])
             assert torch.equal(parameter.flatten()[known], rounded), f"{name} is not its master"
-    return masters(engine), type(engine._sharded._update).__name__
+    return masters(engine), inside.update_kind(engine)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
