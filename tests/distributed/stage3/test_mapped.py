@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_transport import ONE_HOST, TORCH, TWO_HOSTS, communicator_on
 from partita.comm import CommunicationError, Communicator, SingleProcess
-from test_collectives import ONE_HOST, TORCH, TWO_HOSTS, communicator_on
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.uint8)
