@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import inside
 import partita
 import pytest
 import torch
@@ -175,14 +176,14 @@ def _builds_and_saves(kind: str, over: str, folder: str) -> None:
         engine.step()
     engine.save_16bit_model(folder)
     weights = engine.module_state_dict()
-    engine._communicator.barrier()
+    inside.communicator(engine).barrier()
     fresh = build(kind)
     fresh.load_state_dict(load_file(Path(folder) / "model.safetensors"), strict=True)
     assert_same_weights(fresh.state_dict(), weights)
     assert not torch.equal(next(iter(weights.values())), next(iter(plain.values())))
     if engine.global_rank == 0:
         model.config.save_pretrained(folder)
-    engine._communicator.barrier()
+    inside.communicator(engine).barrier()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert_same_weights(loaded.state_dict(), weights)
     engine.destroy()

@@ -112,6 +112,61 @@ def test_the_engine_imports_its_parts_by_their_packages():
         assert name.count(".") == 1 or name.split(".")[1] not in packages - {"engine"}, name
 
 
+# -- the inside of an engine
+
+INSIDE = ROOT / "tests" / "harness" / "inside.py"
+MAY_LOOK_INSIDE = {INSIDE, ROOT / "bench" / "peers" / "model_states.py"}  # the benchmark still reads buffers itself
+USERS = sorted(path for folder in ("tests", "bench", "examples") for path in (ROOT / folder).rglob("*.py"))
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def is_own(node: ast.Attribute) -> bool:
+    """Whether this is an attribute of `self` or `cls`."""
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+def privates_of_the_engine() -> set[str]:
+    """Private attributes and methods of all classes in partita.engine."""
+    found = set()
+    for path in (PACKAGE / "engine").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                found |= {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_own(node):
+                found.add(node.attr)
+    return {name for name in found if is_private(name)}
+
+
+def looks_inside(path: Path, privates: set[str]) -> list[str]:
+    """Lines that touch a private of the engine, or a module that the engine's package keeps to itself."""
+    tree = ast.parse(path.read_text())
+    touched = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in privates and not is_own(node)
+    ]
+    return touched + [name for name in imports(path) if name.startswith("partita.engine.")]
+
+
+def test_the_engine_has_privates_to_look_for():
+    assert len(privates_of_the_engine()) > 5
+
+
+@pytest.mark.parametrize("path", USERS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_one_file_looks_into_engines(path):
+    """What tests, benchmarks and examples want to know, they ask `tests/harness/inside.py`."""
+    if path not in MAY_LOOK_INSIDE:
+        assert looks_inside(path, privates_of_the_engine()) == []
+
+
+def test_the_one_file_is_seen_to_look_inside():
+    """The rule above finds what it forbids."""
+    assert looks_inside(INSIDE, privates_of_the_engine())
+
+
 # -- native sources
 
 

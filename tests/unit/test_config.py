@@ -1,20 +1,18 @@
-"""The configuration: its surface, what it accepts, and that every error names the key and the remedy."""
+"""The configuration: its surface, what it accepts, the files that it is read from and the documents made from it."""
 
 from __future__ import annotations
 
 import ast
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
 
 import partita.config
 import pytest
-from partita.config import Config, ConfigError, default_config, load_config, save_config
-from partita.config.deepspeed_keys import DEEPSPEED_ONLY_KEYS
+from config_messages import message_for
+from partita.config import Config, default_config, load_config, save_config
 from partita.config.document import MARKDOWN_NAME, SCHEMA_NAME, config_markdown, write_documents
-from partita.config.fields import OwnKey
 from partita.config.sections import all_sections, join
 from pydantic import ValidationError
 
@@ -92,19 +90,6 @@ FULL: dict[str, Any] = {
     "gradient_predivide_factor": 2.0,
     "steps_per_print": None,
 }
-
-
-def message_for(source: Any) -> str:
-    with pytest.raises(ConfigError) as raised:
-        load_config(source)
-    return str(raised.value)
-
-
-def nested(dotted: str, value: Any) -> dict[str, Any]:
-    """'fp16.enabled', True -> {'fp16': {'enabled': True}}"""
-    first, _, rest = dotted.partition(".")
-    return {first: nested(rest, value) if rest else value}
-
 
 # Surface
 
@@ -196,276 +181,6 @@ def test_saved_config_loads_to_an_equal_one(tmp_path: Path, source: dict[str, An
 )
 def test_valid_combinations(source: dict[str, Any]) -> None:
     load_config(source)
-
-
-# Wrong values
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "expected"),
-    [
-        ("train_batch_size", 0, "an integer >= 1 or null"),
-        ("train_batch_size", True, "an integer >= 1 or null"),
-        ("train_micro_batch_size_per_gpu", "4", "an integer >= 1 or null"),
-        ("train_micro_batch_size_per_gpu", 2.5, "an integer >= 1 or null"),
-        ("gradient_accumulation_steps", -1, "an integer >= 1 or null"),
-        ("optimizer", "AdamW", "an object"),
-        ("optimizer.type", "", "a string that is not empty"),
-        ("fp16", True, "an object"),
-        ("fp16", None, "an object"),
-        ("fp16.enabled", 1, "true or false"),
-        ("fp16.enabled", "true", "true or false"),
-        ("fp16.loss_scale", -1.0, "a number >= 0"),
-        ("fp16.loss_scale", True, "a number >= 0"),
-        ("fp16.loss_scale", math.nan, "a number >= 0"),
-        ("fp16.initial_scale_power", 25, "an integer from 0 to 24"),
-        ("fp16.initial_scale_power", -1, "an integer from 0 to 24"),
-        ("fp16.loss_scale_window", 0, "an integer >= 1"),
-        ("fp16.hysteresis", 0, "an integer >= 1"),
-        ("fp16.min_loss_scale", 0, "a number > 0"),
-        ("bf16.enabled", None, "true or false"),
-        ("torch_autocast.dtype", "fp32", 'one of "bfloat16", "float16", "bf16", "fp16"'),
-        ("zero_optimization", 2, "an object"),
-        ("zero_optimization.stage", 4, "an integer from 0 to 3"),
-        ("zero_optimization.stage", True, "an integer from 0 to 3"),
-        ("zero_optimization.stage", "2", "an integer from 0 to 3"),
-        ("zero_optimization.unit_classes", "Block", "a list or null"),
-        ("zero_optimization.stage3_prefetch_bucket_size", -1, "an integer >= 0"),
-        ("zero_optimization.stage3_param_persistence_threshold", 1.5, "an integer >= 0"),
-        ("zero_optimization.stage3_max_live_parameters", 0, "an integer >= 1"),
-        ("zero_optimization.offload_optimizer", "cpu", "an object"),
-        ("zero_optimization.offload_optimizer.device", "nvme", 'one of "none", "cpu"'),
-        ("zero_optimization.offload_optimizer.device", None, 'one of "none", "cpu"'),
-        ("zero_optimization.offload_optimizer.pin_memory", 1, "true or false"),
-        ("zero_optimization.offload_optimizer.ratio", 1.01, "a number from 0 to 1"),
-        ("zero_optimization.offload_optimizer.ratio", -0.1, "a number from 0 to 1"),
-        ("zero_optimization.offload_optimizer.ratio", "1", "a number from 0 to 1"),
-        ("zero_optimization.offload_param.device", "gpu", 'one of "none", "cpu"'),
-        ("zero_optimization.offload_param.pin_memory", None, "true or false"),
-        ("activation_checkpointing", True, "an object"),
-        ("activation_checkpointing.enabled", "yes", "true or false"),
-        ("activation_checkpointing.classes", "Block", "a list or null"),
-        ("activation_checkpointing.cpu_checkpointing", 1, "true or false"),
-        ("zero_optimization.reduce_bucket_size", 0, "an integer >= 1"),
-        ("zero_optimization.reduce_bucket_size", 1.5, "an integer >= 1"),
-        ("zero_optimization.allgather_bucket_size", math.inf, "an integer >= 1"),
-        ("zero_optimization.allgather_bucket_size", "5e8", "an integer >= 1"),
-        ("gradient_clipping", -0.5, "a number >= 0"),
-        ("gradient_clipping", math.inf, "a number >= 0"),
-        ("gradient_clipping", "1.0", "a number >= 0"),
-        ("communication_data_type", "int8", 'one of "fp32", "fp16", "bf16"'),
-        ("data_types.grad_accum_dtype", 32, 'one of "fp32", "fp16", "bf16"'),
-        ("gradient_predivide_factor", 0.0, "a number > 0"),
-        ("steps_per_print", -1, "an integer >= 0 or null"),
-        ("seed", -1, "an integer >= 0"),
-        ("max_consecutive_skipped_steps", 0, "an integer >= 1"),
-    ],
-)
-def test_wrong_value_names_key_value_and_range(key: str, value: Any, expected: str) -> None:
-    source = nested(key, value)
-    if key.startswith("optimizer."):
-        source["optimizer"] = {"params": {}, **source["optimizer"]}
-    message = message_for(source)
-    assert message.startswith("1 problem in the config:\n")
-    assert f"\n  {key} = {value!r}: expected {expected}" in message
-
-
-@pytest.mark.parametrize(
-    ("source", "named"),
-    [
-        (
-            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
-            ["zero_optimization: offload_optimizer", "partitioned states", "use stage 1, 2 or 3"],
-        ),
-        *(
-            (
-                {"zero_optimization": {"stage": s, "offload_optimizer": CPU, "offload_param": CPU}},
-                ["zero_optimization: offload_param", "partitioned parameters", "use stage 3"],
-            )
-            for s in (1, 2)
-        ),
-        (
-            {"zero_optimization": {"stage": 3, "offload_param": CPU}},
-            ["zero_optimization: offload_param", 'set offload_optimizer.device to "cpu"'],
-        ),
-        (
-            {"zero_optimization": {"stage": 3, "offload_optimizer": {**CPU, "ratio": 0.9}, "offload_param": CPU}},
-            ["zero_optimization: offload_param", "with ratio 1"],
-        ),
-        (
-            {"activation_checkpointing": {"classes": ["Block"]}},
-            ["activation_checkpointing: ", "no effect while enabled is false", "set enabled to true"],
-        ),
-        (
-            {"activation_checkpointing": {"cpu_checkpointing": True}},
-            ["activation_checkpointing: ", "no effect while enabled is false", "set enabled to true"],
-        ),
-        ({"activation_checkpointing": {"enabled": True, "classes": ["a", 1]}}, ["activation_checkpointing.classes"]),
-        (
-            {"zero_optimization": {"contiguous_gradients": False}},
-            ["zero_optimization.contiguous_gradients = False", "flat buffers"],
-        ),
-        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, ["fp16.enabled and bf16.enabled exclude each other"]),
-        (
-            {"fp16": {"enabled": True}, "torch_autocast": {"enabled": True}},
-            ["fp16.enabled and torch_autocast.enabled exclude each other"],
-        ),
-        (
-            {"bf16": {"enabled": True}, "torch_autocast": {"enabled": True}},
-            ["bf16.enabled and torch_autocast.enabled exclude each other"],
-        ),
-        (
-            {"gradient_predivide_factor": 2.0},
-            ["gradient_predivide_factor = 2", "set prescale_gradients to true"],
-        ),
-        (
-            {"fp16": {"initial_scale_power": 4, "min_loss_scale": 17}},
-            ["fp16: min_loss_scale = 17", "initial scale 16", "initial_scale_power = 4"],
-        ),
-        ({"optimizer": {}}, ["optimizer.type: missing; expected a string"]),
-        ({"scheduler": {"params": {}}}, ["scheduler.type: missing; expected a string"]),
-        ({"optimizer": {"type": "Adam", "params": {1: 2}}}, ["optimizer.params", "key 1", "not a string"]),
-        ({"optimizer": {"type": "Adam", "params": None}}, ["optimizer.params = None: expected an object"]),
-        ({"optimizer": {"type": "Adam", "params": {"lr": math.nan}}}, ["optimizer.params", "lr = nan", "finite"]),
-        ({"optimizer": {"type": "Adam", "params": {"a": [{1}]}}}, ["optimizer.params", "a[0] is of type set"]),
-        ({1: 2}, ["1: Keys should be strings"]),
-        (17, ["a config is a dict, the path of a JSON file, or a Config; got a int"]),
-    ],
-)
-def test_rules_beyond_type_and_range(source: Any, named: list[str]) -> None:
-    message = message_for(source)
-    for text in named:
-        assert text in message
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "train_batch_size",
-        "gradient_clipping",
-        "fp16.enabled",
-        "fp16.loss_scale",
-        "zero_optimization.reduce_bucket_size",
-        "zero_optimization.stage3_prefetch_bucket_size",
-        "zero_optimization.stage3_param_persistence_threshold",
-        "zero_optimization.offload_optimizer.ratio",
-        "optimizer.params.lr",
-        "scheduler.params.warmup_num_steps",
-        "communication_data_type",
-    ],
-)
-def test_auto_is_explained_once(key: str) -> None:
-    source = nested(key, "auto")
-    for section in {"optimizer", "scheduler"} & source.keys():
-        source[section]["type"] = "AdamW"
-    message = message_for(source)
-    assert message.startswith("1 problem")
-    assert f'{key}: "auto" is filled in by Hugging Face' in message
-    assert "give a number" in message
-
-
-@pytest.mark.parametrize("key", ["sed", "zero_optimization.stage3_max_reuse_distance"])
-def test_unknown_key_that_holds_auto_is_reported_as_unknown(key: str) -> None:
-    message = message_for(nested(key, "auto"))
-    assert message.startswith("1 problem")
-    assert f"{key}: " in message
-    assert "Hugging Face" not in message
-
-
-def test_all_problems_are_listed_at_once() -> None:
-    message = message_for({"sed": 1, "fp16": {"hysteresis": 0, "window": 5}, "gradient_clipping": "auto"})
-    assert message.startswith("4 problems in the config:\n")
-    for start in ("sed: ", "fp16.hysteresis = 0: ", "fp16.window: ", "gradient_clipping: "):
-        assert f"\n  {start}" in message
-
-
-# Unknown keys
-
-
-@pytest.mark.parametrize(
-    ("key", "answer"),
-    [
-        ("zero_optimization.stge", "unknown key; did you mean 'stage'?"),
-        ("zero_optimization.offload_optimiser", "unknown key; did you mean 'offload_optimizer'?"),
-        ("zero_optimization.offload_optimizer.devise", "unknown key; did you mean 'device'?"),
-        ("zero_optimization.offload_param.zzz", "unknown key; valid keys of zero_optimization.offload_param are dev"),
-        ("activation_checkpointing.clases", "unknown key; did you mean 'classes'?"),
-        ("offload_param", "unknown key here; did you mean 'zero_optimization.offload_param'?"),
-        ("zero_optimisation", "unknown key; did you mean 'zero_optimization'?"),
-        ("Train_Batch_Size", "unknown key; did you mean 'train_batch_size'?"),
-        ("fp16.loss_scale_windw", "unknown key; did you mean 'loss_scale_window'?"),
-        ("data_types.grad_acum_dtype", "unknown key; did you mean 'grad_accum_dtype'?"),
-        ("stage", "unknown key here; did you mean 'zero_optimization.stage'?"),
-        ("fp16.gradient_clipping", "unknown key here; did you mean 'gradient_clipping'?"),
-        ("bf16.zzz", "unknown key; valid keys of bf16 are enabled"),
-        ("zzz", "unknown key; valid keys here are train_batch_size, "),
-    ],
-)
-def test_unknown_key_names_the_nearest_or_all(key: str, answer: str) -> None:
-    message = message_for(nested(key, 1))
-    assert message.startswith("1 problem")
-    assert f"\n  {key}: {answer}" in message
-
-
-@pytest.mark.parametrize("key", ["optimizer.parms", "scheduler.prams"])
-def test_unknown_key_in_an_optional_section(key: str) -> None:
-    section = key.split(".")[0]
-    assert f"{key}: unknown key; did you mean 'params'?" in message_for({section: {"type": "A", key.split(".")[1]: {}}})
-
-
-@pytest.mark.parametrize("key", sorted(DEEPSPEED_ONLY_KEYS))
-def test_key_of_deepspeed_is_recognised(key: str) -> None:
-    source = nested(key, {"device": "auto"})
-    if key.startswith("optimizer."):
-        source["optimizer"]["type"] = "Adam"
-    message = message_for(source)
-    assert message.startswith("1 problem")
-    assert f"{key}: DeepSpeed has this key, this version of Partita does not; " in message
-    assert not message.endswith("; ")
-
-
-@pytest.mark.parametrize(
-    ("key", "remedy"),
-    [
-        ("zero_optimization.cpu_offload", "offload_optimizer"),
-        ("zero_optimization.stage3_gather_16bit_weights_on_model_save", "save_16bit_model()"),
-        ("zero_optimization.stage3_max_reuse_distance", "stage 3 does not need it"),
-        ("zero_optimization.sub_group_size", "stage 3 does not need it"),
-        ("zero_optimization.offload_optimizer.nvme_path", "only device cpu"),
-        ("zero_optimization.offload_param.buffer_count", "only device cpu"),
-        ("zero_optimization.offload_optimizer.super_offload", "remove it"),
-        ("activation_checkpointing.number_checkpoints", "activation_checkpointing.classes"),
-        ("activation_checkpointing.partition_activations", "remove it"),
-    ],
-)
-def test_keys_of_deepspeed_come_with_what_to_do_instead(key: str, remedy: str) -> None:
-    assert remedy in message_for(nested(key, 1)).splitlines()[1]
-
-
-def test_keys_of_partita_and_of_deepspeed_only_are_disjoint() -> None:
-    ours = {join(path, key) for path, section in all_sections() for key in section.model_fields}
-    assert not ours & DEEPSPEED_ONLY_KEYS.keys()
-    sections = {path for path, _ in all_sections()}
-    assert {key.rpartition(".")[0] for key in DEEPSPEED_ONLY_KEYS} <= sections
-
-
-def test_own_keys_are_marked() -> None:
-    own = {
-        join(path, key)
-        for path, section in all_sections()
-        for key, field in section.model_fields.items()
-        if any(isinstance(note, OwnKey) for note in field.metadata)
-    }
-    assert own == {
-        "activation_checkpointing.classes",
-        "activation_checkpointing.enabled",
-        "bf16.master_weights",
-        "comm",
-        "max_consecutive_skipped_steps",
-        "seed",
-        "zero_optimization.overlap_gather",
-        "zero_optimization.unit_classes",
-    }
 
 
 # Files

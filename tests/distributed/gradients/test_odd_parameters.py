@@ -1,0 +1,181 @@
+"""Parameters of odd sizes, without elements, unused."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import inside
+import partita
+import pytest
+import torch
+from communicators import GarbageCommunicator, communicating_through
+from reference import (
+    ODD_MODEL,
+    PRECISIONS,
+    SGD,
+    Training,
+    assert_equal_runs,
+    assert_same_runs,
+    numbers,
+    sgd_config,
+    train_in_engine,
+    train_plain,
+)
+from support import base_config, whole
+from torch import Tensor, nn
+
+STAGES = (0, 1, 2, 3)
+ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
+
+
+class Vectors(nn.Module):
+    """One parameter for each size, each with a gradient of its own; 0 is a size."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.vectors = nn.ParameterList(torch.randn(size) for size in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.vectors[0].dtype)
+        return sum((x[i, : v.numel()] * (v + v * v)).sum().float() for i, v in enumerate(self.vectors))
+
+
+def vectors_micro_batch(sizes: tuple[int, ...], forward: Any, backward: Any, step: int, index: int) -> None:
+    backward(forward(numbers(step, index, len(sizes), max(sizes))))
+
+
+def vectors(*sizes: int) -> Training:
+    return Training(partial(Vectors, sizes), partial(vectors_micro_batch, sizes))
+
+
+@pytest.mark.parametrize("sizes", [(1,), (7, 1, 5, 11), (97, 1, 64)], ids=str)
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("stage", STAGES)
+def test_sizes_that_ranks_do_not_divide(ranks, stage, world_size, sizes):
+    """G8. Also fewer elements than ranks."""
+    config = sgd_config(stage=stage, reduce_bucket_size=100)
+    runs = ranks(world_size).run(train_in_engine, vectors(*sizes), config)
+    assert_equal_runs(runs, train_plain(vectors(*sizes), world_size))
+
+
+def _state_is_finite(config: dict[str, Any]) -> tuple[bool, bool, bool]:
+    """Whether buffers came full of garbage; whether optimizer states, and then parameters, are finite after steps."""
+    with communicating_through(GarbageCommunicator) as garbage:
+        engine = partita.Engine(model=ODD_MODEL.make(), config=config)
+    for step in range(2):
+        for i in range(engine.gradient_accumulation_steps()):
+            ODD_MODEL.micro_batch(engine, engine.backward, step, i)
+            engine.step()
+    states = [moment for by_name in inside.moments(engine) for moment in by_name.values()]
+    states += [s["momentum_buffer"] for s in inside.torch_states(engine)]
+    with whole(engine):
+        finite = [all(bool(t.isfinite().all()) for t in tensors) for tensors in (states, engine.module.parameters())]
+    engine.destroy()
+    return garbage.filled > 0, *finite
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", [ADAM, SGD], ids=["adam", "sgd"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_padding_never_reaches_a_result(ranks, stage, optimizer, precision):
+    """G8. Buffers come full of NaN; weights, norms and states are as if they came full of zeros."""
+    config = base_config(
+        stage=stage,
+        optimizer=optimizer,
+        gradient_accumulation_steps=2,
+        communication_data_type="fp32",
+        gradient_clipping=0.5,
+        data_types={"grad_accum_dtype": "fp32" if precision == "fp32" else "bf16"},  # and so through staging buffers
+        **PRECISIONS[precision],
+    )
+    runs = [ranks(3).run(train_in_engine, ODD_MODEL, config, wrap) for wrap in (None, GarbageCommunicator)]
+    assert_same_runs(*runs)
+    assert ranks(3).run(_state_is_finite, config) == [(True, True, True)] * 3
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 3), (5, 0, 3), (5, 3, 0), (0, 0, 5, 0), (5, 0, 0)], ids=str)
+@pytest.mark.parametrize(("bucket", "optimizer"), [(1, SGD), (300, ADAM)], ids=["alone", "together"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters_without_elements(ranks, stage, bucket, optimizer, sizes):
+    """G9. First, in the middle, last; in a unit with others and alone."""
+    training = vectors(*sizes)
+    config = base_config(stage=stage, reduce_bucket_size=bucket, optimizer=optimizer, gradient_accumulation_steps=2)
+    runs = ranks(2).run(train_in_engine, training, config)
+    assert_equal_runs(runs, train_plain(training, 4, named=optimizer))
+
+
+class Branches(nn.Module):
+    """Layers of which a micro-batch uses some; the last is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(4))
+
+    def forward(self, x: Tensor, used: list[int]) -> Tensor:
+        loss = x.sum()
+        for i in used:
+            loss = loss + self.layers[i](x.to(self.layers[i].weight.dtype)).float().square().mean()
+        return loss
+
+
+def no_layer_on_rank_1(step: int, index: int) -> list[int]:
+    return [] if index % 2 else [0, 1, 2]
+
+
+def layer_1_not_on_rank_1(step: int, index: int) -> list[int]:
+    return [0, 2] if index % 2 else [0, 1, 2]
+
+
+def layer_1_not_in_first_micro_batch(step: int, index: int) -> list[int]:
+    return [0, 2] if index < 2 else [0, 1, 2]
+
+
+def layer_1_not_in_last_micro_batch(step: int, index: int) -> list[int]:
+    return [2, 0] if index >= 2 else [0, 1, 2]
+
+
+def layer_1_not_in_second_step(step: int, index: int) -> list[int]:
+    return [0, 2] if step == 1 else [0, 1, 2]
+
+
+def layer_1_from_second_step_on(step: int, index: int) -> list[int]:
+    return [0, 1, 2] if step else [0, 2]
+
+
+def other_layer_on_each_rank(step: int, index: int) -> list[int]:
+    return [(step + index) % 3]
+
+
+USES = [
+    no_layer_on_rank_1,
+    layer_1_not_on_rank_1,
+    layer_1_not_in_first_micro_batch,
+    layer_1_not_in_last_micro_batch,
+    layer_1_not_in_second_step,
+    layer_1_from_second_step_on,
+    other_layer_on_each_rank,
+]
+
+
+def branches_micro_batch(use: Any, forward: Any, backward: Any, step: int, index: int) -> None:
+    backward(forward(numbers(step, index, 3, 5).requires_grad_(), use(step, index)))
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_unused_parameters_have_zero_gradients(ranks, stage, use):
+    """G11. Unused on one rank, in one micro-batch, in one step or always: no hang, and what a zero gradient gives."""
+    training = Training(Branches, partial(branches_micro_batch, use), steps=4)
+    config = sgd_config(stage=stage, gradient_accumulation_steps=2, reduce_bucket_size=31)
+    assert_equal_runs(ranks(2).run(train_in_engine, training, config), train_plain(training, 4))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rank_without_any_gradient_takes_part_in_fp16(ranks, stage):
+    """G11. There is no gradient on rank 1 whose loss scale could be checked."""
+    training = Training(Branches, partial(branches_micro_batch, no_layer_on_rank_1))
+    runs = ranks(2).run(train_in_engine, training, sgd_config(stage=stage, **PRECISIONS["fp16"]))
+    assert_equal_runs(runs, train_plain(training, 2, torch.float16), "fp16")

@@ -1,0 +1,96 @@
+"""Real processes for tests: a pool of ranks that joins once and runs many functions."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+RESULT_TIMEOUT_S = 240
+
+
+class RankError(AssertionError):
+    """A function raised on some rank; carries every rank's traceback."""
+
+
+class RankPool:
+    """`world_size` processes in one gloo group; `run` calls a module-level function on all of them.
+
+    Their engines and communicators use `transport`, unless a config or a call asks for another one.
+    """
+
+    def __init__(self, world_size: int, transport: str) -> None:
+        self.world_size = world_size
+        self.transport = transport
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, expect_errors: bool = False) -> list[Any]:
+        """The results by rank; with `expect_errors`, exceptions are results too."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        outcomes = [self._receive(rank) for rank in range(self.world_size)]
+        failed = [f"rank {rank}:\n{trace}" for rank, (_, _, trace) in enumerate(outcomes) if trace]
+        if failed:
+            self.close()  # the ranks may be out of step
+            if not expect_errors:
+                raise RankError("\n".join(failed))
+        return [error if trace else result for result, error, trace in outcomes]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        store = Path(tempfile.mkdtemp(prefix="partita-ranks-")) / "store"
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            args = (rank, self.world_size, str(store), self.transport, theirs)
+            process = context.Process(target=_serve, args=args, daemon=True)
+            process.start()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def _receive(self, rank: int) -> tuple[Any, Exception | None, str]:
+        if self._pipes[rank].poll(RESULT_TIMEOUT_S):
+            try:
+                return self._pipes[rank].recv()  # type: ignore[no-any-return]
+            except EOFError:
+                self._processes[rank].join()
+                return None, None, f"the process died with exit code {self._processes[rank].exitcode}"
+        return None, None, f"no result within {RESULT_TIMEOUT_S} s"
+
+
+def _serve(rank: int, world_size: int, store: str, transport: str, pipe: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import inside
+    import torch
+    import torch.distributed as dist
+    from communicators import world_communicator_by_default
+
+    torch.set_num_threads(1)
+    inside.connect_by(world_communicator_by_default(transport))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((function(*args), None, ""))
+        except Exception as error:
+            pipe.send((None, RuntimeError(f"{type(error).__name__}: {error}"), traceback.format_exc()))
