@@ -219,3 +219,65 @@ def test_both_forms_of_the_cuda_switch_define_the_same_functions():
     declared = set(re.findall(r"(\w+)\(.*?\);", (ROOT / "cpp/include/partita/cuda_device.h").read_text(), re.DOTALL))
     assert declared <= defined([ROOT / "cuda/no_cuda.cpp"])
     assert declared <= defined(sorted((ROOT / "cuda").glob("*.cu")))
+
+
+# -- budgets
+
+MAX_FILE, MAX_CLASS, MAX_FUNCTION, MAX_CONSTRUCTOR, MAX_PARAMETERS = 400, 300, 60, 45, 8
+# DeepSpeed's names, all of them: a config that has them must find them.
+WIDE_CONSTRUCTORS = {"OneCycle"}
+
+
+def over_budget(path: Path) -> Iterator[str]:
+    """What is too large in a source file. `self` is no parameter."""
+    text = path.read_text()
+    if text.count("\n") > MAX_FILE:
+        yield f"{path.name} has {text.count(chr(10))} lines"
+    for owner in [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef | ast.Module)]:
+        is_class = isinstance(owner, ast.ClassDef)
+        if is_class and lines_of(owner) > MAX_CLASS:
+            yield f"class {owner.name} has {lines_of(owner)} lines"
+        for node in owner.body:
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            constructs = is_class and node.name == "__init__"
+            name = f"{owner.name}.{node.name}" if is_class else node.name
+            if lines_of(node) > (MAX_CONSTRUCTOR if constructs else MAX_FUNCTION):
+                yield f"{name} has {lines_of(node)} lines"
+            parameters = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs) - is_class
+            if constructs and parameters > MAX_PARAMETERS and owner.name not in WIDE_CONSTRUCTORS:
+                yield f"{name} has {parameters} parameters"
+
+
+def lines_of(node: ast.ClassDef | ast.FunctionDef) -> int:
+    """From its first line to its last, decorators not counted."""
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_sources_are_within_budget(path):
+    """Files, classes, functions and constructors that a reader can hold."""
+    assert list(over_budget(path)) == []
+
+
+TESTS = sorted(p for folder in ("tests", "bench", "examples") for p in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_of_tests_are_within_budget(path):
+    assert path.read_text().count("\n") <= MAX_FILE
+
+
+# -- engines are siblings
+
+
+def test_a_kind_of_engine_adds_and_never_overrides():
+    """Each engine adds its calls to `EngineBase`; what the base says is true of every engine."""
+    from partita.engine.base import EngineBase
+
+    kinds = EngineBase.__subclasses__()
+    assert kinds
+    for kind in kinds:
+        assert kind.__bases__ == (EngineBase,), "a kind of engine is no other kind"
+        own = {name for name, value in vars(kind).items() if callable(value) or isinstance(value, property)}
+        assert own & set(vars(EngineBase)) <= {"__init__", "__doc__"}, kind.__name__

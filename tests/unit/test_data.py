@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from partita.data import ShardedLoader, ShardedSampler
+from partita.data import ShardedLoader, ShardedSampler, Sharding
 from torch.utils.data import IterableDataset
 
 SIZES = st.integers(1, 40)
@@ -54,12 +54,12 @@ class Generated:
 
 def sampler(length: int, rank: int, world_size: int, micro: int, **options: Any) -> ShardedSampler:
     options = {"shuffle": True, "seed": 7, **options}
-    return ShardedSampler(length, rank=rank, world_size=world_size, micro_batch_size=micro, **options)
+    return ShardedSampler(length, Sharding(rank, world_size, micro, options.pop("seed")), **options)
 
 
 def loader(dataset: Any, rank: int = 0, world_size: int = 1, micro: int = 1, **options: Any) -> ShardedLoader:
     options = {"seed": 7, "collate_fn": list, **options}
-    return ShardedLoader(dataset, rank=rank, world_size=world_size, micro_batch_size=micro, **options)
+    return ShardedLoader(dataset, Sharding(rank, world_size, micro, options.pop("seed")), **options)
 
 
 def global_batches(per_rank: list[list[list[int]]]) -> list[list[int]]:
@@ -126,9 +126,10 @@ def test_the_order_depends_on_epoch_and_seed_and_is_frozen() -> None:
     ],
 )
 def test_sampler_errors_name_the_argument(arguments: dict[str, Any], words: str) -> None:
-    good = {"length": 24, "rank": 0, "world_size": 3, "micro_batch_size": 4, "shuffle": True, "seed": 0}
+    given = {"length": 24, "rank": 0, "world_size": 3, "micro_batch_size": 4, "seed": 0, **arguments}
+    length = given.pop("length")
     with pytest.raises(ValueError, match=words):
-        ShardedSampler(**{**good, **arguments})
+        ShardedSampler(length, Sharding(**given), shuffle=True)
 
 
 # The loader
@@ -223,7 +224,7 @@ def test_resume_with_another_global_batch(length: int, before: int, after: int, 
     second = loader(Ids(length), micro=after, drop_last=not padded)
     second.load_state_dict(first.state_dict())
     rest = flat(second)
-    order = ShardedSampler(length, rank=0, world_size=1, micro_batch_size=1, shuffle=True, seed=7)
+    order = ShardedSampler(length, Sharding(0, 1, 1, seed=7), shuffle=True)
     if padded or length - len(seen) >= after:
         both = seen + rest
         assert both[:length] == order.order(0).tolist()[: len(both)]
@@ -256,7 +257,7 @@ def test_batches_are_collated_and_the_global_generator_is_left_alone() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
     for num_workers in (0, 1):
-        data = ShardedLoader(Ids(6), micro_batch_size=3, rank=0, world_size=1, seed=0, num_workers=num_workers)
+        data = ShardedLoader(Ids(6), Sharding(0, 1, 3, seed=0), num_workers=num_workers)
         assert all(isinstance(batch, torch.Tensor) and batch.shape == (3,) for batch in data)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -322,3 +323,15 @@ def test_short_streams_are_errors_and_not_endless() -> None:
         next(iter(shrunk))
     with pytest.raises(TypeError, match="Stream"):
         len(loader(Stream(5)))
+
+
+def test_next_batch_goes_on_where_the_loader_is() -> None:
+    """Over epochs, after an iterator of somebody else, and after a state was loaded."""
+    one, other = loader(Ids(6), micro=2), loader(Ids(6), micro=2)
+    expected = list(islice(other.repeat(), 9))
+    state = one.state_dict()
+    assert [one.next_batch() for _ in range(4)] == expected[:4]
+    assert next(iter(one)) == expected[4]
+    assert one.next_batch() == expected[5]
+    one.load_state_dict(state)
+    assert [one.next_batch() for _ in range(9)] == expected

@@ -32,6 +32,7 @@ class Wish:
 
     @property
     def tries_shared_memory(self) -> bool:
+        """Whether the ranks of a host are to share memory if they can."""
         return self.transport != "torch" and self.device.type == "cpu"
 
 

@@ -2,11 +2,12 @@
 
 from partita.data.batches import call_with, loss_in, micro_batches, on_device
 from partita.data.loader import ShardedLoader
-from partita.data.sampler import ShardedSampler
+from partita.data.sampler import ShardedSampler, Sharding
 
 __all__ = [
     "ShardedLoader",
     "ShardedSampler",
+    "Sharding",
     "call_with",
     "loss_in",
     "micro_batches",

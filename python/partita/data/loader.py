@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
-from partita.data.sampler import ShardedSampler, check_sharding
+from partita.data.sampler import ShardedSampler, Sharding
 
 
 class ShardedLoader:
@@ -30,9 +30,7 @@ class ShardedLoader:
 
     Args:
         dataset: map-style or a stream.
-        micro_batch_size: samples in a batch of this rank.
-        rank, world_size: in the data-parallel group.
-        seed: at least 0; the same on all ranks.
+        sharding: the part of this rank.
         collate_fn: a list of samples to a batch; None is torch's ``default_collate``.
         num_workers: processes that load ahead; 0 loads in this one. What they prefetched does not count as consumed.
         shuffle: None shuffles a dataset with a length and leaves a stream as it is.
@@ -47,19 +45,15 @@ class ShardedLoader:
     def __init__(
         self,
         dataset: Dataset[Any] | Iterable[Any],
+        sharding: Sharding,
         *,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_workers: int = 0,
         shuffle: bool | None = None,
         drop_last: bool = True,
     ) -> None:
-        check_sharding(rank, world_size, micro_batch_size, seed)
         self.dataset = dataset
-        self.micro_batch_size, self.rank, self.world_size, self.seed = micro_batch_size, rank, world_size, seed
+        self.sharding = sharding
         self.collate_fn = default_collate if collate_fn is None else collate_fn
         self.num_workers = num_workers
         self.sampler: ShardedSampler | None = None  # None for a stream
@@ -71,11 +65,8 @@ class ShardedLoader:
         if _has_length(dataset):
             self.sampler = ShardedSampler(
                 len(dataset),  # type: ignore[arg-type]
-                rank=rank,
-                world_size=world_size,
-                micro_batch_size=micro_batch_size,
+                sharding,
                 shuffle=shuffle is not False,
-                seed=seed,
                 drop_last=drop_last,
             )
         else:
@@ -133,7 +124,7 @@ class ShardedLoader:
         """What decides the order of samples."""
         sampler = self.sampler
         return {
-            "seed": self.seed,
+            "seed": self.sharding.seed,
             "shuffle": sampler is not None and sampler.shuffle,
             "dataset_length": None if sampler is None else sampler.length,
         }
@@ -147,7 +138,7 @@ class ShardedLoader:
             for batch in self._batches():
                 self._check_newest(iteration)
                 count += 1
-                self.samples += self.world_size * self.micro_batch_size
+                self.samples += self.sharding.global_batch_size
                 # The last batch leads to the next epoch as it is handed out: a state saved after it resumes there.
                 if self.sampler is not None and self.sampler.num_batches(self.samples) == 0:
                     self._next_epoch()
@@ -159,8 +150,8 @@ class ShardedLoader:
                 return
             if fresh:
                 raise ValueError(
-                    f"the stream ended before one global batch of {self.world_size * self.micro_batch_size} samples "
-                    f"({self.world_size} ranks x micro_batch_size {self.micro_batch_size})"
+                    f"the stream ended before one global batch of {self.sharding.global_batch_size} samples "
+                    f"({self.sharding.world_size} ranks x micro_batch_size {self.sharding.micro_batch_size})"
                 )
 
     def _check_newest(self, iteration: int) -> None:
@@ -172,7 +163,8 @@ class ShardedLoader:
 
     def _batches(self) -> Iterable[Any]:
         # A generator of its own: torch would draw the workers' seed from the global one, which the model uses too.
-        words = np.random.SeedSequence([self.seed, self.epoch, self.samples, self.rank]).generate_state(1)
+        place = [self.sharding.seed, self.epoch, self.samples, self.sharding.rank]
+        words = np.random.SeedSequence(place).generate_state(1)
         common: dict[str, Any] = {
             "collate_fn": self.collate_fn,
             "num_workers": self.num_workers,
@@ -181,7 +173,7 @@ class ShardedLoader:
         if self.sampler is not None:
             batches = self.sampler.batches(self.epoch, self.samples)
             return DataLoader(self.dataset, batch_sampler=batches, **common)  # type: ignore[arg-type]
-        shard = _StreamShard(self.dataset, self.rank, self.world_size, self.micro_batch_size, self.samples)
+        shard = _StreamShard(self.dataset, self.sharding, self.samples)
         return DataLoader(shard, batch_size=None, **common)
 
 
@@ -192,9 +184,8 @@ class _StreamShard(IterableDataset[list[Any]]):
     order.
     """
 
-    def __init__(self, stream: Any, rank: int, world_size: int, micro_batch_size: int, start: int) -> None:
-        self.stream, self.rank, self.world_size, self.start = stream, rank, world_size, start
-        self.global_batch_size = world_size * micro_batch_size
+    def __init__(self, stream: Any, sharding: Sharding, start: int) -> None:
+        self.stream, self.sharding, self.start = stream, sharding, start
 
     def __iter__(self) -> Iterator[list[Any]]:
         samples = iter(self.stream)
@@ -205,9 +196,10 @@ class _StreamShard(IterableDataset[list[Any]]):
         mine, turns = (worker.id, worker.num_workers) if worker else (0, 1)
         turn = 0
         # The whole global batch is read before this rank's part is given, so that no rank gets a batch others lack.
-        while len(batch := list(islice(samples, self.global_batch_size))) == self.global_batch_size:
+        size = self.sharding.global_batch_size
+        while len(batch := list(islice(samples, size))) == size:
             if turn % turns == mine:
-                yield batch[self.rank :: self.world_size]
+                yield batch[self.sharding.rank :: self.sharding.world_size]
             turn += 1
 
 

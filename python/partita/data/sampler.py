@@ -9,18 +9,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def check_sharding(rank: int, world_size: int, micro_batch_size: int, seed: int) -> None:
-    """Raises ValueError that names the argument which is out of range."""
-    for name, value, low in (
-        ("world_size", world_size, 1),
-        ("rank", rank, 0),
-        ("micro_batch_size", micro_batch_size, 1),
-        ("seed", seed, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
-    if rank >= world_size:
-        raise ValueError(f"rank must be below world_size ({world_size}), got {rank}")
+@dataclass(frozen=True)
+class Sharding:
+    """Which part of the samples a rank sees.
+
+    Args:
+        rank, world_size: in the data-parallel group.
+        micro_batch_size: samples in a batch of one rank.
+        seed: of the order, at least 0; the same on all ranks.
+
+    Raises:
+        ValueError: an argument out of range; names it.
+    """
+
+    rank: int
+    world_size: int
+    micro_batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, low in (("world_size", 1), ("rank", 0), ("micro_batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+        if self.rank >= self.world_size:
+            raise ValueError(f"rank must be below world_size ({self.world_size}), got {self.rank}")
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples that all ranks consume together in one batch."""
+        return self.world_size * self.micro_batch_size
 
 
 @dataclass(frozen=True)
@@ -35,41 +53,35 @@ class ShardedSampler:
 
     Args:
         length: samples in the dataset.
-        rank, world_size: in the data-parallel group.
-        micro_batch_size: samples in a batch of one rank.
+        sharding: the part of this rank.
         shuffle: a new permutation for each epoch; otherwise 0, 1, 2, ...
-        seed: at least 0; the same on all ranks.
         drop_last: True drops the samples that do not fill a global batch. False fills it by going on from the start of
             the epoch's order, so that some samples are seen twice in the epoch.
 
     Raises:
-        ValueError: an argument out of range, an empty dataset, or with ``drop_last`` one smaller than a global batch.
+        ValueError: an empty dataset, or with ``drop_last`` one smaller than a global batch.
     """
 
     length: int
+    sharding: Sharding
     _: KW_ONLY
-    rank: int
-    world_size: int
-    micro_batch_size: int
     shuffle: bool
-    seed: int
     drop_last: bool = True
 
     def __post_init__(self) -> None:
-        check_sharding(self.rank, self.world_size, self.micro_batch_size, self.seed)
         if self.length < 1:
             raise ValueError(f"the dataset must have at least one sample, got length {self.length}")
         if self.drop_last and self.length < self.global_batch_size:
             raise ValueError(
                 f"the dataset has {self.length} samples, fewer than one global batch of {self.global_batch_size} "
-                f"({self.world_size} ranks x micro_batch_size {self.micro_batch_size}); "
+                f"({self.sharding.world_size} ranks x micro_batch_size {self.sharding.micro_batch_size}); "
                 "lower micro_batch_size, or set drop_last=False to repeat samples"
             )
 
     @property
     def global_batch_size(self) -> int:
         """Samples that all ranks consume together in one batch."""
-        return self.world_size * self.micro_batch_size
+        return self.sharding.global_batch_size
 
     def num_batches(self, start: int = 0) -> int:
         """Batches of each rank from sample ``start`` of an epoch to its end."""
@@ -81,7 +93,7 @@ class ShardedSampler:
         if not self.shuffle:
             return np.arange(self.length)
         # RandomState, not Generator: NumPy keeps its stream frozen (NEP 19), so a checkpoint outlives upgrades.
-        bits = np.random.MT19937(np.random.SeedSequence([self.seed, epoch]))
+        bits = np.random.MT19937(np.random.SeedSequence([self.sharding.seed, epoch]))
         return np.random.RandomState(bits).permutation(self.length)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
@@ -89,5 +101,5 @@ class ShardedSampler:
         order = self.order(epoch)
         for batch in range(self.num_batches(start)):
             first = start + batch * self.global_batch_size
-            positions = range(first + self.rank, first + self.global_batch_size, self.world_size)
+            positions = range(first + self.sharding.rank, first + self.global_batch_size, self.sharding.world_size)
             yield order.take(positions, mode="wrap").tolist()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partita.config import ConfigSource
-from partita.data import ShardedLoader, call_with, loss_in, micro_batches, on_device
+from partita.data import ShardedLoader, Sharding, call_with, loss_in, micro_batches, on_device
 from partita.engine.base import EngineBase
 from partita.engine.phase import Phase, require
 from partita.model import Accumulation, LossScaling, ModelPart, device_of, require_only_parameters_of
@@ -74,14 +74,9 @@ class Engine(EngineBase):
             scheduler = choose_scheduler(lr_scheduler, outer, run.config)
             loader = None
             if train_data is not None:
-                loader = ShardedLoader(
-                    train_data,
-                    micro_batch_size=run.batch.micro,
-                    rank=run.grid.data.rank,
-                    world_size=run.grid.data.world_size,
-                    seed=run.config.seed,
-                    collate_fn=collate_fn,
-                )
+                data = run.grid.data
+                sharding = Sharding(data.rank, data.world_size, run.batch.micro, run.config.seed)
+                loader = ShardedLoader(train_data, sharding, collate_fn=collate_fn)
             controller = StepController(loss_scaler_of(run.config, run.precision), run.streams)
             scaling = LossScaling(controller.scale if run.precision.scales_loss else None)
             accumulation = Accumulation(run.batch.accumulation, run.policy)

@@ -20,9 +20,9 @@ from partita.device.memory import FreedMemory
 from partita.device.streams import HostCopy, Streams
 from partita.units.parameters import FlatParameters
 from partita.units.policy import StagePolicy
+from partita.units.staging import Staging
 from partita.units.unit import GradState, Unit
 
-STAGING_BUFFERS = 2
 # On the CPU. Enough that the transport never runs dry. More would not finish sooner, and what they hold for their
 # duration would lie between freed gradients and keep malloc from using that memory again.
 REDUCTIONS_IN_FLIGHT = 4
@@ -65,23 +65,6 @@ class BackwardListener(Protocol):
 
     def ended(self) -> None:
         """All gradients of the backward are in flat buffers, and all their reductions have been launched."""
-
-
-class _Staging:
-    """Full gradient buffers for units that have none of their own, two per dtype, allocated when first needed."""
-
-    def __init__(self, communicator: Communicator, numel: int) -> None:
-        self._communicator = communicator
-        self._numel = numel
-        self._free: dict[torch.dtype, list[Tensor]] = {}
-
-    def take(self, dtype: torch.dtype) -> Tensor | None:
-        if dtype not in self._free:
-            self._free[dtype] = [self._communicator.empty(self._numel, dtype) for _ in range(STAGING_BUFFERS)]
-        return self._free[dtype].pop() if self._free[dtype] else None
-
-    def give_back(self, buffer: Tensor) -> None:
-        self._free[buffer.dtype].append(buffer)
 
 
 @dataclass(frozen=True)
@@ -137,7 +120,7 @@ class GradientReducer:
         self._in_flight: deque[_InFlight] = deque()
         # To the host: None, or whether to add it to `Unit.reduced` there.
         self._arriving: deque[tuple[Unit, bool | None, HostCopy]] = deque()
-        self._staging = _Staging(communicator, max((u.layout.numel for u in units), default=0))
+        self._staging = Staging(communicator, max((u.layout.numel for u in units), default=0))
         self._offsets = [unit.offsets() for unit in units]
         self._names = [slot.name for unit in units for slot in unit.layout.slots]
         self._unit_of = [i for i, unit in enumerate(units) for _ in unit.parameters]

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
-from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from partita import _core
+from grids import TIMEOUT, Axis, connect_on, grid_on, process_groups
 from partita.comm import (
-    CommunicationError,
     Communicator,
     HierarchicalCommunicator,
     ProcessGrid,
-    Reduction,
     SharedMemoryCommunicator,
     SingleProcess,
     TorchCommunicator,
     communicator_of,
     world_communicator,
 )
-from torch import Tensor
 
-TIMEOUT = timedelta(seconds=30)
 SHARED, TORCH, HOSTS = SharedMemoryCommunicator, TorchCommunicator, HierarchicalCommunicator
 
 # What is asked for, the hosts by rank, and what the world, the data and the pipe axes of 2 x 2 ranks then are.
@@ -43,73 +35,7 @@ PLACEMENTS: dict[str, Placement] = {
 every_placement = pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
 
 
-def connect_on(asked: str, hosts: str) -> Callable[..., Communicator]:
-    """`world_communicator` on simulated hosts."""
-    return partial(world_communicator, asked, TIMEOUT, host=hosts[dist.get_rank()])
-
-
-@contextmanager
-def grid_on(asked: str, hosts: str, pipe: int) -> Iterator[ProcessGrid]:
-    """All leave together."""
-    grid = ProcessGrid(connect_on(asked, hosts), pipe)
-    yield grid
-    grid.world.barrier()
-    grid.close()
-
-
-def process_groups() -> int:
-    """Those that torch.distributed knows in this process, the default group too."""
-    return len(dist.distributed_c10d._world.pg_map)
-
-
 # -- every collective, on both axes
-
-
-class Axis:
-    """Checks an axis against plain arithmetic over the ranks that must be on it."""
-
-    def __init__(self, communicator: Communicator, ranks: list[int], rank: int) -> None:
-        self.communicator, self.ranks, self.rank = communicator, ranks, rank
-        self.place = ranks.index(rank)
-        assert (communicator.rank, communicator.world_size) == (self.place, len(ranks))
-        self._pending: list[tuple[str, Any, Tensor, Tensor]] = []
-
-    @staticmethod
-    def values(rank: int, numel: int, seed: int) -> Tensor:
-        """What a rank contributes: small integers, whose sums are exact."""
-        return torch.randint(-50, 50, (numel,), generator=torch.Generator().manual_seed(97 * seed + rank)).float()
-
-    def launch(self, numel: int, seed: int) -> None:
-        """Starts every collective; `finish` checks them."""
-        c, n = self.communicator, len(self.ranks)
-        every = torch.stack([self.values(r, numel, seed) for r in self.ranks])
-        total = every.sum(0)
-        buffers = [c.empty(numel, torch.float32).copy_(every[self.place]) for _ in range(4)]
-        own = slice(self.place * (numel // n), (self.place + 1) * (numel // n))
-        gathered = torch.cat([slices[i] for i, slices in enumerate(every.view(n, n, -1))])
-        self._expect("sum", c.all_reduce(buffers[0]), buffers[0], total)
-        self._expect("max", c.all_reduce(buffers[1], Reduction.max), buffers[1], every.max(0).values)
-        self._expect("scattered", c.reduce_scatter(buffers[2], Reduction.average), buffers[2][own], total[own] / n)
-        self._expect("gathered", c.all_gather(buffers[3]), buffers[3], gathered)
-        for root in range(n):
-            buffer = every[self.place].clone()
-            self._expect(f"from {root}", c.broadcast(buffer, root), buffer, every[root])
-        following, before = (self.place + 1) % n, (self.place - 1) % n
-        received = torch.zeros(numel)
-        sent = every[self.place].clone()
-        self._expect("sent", c.send(sent, following), sent, every[self.place])
-        self._expect("received", c.recv(received, before), received, every[before])
-
-    def finish(self) -> None:
-        """Waits for what `launch` began."""
-        pending, self._pending = self._pending, []
-        for _, handle, _, _ in pending:
-            handle.wait()
-        for what, _, result, expected in pending:
-            assert torch.equal(result, expected), (what, self.ranks, self.rank)
-
-    def _expect(self, what: str, handle: Any, result: Tensor, expected: Tensor) -> None:
-        self._pending.append((what, handle, result, expected))
 
 
 def _collectives(placement: Placement) -> None:
@@ -312,104 +238,3 @@ def test_a_world_that_does_not_divide_is_refused(ranks):
     for message, closed in ranks(4).run(_uneven):
         assert message.startswith("4 ranks do not divide evenly among 3 pipeline stages")
         assert closed == 1
-
-
-def _broken(asked: str, hosts: str, broken: int, pipe: int) -> tuple[str, str, int]:
-    """Rank `broken` cannot join the second group over shared memory: its part of the data axis. Type of the data axis,
-    the error, and how many process groups are left over."""
-    before, make, calls = process_groups(), _core.SharedMemoryGroup, []
-
-    def refuse(*args: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 2 and dist.get_rank() == broken:
-            raise RuntimeError("memfd_create: not permitted")
-        return make(*args)
-
-    with mock.patch.object(_core, "SharedMemoryGroup", refuse):
-        try:
-            connect = partial(world_communicator, asked, timedelta(seconds=1), host=hosts[dist.get_rank()])
-            grid = ProcessGrid(connect, pipe)
-        except RuntimeError as error:
-            dist.barrier()
-            return "", str(error), process_groups() - before
-    axis = Axis(grid.data, grid.shape.data_groups[grid.coordinates.pipe], dist.get_rank())
-    axis.launch(4, 0)
-    axis.finish()
-    kind = type(grid.data).__name__
-    grid.world.barrier()
-    grid.close()
-    return kind, "", process_groups() - before
-
-
-@pytest.mark.parametrize(("hosts", "broken"), [("aaaa", 1), ("aaaa", 2), ("aabb", 0)])
-def test_all_ranks_raise_when_one_part_cannot_have_its_shared_memory(ranks, hosts, broken):
-    """Also those of the other parts, which would wait in the next axis. Nothing is left."""
-    part = {0, 1} if broken < 2 else {2, 3}
-    for rank, (_, error, left) in enumerate(ranks(4).run(_broken, "shared_memory", hosts, broken, 2)):
-        assert 'comm.transport is "shared_memory", but ' in error
-        assert left == 0
-        if rank not in part:
-            assert error.startswith("a part of the job's ranks cannot communicate: on rank ")
-            assert f"on rank {broken}: " in error
-        if rank == broken or rank not in part:
-            assert "memfd_create: not permitted" in error
-
-
-def test_a_part_that_cannot_share_memory_goes_on_over_torch(ranks):
-    """With "auto": that part alone."""
-    outcomes = ranks(4).run(_broken, "auto", "aaaa", 1, 2)
-    assert outcomes == [("TorchCommunicator", "", 0)] * 2 + [("SharedMemoryCommunicator", "", 0)] * 2
-
-
-def _fails_half_way(what: str, hosts: str) -> tuple[str, int]:
-    """The same failure on all ranks, after process groups have been made; groups that are left over."""
-    before = process_groups()
-    world = connect_on("auto", hosts)()
-    raises = mock.Mock(side_effect=OSError("out of file descriptors"))
-    with mock.patch(f"partita.comm.choice.{what}", raises), pytest.raises(OSError, match="out of") as raised:
-        if hosts == "aabb":
-            connect_on("auto", hosts)(beside=world)
-        else:
-            connect_on("auto", hosts)(parts=[[0, 1], [2, 3]])
-    world.barrier()
-    world.close()
-    return str(raised.value), process_groups() - before
-
-
-@pytest.mark.parametrize(
-    ("what", "hosts"),
-    [
-        ("exchange_contacts", "aaaa"),
-        ("exchange_contacts", "aabb"),
-        ("HierarchicalCommunicator", "aabb"),
-        ("SharedMemoryCommunicator", "aaaa"),
-    ],
-)
-def test_a_communicator_that_fails_half_way_leaves_no_group(ranks, what, hosts):
-    """Whether groups were made for a part, for hosts, or beside others."""
-    for error, left in ranks(4).run(_fails_half_way, what, hosts):
-        assert "out of file descriptors" in error
-        assert left == 0
-
-
-def _failing_together() -> list[bool]:
-    """Whether each communicator of a grid starts nothing after a failure on the data axis."""
-    grid = ProcessGrid(partial(world_communicator, "torch", TIMEOUT), pipe=2)
-    beside, failed = grid.beside_data(), []
-    with (
-        mock.patch.object(dist, "all_reduce", side_effect=RuntimeError("connection reset")),
-        pytest.raises(CommunicationError, match="connection reset"),
-    ):
-        grid.data.all_reduce(torch.zeros(3))
-    for communicator in (grid.data, grid.pipe, grid.world, beside):
-        with pytest.raises(CommunicationError, match=r"after a failed collective .*connection reset"):
-            communicator.all_reduce(torch.zeros(3))
-        failed.append(True)
-    dist.barrier()
-    grid.close()
-    return failed
-
-
-def test_the_axes_of_a_grid_fail_together(ranks):
-    """Over torch.distributed, where a rank that has died is not named."""
-    assert ranks(4).run(_failing_together) == [[True] * 4] * 4
