@@ -108,6 +108,26 @@ def assert_absent(engine_or_model: Any) -> None:
             raise AssertionError(f"{name} can be read")
 
 
+def assert_without_values(model: nn.Module) -> None:
+    """An engine that partitioned the parameters was destroyed: they are ordinary parameters whose use torch refuses, and
+    the next engine refuses them by name."""
+    for name, parameter in model.named_parameters():
+        assert type(parameter) is nn.Parameter, name
+        try:
+            parameter.sum()
+        except RuntimeError as error:
+            assert "not allocated" in str(error), error
+        else:
+            raise AssertionError(f"{name} can be read")
+    name = next(iter(dict(model.named_parameters())))
+    try:
+        partita.Engine(model, config=base_config(stage=0))
+    except ValueError as error:
+        assert f"parameter '{name}' has no values" in str(error) and "to_empty" in str(error), error
+    else:
+        raise AssertionError("a model without values is not refused")
+
+
 def train(
     config: dict[str, Any], steps: int = 10, model: nn.Module | None = None
 ) -> tuple[list[float], dict[str, Tensor], list[float]]:

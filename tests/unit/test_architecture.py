@@ -9,6 +9,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from partita.engine import EngineBase
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "partita"
@@ -273,8 +274,6 @@ def test_files_of_tests_are_within_budget(path):
 
 def test_a_kind_of_engine_adds_and_never_overrides():
     """Each engine adds its calls to `EngineBase`; what the base says is true of every engine."""
-    from partita.engine.base import EngineBase
-
     kinds = EngineBase.__subclasses__()
     assert kinds
     for kind in kinds:

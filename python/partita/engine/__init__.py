@@ -1,6 +1,7 @@
 """What a program calls: `initialize()` and the engine that it returns."""
 
+from partita.engine.base import EngineBase
 from partita.engine.engine import Engine, initialize
 from partita.engine.phase import LifecycleError
 
-__all__ = ["Engine", "LifecycleError", "initialize"]
+__all__ = ["Engine", "EngineBase", "LifecycleError", "initialize"]

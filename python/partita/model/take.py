@@ -82,11 +82,16 @@ def refuse_unfit(model: nn.Module, run: Run) -> None:
     """Raises what taking the model over would raise in its midst.
 
     Raises:
-        ValueError: something is on another device, a named class of blocks is missing, or a module is compiled in stage
-            3; names it.
+        ValueError: something is on another device or has no values, a named class of blocks is missing, or a module is
+            compiled in stage 3; names it.
     """
     for name, parameter in model.named_parameters():
         require_on(run.device, f"parameter '{name}'", parameter)
+        if parameter.numel() and not parameter.untyped_storage().nbytes() and holder_of(parameter) is None:
+            raise ValueError(
+                f"parameter '{name}' has no values: the engine that partitioned it was destroyed; give the model memory "
+                "with model.to_empty(device=...) and load weights first"
+            )
     for name, buffer in model.named_buffers():
         require_on(run.device, f"buffer '{name}'", buffer)
     if run.policy.shards_params:

@@ -110,8 +110,8 @@ class Residence(ABC):
 
     @abstractmethod
     def abandon(self) -> None:
-        """The parameters are ordinary ones again. Those that come and go are empty: nobody has their values any more.
-        Nothing else is called after this."""
+        """The parameters are ordinary ones again. Those that come and go have no memory, as nobody has their values any
+        more. Nothing else is called after this."""
 
     @abstractmethod
     def start_gather(self) -> None:

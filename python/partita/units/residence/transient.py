@@ -50,9 +50,8 @@ class Transient(Residence):
         self._leave()
 
     def abandon(self) -> None:
-        make_present(self.parameters)
-        for parameter in self.parameters:
-            parameter.data = torch.empty(0, dtype=self.dtype, device=self.communicator.device)
+        self.release()
+        make_present(self.parameters)  # torch refuses their use from now on, as their storage has no memory
 
     # -- for a module that computes
 
