@@ -10,6 +10,7 @@ import partita
 import pytest
 import torch
 from communicators import GarbageCommunicator, communicating_through
+from gradient_models import vectors
 from reference import (
     ODD_MODEL,
     PRECISIONS,
@@ -27,27 +28,6 @@ from torch import Tensor, nn
 
 STAGES = (0, 1, 2, 3)
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
-
-
-class Vectors(nn.Module):
-    """One parameter for each size, each with a gradient of its own; 0 is a size."""
-
-    def __init__(self, sizes: tuple[int, ...]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.vectors = nn.ParameterList(torch.randn(size) for size in sizes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.vectors[0].dtype)
-        return sum((x[i, : v.numel()] * (v + v * v)).sum().float() for i, v in enumerate(self.vectors))
-
-
-def vectors_micro_batch(sizes: tuple[int, ...], forward: Any, backward: Any, step: int, index: int) -> None:
-    backward(forward(numbers(step, index, len(sizes), max(sizes))))
-
-
-def vectors(*sizes: int) -> Training:
-    return Training(partial(Vectors, sizes), partial(vectors_micro_batch, sizes))
 
 
 @pytest.mark.parametrize("sizes", [(1,), (7, 1, 5, 11), (97, 1, 64)], ids=str)

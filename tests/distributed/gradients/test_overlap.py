@@ -9,6 +9,7 @@ import partita
 import pytest
 import torch
 from communicators import RecordingCommunicator, SlowCommunicator, WaitingCommunicator, communicating_through
+from gradient_models import CHAIN, LAYERS, WIDTH, Chain
 from reference import (
     ODD_MODEL,
     Training,
@@ -22,30 +23,8 @@ from reference import (
     train_plain,
 )
 from support import is_mapped, make_model
-from torch import Tensor, nn
 
 STAGES = (0, 1, 2, 3)
-LAYERS = 6
-WIDTH = 8
-
-
-class Chain(nn.Module):
-    """Layers of one parameter each, whose gradients arrive from the last to the first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x).square().mean()
-
-
-def chain_micro_batch(forward: Any, backward: Any, step: int, index: int) -> None:
-    backward(forward(numbers(step, index, 3, WIDTH)))
-
-
-CHAIN = Training(Chain, chain_micro_batch)
 
 
 @pytest.mark.parametrize("slow", [SlowCommunicator, WaitingCommunicator])

@@ -150,7 +150,7 @@ def test_assigned_data_is_taken_over(ranks, path):
     assert 0.2 < results[0]["body.blocks.1.mix.weight"].mean() < 0.4
 
 
-def _unequal(transport: str, inside: bool, first: bool) -> dict[str, Tensor]:
+def _unequal(transport: str, held: bool, first: bool) -> dict[str, Tensor]:
     """Ranks run the model 0 and 4 times, and 3 and 1 times, in different ways."""
     model = make_blocks()
     engine = partita.Engine(model=model, config=config_for(3, transport))
@@ -158,7 +158,7 @@ def _unequal(transport: str, inside: bool, first: bool) -> dict[str, Tensor]:
     if not first:
         take_step(engine, 0)
     for times in ((0, 4), (3, 1)):
-        with GatheredParameters(model.parameters(), enabled=inside), torch.no_grad():
+        with GatheredParameters(model.parameters(), enabled=held), torch.no_grad():
             for i in range(times[rank]):
                 tokens = batch_of(50 + i, rank)[0]
                 whole = model(tokens)
@@ -166,7 +166,7 @@ def _unequal(transport: str, inside: bool, first: bool) -> dict[str, Tensor]:
                 model.body(tokens)
                 model.body.order = [0, 1, 2, 3]
                 assert torch.equal(model(tokens), whole)
-            if inside:
+            if held:
                 assert model.head.weight.sum() != 0
                 assert inside.gathered_bytes(engine) > 0
         assert inside.gathered_bytes(engine) == 0
@@ -176,11 +176,11 @@ def _unequal(transport: str, inside: bool, first: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("first", [True, False], ids=["before the first step", "later"])
 @pytest.mark.parametrize(
-    ("path", "inside"), [("shared_memory", False), ("shared_memory", True), ("torch", True)], ids=str
+    ("path", "held"), [("shared_memory", False), ("shared_memory", True), ("torch", True)], ids=str
 )
-def test_ranks_generate_different_lengths(ranks, path, inside, first):
+def test_ranks_generate_different_lengths(ranks, path, held, first):
     """S5: where memory is shared, always; elsewhere inside GatheredParameters. Training is that of stage 0."""
-    results = ranks(2).run(_unequal, path, inside, first)
+    results = ranks(2).run(_unequal, path, held, first)
     for weights, others in zip(results, ranks(2).run(_trained_without, path, first), strict=True):
         assert_same_weights(weights, others)
 

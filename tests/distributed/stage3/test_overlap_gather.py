@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from communicators import SlowCommunicator, WaitingCommunicator, Wrapped, communicating_through
+from gradient_models import LAYERS, WIDTH, Chain
 from partita.comm import CommunicationError, Communicator, Handle
-from test_overlap import LAYERS, WIDTH, Chain
 from torch import Tensor, nn
 
 SHARDED = (1, 2)

@@ -9,9 +9,9 @@ import partita
 import pytest
 import torch
 from dictated import SPLIT, Dictated, config_for, dictate, masters, merged, share, take_step
+from gradient_models import Vectors
 from support import load
 from support import whole as gathered
-from test_odd_parameters import Vectors
 from torch import Tensor, nn
 
 STAGES = (0, 1, 2, 3)
