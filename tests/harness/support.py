@@ -109,8 +109,8 @@ def assert_absent(engine_or_model: Any) -> None:
 
 
 def assert_without_values(model: nn.Module) -> None:
-    """An engine that partitioned the parameters was destroyed: they are ordinary parameters whose use torch refuses, and
-    the next engine refuses them by name."""
+    """An engine that partitioned the parameters was destroyed: torch refuses their use, and the next engine refuses the
+    model by name."""
     for name, parameter in model.named_parameters():
         assert type(parameter) is nn.Parameter, name
         try:

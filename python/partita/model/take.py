@@ -89,8 +89,8 @@ def refuse_unfit(model: nn.Module, run: Run) -> None:
         require_on(run.device, f"parameter '{name}'", parameter)
         if parameter.numel() and not parameter.untyped_storage().nbytes() and holder_of(parameter) is None:
             raise ValueError(
-                f"parameter '{name}' has no values: the engine that partitioned it was destroyed; give the model memory "
-                "with model.to_empty(device=...) and load weights first"
+                f"parameter '{name}' has no values: the engine that partitioned it was destroyed; first give the model "
+                "memory with model.to_empty(device=...), and load weights"
             )
     for name, buffer in model.named_buffers():
         require_on(run.device, f"buffer '{name}'", buffer)
