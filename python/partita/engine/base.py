@@ -33,6 +33,9 @@ class EngineBase:
         module: the model as the program gave it.
         config: with all batch sizes filled in.
         optimizer, lr_scheduler, dataloader: None where there is none.
+
+    Args:
+        exits: undoes what was made for the engine; the engine's own once it is complete.
     """
 
     def __init__(
@@ -54,9 +57,9 @@ class EngineBase:
         self._run = run
         self._parts = list(parts)
         self._step = step
-        self._exits = exits
         self._is_destroyed = False
         self._announce()
+        self._exits = exits.pop_all()  # the last thing that may fail is done
 
     # -- what a run is asked
 

@@ -85,8 +85,7 @@ class Engine(EngineBase):
             part = ModelPart(model, inner, run, scaling, accumulation, gathers, exits)
             step = OptimizerStep(run, [part], outer, scheduler, controller, gathers, exits)
             exits.callback(gathers.wait)
-            super().__init__(run, model, [part], step, outer, scheduler, loader, exits.pop_all())
-        self._part = part
+            super().__init__(run, model, [part], step, outer, scheduler, loader, exits)
         self._scaling = scaling
         self._accumulation = accumulation
         self._has_forward = False  # in this micro-batch
@@ -131,7 +130,8 @@ class Engine(EngineBase):
         On a GPU this queues the work and does not wait for it. Whether the step was skipped is learned during the next
         one: only then the learning rate moves and the step is reported.
         """
-        self._part.finish_backward()
+        for part in self._parts:
+            part.finish_backward()
         require("step()", self._phase, Phase.BACKWARD)
         at_boundary = self._accumulation.is_boundary
         self._accumulation.advance()
@@ -209,7 +209,8 @@ class Engine(EngineBase):
 
     def zero_grad(self) -> None:
         """Begins the step anew: drops the gradients since the last update, and what an interrupted backward left."""
-        self._part.give_up()
+        for part in self._parts:
+            part.give_up()
         self._accumulation.restart()
         self._begin_micro_batch()
 
@@ -235,6 +236,11 @@ class Engine(EngineBase):
     # -- the order of calls
 
     @property
+    def _part(self) -> ModelPart:
+        """The only one, until the engine is destroyed."""
+        return self._parts[0]
+
+    @property
     def _phase(self) -> Phase:
         """Where the micro-batch is, by what the program has called."""
         if self._is_destroyed:
@@ -245,7 +251,7 @@ class Engine(EngineBase):
 
     def _begin_micro_batch(self) -> None:
         self._has_forward = False
-        self._backwards_before = self._part.ended_backwards
+        self._backwards_before = sum(part.ended_backwards for part in self._parts)
 
 
 def initialize(

@@ -49,9 +49,10 @@ class OptimizerStep:
         timed = run.config.wall_clock_breakdown and run.is_first and prints > 0
         self.timers = PhaseTimers(timed, run.streams)
         reporter = StepReporter(run.grid.world.rank, prints, self.timers)
+        self._reducers = [part.reducer for part in parts]
         self._skips = SkipGuard(
             controller.scaler,
-            [part.reducer for part in parts],
+            self._reducers,
             run.grid.world,
             limit=run.config.max_consecutive_skipped_steps,
             lag=1 if run.streams.is_asynchronous else 0,
@@ -134,7 +135,8 @@ class OptimizerStep:
 
     def _close(self) -> None:
         try:
-            self.learn()
-        finally:
+            self._outcomes.close()
+        finally:  # a program may keep the engine, and nothing that is large with it
             self.sharded = self._optimizer = None
             self._parts.clear()
+            self._reducers.clear()

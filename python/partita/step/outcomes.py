@@ -67,6 +67,13 @@ class StepOutcomes:
         """Nothing is done about the last step any more."""
         self._last = None
 
+    def close(self) -> None:
+        """The last step is reported. There is no schedule any more."""
+        try:
+            self.learn()
+        finally:
+            self._scheduler = self._last = None
+
     def settle(self) -> None:
         """The last step is done with. All ranks call this at the same place of a step.
 
