@@ -26,6 +26,7 @@ from environment import Ranks  # isort: skip  (it sets up the process for torch)
 import partita
 import torch
 from partita.device.memory import FreedMemory
+from partita.units import Unit
 from report import print_table, settings_of, write_json
 from workload import GPT, ModelConfig
 
@@ -70,10 +71,15 @@ class Peaks:
 
 def counted_mib(engine: partita.Engine) -> float:
     """What the engine's buffers add up to, apart from those of a unit in use: without what computing takes."""
-    adam = engine._sharded._update  # type: ignore[union-attr]
-    buffers = [t for unit in engine._units for t in (unit.own_params, unit.master, unit.reduced)]
-    own = {t.data_ptr(): t.nbytes for t in (*buffers, *adam.exp_avg, *adam.exp_avg_sq) if t is not None}
+    buffers = [t for u in units_of(engine) for t in (u.own_params, u.master, u.reduced, *u.states.values())]
+    own = {t.data_ptr(): t.nbytes for t in buffers if t is not None}
     return sum(own.values()) / 2**20
+
+
+def units_of(engine: partita.Engine) -> list[Unit]:
+    """What the engine trains."""
+    units = {quantity.unit: None for quantity in engine.train_state().quantities()}
+    return [unit for unit in units if isinstance(unit, Unit)]
 
 
 def warm_up(config: dict[str, Any]) -> None:
@@ -137,7 +143,7 @@ def main() -> None:
     with peaks.phase("taken over (initialize)"):
         engine, *_ = partita.initialize(model=model, config=config)
     numel = sum(p.numel() for p in model.parameters())
-    unit_numel = max(unit.layout.numel for unit in engine._units)
+    unit_numel = max(unit.layout.numel for unit in units_of(engine))
     with peaks.phase("trained"):
         for _ in range(arguments.steps):
             tokens = random_tokens()
@@ -157,9 +163,10 @@ def main() -> None:
     element_bytes = 2 if arguments.dtype == "bf16" else 4
     states_mib = BYTES_PER_PARAMETER * numel / ranks.world_size / 2**20
     allowed_mib = states_mib + 2 * unit_numel * element_bytes / 2**20
+    transport = units_of(engine)[0].communicator.transport
     if ranks.rank == 0:
         print(
-            f"{numel:,} parameters, {ranks.world_size} ranks over {engine._communicator.transport}, {arguments.dtype}: "
+            f"{numel:,} parameters, {ranks.world_size} ranks over {transport}, {arguments.dtype}: "
             f"16/N bytes are {states_mib:.0f} MiB, with two units of {unit_numel:,} elements {allowed_mib:.0f} MiB"
         )
         print(f"masters, moments, gradients and parameters of this rank, counted: {counted_mib(engine):.0f} MiB")

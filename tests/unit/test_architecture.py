@@ -116,7 +116,6 @@ def test_the_engine_imports_its_parts_by_their_packages():
 # -- the inside of an engine
 
 INSIDE = ROOT / "tests" / "harness" / "inside.py"
-MAY_LOOK_INSIDE = {INSIDE, ROOT / "bench" / "peers" / "model_states.py"}  # the benchmark still reads buffers itself
 USERS = sorted(path for folder in ("tests", "bench", "examples") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -159,7 +158,7 @@ def test_the_engine_has_privates_to_look_for():
 @pytest.mark.parametrize("path", USERS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_only_one_file_looks_into_engines(path):
     """What tests, benchmarks and examples want to know, they ask `tests/harness/inside.py`."""
-    if path not in MAY_LOOK_INSIDE:
+    if path != INSIDE:
         assert looks_inside(path, privates_of_the_engine()) == []
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from partita.comm import SingleProcess, backend_for
 from partita.device.streams import HostStreams, streams_of
-from partita.model.placement import device_of
+from partita.model import device_of
 from small_models import Regression, config, inputs, seeded
 from torch import nn
 
