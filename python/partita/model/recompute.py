@@ -35,14 +35,17 @@ class ActivationCheckpoints:
                 "activation_checkpointing is enabled, and the model has no repeated layers: name the classes of the "
                 "modules to checkpoint in activation_checkpointing.classes"
             )
+        self._own = [vars(layer).get("forward") for layer in self._layers]  # one that a program gave the layer
         for layer in self._layers:
             layer.forward = partial(_checkpointed, layer, layer.forward, on_host)
 
     def close(self) -> None:
         """The layers are as they were."""
-        for layer in self._layers:
+        for layer, own in zip(self._layers, self._own, strict=True):
             del layer.forward
-        self._layers = []
+            if own is not None:
+                layer.forward = own
+        self._layers, self._own = [], []
 
 
 def _checkpointed(layer: nn.Module, forward: Callable[..., Any], on_host: bool, *args: Any, **kwargs: Any) -> Any:

@@ -95,7 +95,7 @@ def make_present(parameters: Iterable[nn.Parameter]) -> None:
 def take_back(parameter: nn.Parameter, values: Tensor) -> None:
     """The parameter has these values again, in memory of its own, and no holder."""
     make_present([parameter])
-    parameter._partita_holder = None  # type: ignore[attr-defined]
+    drop_holder([parameter])
     parameter.data = values
 
 
