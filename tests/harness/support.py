@@ -109,23 +109,29 @@ def assert_absent(engine_or_model: Any) -> None:
 
 
 def assert_without_values(model: nn.Module) -> None:
-    """An engine that partitioned the parameters was destroyed: torch refuses their use, and the next engine refuses the
-    model by name."""
+    """An engine that partitioned the parameters was destroyed: their use is refused by name, also by the next engine,
+    until they have memory again."""
+    names = list(dict(model.named_parameters()))
     for name, parameter in model.named_parameters():
-        assert type(parameter) is nn.Parameter, name
-        try:
-            parameter.sum()
-        except RuntimeError as error:
-            assert "not allocated" in str(error), error
-        else:
-            raise AssertionError(f"{name} can be read")
-    name = next(iter(dict(model.named_parameters())))
+        for use in (parameter.sum, parameter.clone, lambda p=parameter: p.add_(1), lambda p=parameter: p + 1):
+            try:
+                use()
+            except AbsentParameterError as error:
+                assert f"'{name}'" in str(error) and "was destroyed" in str(error) and "to_empty" in str(error), error
+            else:
+                raise AssertionError(f"{name} can be used")
     try:
         partita.Engine(model, config=base_config(stage=0))
-    except ValueError as error:
-        assert f"parameter '{name}' has no values" in str(error) and "to_empty" in str(error), error
+    except AbsentParameterError as error:
+        assert f"'{names[0]}'" in str(error), error
     else:
         raise AssertionError("a model without values is not refused")
+    model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        assert type(parameter) is nn.Parameter, name
+        assert not [key for key in vars(parameter) if "partita" in key], name
+        parameter.data.fill_(1.0)
+        assert parameter.sum().item() == parameter.numel(), name
 
 
 def train(

@@ -335,3 +335,19 @@ def test_next_batch_goes_on_where_the_loader_is() -> None:
     assert one.next_batch() == expected[5]
     one.load_state_dict(state)
     assert [one.next_batch() for _ in range(9)] == expected
+
+
+def test_next_batch_survives_an_error_of_the_dataset() -> None:
+    class Flaky(Ids):
+        fails = True
+
+        def __getitem__(self, index: int) -> int:
+            if self.fails:
+                self.fails = False
+                raise OSError("flaky disk")
+            return super().__getitem__(index)
+
+    one, other = loader(Flaky(6), micro=2), loader(Ids(6), micro=2)
+    with pytest.raises(OSError, match="flaky disk"):
+        one.next_batch()
+    assert [one.next_batch() for _ in range(3)] == list(other)

@@ -287,3 +287,15 @@ def test_optimizer_step_and_state_dict_point_to_the_engine(engine):
     engine.optimizer.zero_grad()  # nothing: gradients are consumed by step()
     engine.step()
     assert engine.get_global_grad_norm() > 0
+
+
+def test_a_step_after_a_backward_that_failed_is_refused():
+    """The gradients of those before it are not those of the micro-batch."""
+    engine = partita.Engine(seeded(), config=config())
+    engine.backward(engine(inputs()))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        engine.backward(torch.ones(()))
+    with pytest.raises(LifecycleError, match=r"step\(\) was called in phase FORWARD"):
+        engine.step()
+    engine.zero_grad()
+    engine.train_batch(inputs())

@@ -91,6 +91,7 @@ class ShardedLoader:
         """The batch after the one that was handed out last, over all epochs."""
         if self._iteration_on != self._iteration:
             self._batches_on = self.repeat()
+        self._iteration_on = -1  # an error of the dataset ends the iterator, and not this loader
         batch = next(self._batches_on)
         self._iteration_on = self._iteration
         return batch

@@ -169,7 +169,8 @@ class EngineBase:
             TypeError: the lr_scheduler has no state that could be saved.
         """
         sections = [Section("step", self._step)]
-        sections += [Section("accumulation", part.accumulation) for part in self._parts[:1]]
+        for i, part in enumerate(self._parts):
+            sections.append(Section(f"accumulation.{i}" if i else "accumulation", part.accumulation))
         if self.optimizer is not None and self._step.sharded is not None:
             sections.append(Section("optimizer", HyperParameters(self.optimizer)))
             sections.append(Section("optimizer_states", self._step.sharded.update, differs=True))

@@ -22,6 +22,7 @@ from partita.optim import (
     StepController,
     choose_optimizer,
     choose_scheduler,
+    kept_groups,
     require_supported,
 )
 from partita.run import begin_run, loss_scaler_of
@@ -64,13 +65,15 @@ class Engine(EngineBase):
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         # What refuses comes first, while the model is as the program gave it. A later error undoes what was done.
-        with ExitStack() as exits:
+        with ExitStack() as exits, ExitStack() as on_failure:
             run = begin_run(config, device_of(model), exits)
             inner = choose_optimizer(optimizer, model, model_parameters, run.config)
             if inner is not None:
                 require_only_parameters_of(model, inner)
                 require_supported(inner, run.policy, splits_masters=run.splits_masters)
             outer = None if inner is None else ShardedOptimizer(inner)
+            if inner is not None:
+                on_failure.callback(kept_groups(inner))  # a schedule changes learning rates when it is made
             scheduler = choose_scheduler(lr_scheduler, outer, run.config)
             loader = None
             if train_data is not None:
@@ -86,6 +89,7 @@ class Engine(EngineBase):
             step = OptimizerStep(run, [part], outer, scheduler, controller, gathers, exits)
             exits.callback(gathers.wait)
             super().__init__(run, model, [part], step, outer, scheduler, loader, exits)
+            on_failure.pop_all()
         self._scaling = scaling
         self._accumulation = accumulation
         self._has_forward = False  # in this micro-batch
@@ -116,6 +120,9 @@ class Engine(EngineBase):
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"engine.backward() needs a scalar loss, not a {what}: reduce it with .mean() or .sum()")
+        self._backwards_before = (
+            self._part.ended_backwards
+        )  # if this one fails, those before it are not enough for a step
         with self._step.timers.phase("backward"):
             self._part.backward([self.scale(loss)], retain_graph=retain_graph)
         return loss

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from partita.comm import any_rank
 from partita.model.loss_scaling import LossScaling
 from partita.run import Run
-from partita.units import GradientReducer, GradState, ParameterGathers, ShardSlice, Slot, Unit
+from partita.units import GradientReducer, GradState, ParameterGathers, ParameterLifetimes, ShardSlice, Slot, Unit
 
 Pieces = list[tuple[ShardSlice, Tensor]]
 
@@ -26,12 +26,14 @@ class ParameterAccess:
         units: list[Unit],
         reducer: GradientReducer,
         gathers: ParameterGathers,
+        lifetimes: ParameterLifetimes,
         run: Run,
         scaling: LossScaling,
     ) -> None:
         self._unit_of = {p: unit for unit in units for p in unit.parameters}
         self._reducer = reducer
         self._gathers = gathers
+        self._lifetimes = lifetimes
         self._run = run
         self._communicator = run.grid.data
         self._scaling = scaling
@@ -49,6 +51,7 @@ class ParameterAccess:
     def set_weights(self, unit: Unit, parameter: nn.Parameter, value: Tensor) -> None:
         """The master weights, and the parameters with them, take fp32 values that are the same on all ranks."""
         self._gathers.wait()
+        self._lifetimes.release_all()  # what an evaluation left gathered would keep the old values
         unit.adopt_written_parameters()
         masters = unit.full_precision()
         if masters is unit.master:
@@ -81,7 +84,8 @@ class ParameterAccess:
         _copy_into(pieces, value)
 
     def _states(self, unit: Unit, parameter: nn.Parameter, key: str) -> Pieces:
-        return _pieces(unit, parameter, unit.states[key]) if key in unit.states else []
+        kept = unit.kept.get(key, {})
+        return [(s, kept[s.slot]) for s, _ in _pieces(unit, parameter, unit.reduced) if s.slot in kept]
 
     def _grad_factor(self) -> float:
         """What turns a stored gradient into the mean over micro-batches and ranks, not scaled."""
@@ -147,6 +151,7 @@ class GivenAccess:
     """Parameters that say who gives access to them, until this is closed."""
 
     def __init__(self, access: ParameterAccess, parameters: Iterable[nn.Parameter]) -> None:
+        self._access = access
         self._parameters = list(parameters)
         for parameter in self._parameters:
             parameter._partita_access = _Access(access)  # type: ignore[attr-defined]
@@ -154,7 +159,8 @@ class GivenAccess:
     def close(self) -> None:
         """The parameters say nothing any more."""
         for parameter in self._parameters:
-            del parameter._partita_access  # type: ignore[attr-defined]
+            if access_of(parameter) is self._access:  # not another engine's by now
+                del parameter._partita_access  # type: ignore[attr-defined]
         self._parameters = []
 
 

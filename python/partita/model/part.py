@@ -64,7 +64,7 @@ class ModelPart:
         if run.config.zero_optimization.overlap_gather:
             gathers.wait_in_forward(module, self.units)
         self._backward = Backward(taken.units, run, taken.gathering, scaling, accumulation, exits)
-        self.access = ParameterAccess(self.units, self.reducer, gathers, run, scaling)
+        self.access = ParameterAccess(self.units, self.reducer, gathers, self._backward.lifetimes, run, scaling)
         exits.callback(GivenAccess(self.access, [p for unit in self.units for p in unit.parameters]).close)
 
     @property
@@ -139,6 +139,11 @@ class ModelPart:
         for unit in self.units:
             unit.adopt_written_parameters()
 
+    def rest(self) -> None:
+        """Nothing computes, and no parameter is gathered: what a forward without a backward left is released."""
+        self._backward.forget()
+        self._backward.lifetimes.release_all()
+
     def drop_gradients(self) -> None:
         """Forgets the gradients since the last update, also those of an unfinished backward."""
         self.reducer.reset()
@@ -146,8 +151,7 @@ class ModelPart:
     def give_up(self) -> None:
         """As `drop_gradients`, and nothing computes any more: after an error, say."""
         self.drop_gradients()
-        self.forget()
-        self._backward.lifetimes.release_all()
+        self.rest()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = self._run.precision.autocast

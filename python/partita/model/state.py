@@ -12,10 +12,11 @@ a split master is what the parameter lacks of it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +39,18 @@ class Stateful(Protocol):
         """Takes a state."""
 
 
+@runtime_checkable
+class KeepsValues(Stateful, Protocol):
+    """Has a value per element beside its small state: an optimizer."""
+
+    def values_of(self, state: dict[str, Any]) -> set[tuple[str, str]]:
+        """(parameter, quantity) of the values that this rank has once `state` has been loaded.
+
+        Raises:
+            ValueError: the state is of other parameters.
+        """
+
+
 @dataclass(frozen=True)
 class Section:
     """A small state by name. `differs`: each rank has a state of its own."""
@@ -49,14 +62,14 @@ class Section:
 
 @dataclass(frozen=True)
 class Quantity:
-    """One value per element of this rank's own range of a unit."""
+    """One value per element of this rank's own range of a unit.
+
+    slices: the parts of parameters that have it.
+    """
 
     name: str
     unit: FlatParameters
-
-    def slices(self) -> list[ShardSlice]:
-        """The parts of parameters that this rank has."""
-        return self.unit.own_slices()
+    slices: list[ShardSlice]
 
     def read(self) -> Tensor:
         """The values, flat; those of split masters are a copy."""
@@ -93,22 +106,39 @@ class TrainState:
         parts: of the model.
         sections: small states, in the order in which they are loaded.
         world: the ranks that go on together.
+
+    Raises:
+        ValueError: two parts have a parameter of the same name.
     """
 
     def __init__(self, parts: Sequence[ModelPart], sections: Sequence[Section], world: Communicator) -> None:
         self.sections = list(sections)
         self._parts = parts
         self._world = world
+        names = Counter(
+            slot.name for part in parts for flat in (*part.units, *part.frozen) for slot in flat.layout.slots
+        )
+        twice = next((name for name, count in names.items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(f"two parts of the model have a parameter '{twice}': their states would be mixed up")
 
     def quantities(self) -> Iterator[Quantity]:
         """Every quantity of every unit. Those of a torch optimizer are there once it has taken a step, or when its
         section has been loaded."""
         for part in self._parts:
             for unit in part.units:
-                for name in (WEIGHT, *unit.states):
-                    yield Quantity(name, unit)
-            for flat in part.frozen:
-                yield Quantity(WEIGHT, flat)
+                yield Quantity(WEIGHT, unit, unit.own_slices())
+                for name, flat in unit.states.items():
+                    memory = flat.untyped_storage()._cdata
+                    slots = {
+                        slot
+                        for kept in unit.kept.values()
+                        for slot, piece in kept.items()
+                        if piece.untyped_storage()._cdata == memory
+                    }
+                    yield Quantity(name, unit, [s for s in unit.own_slices() if s.slot in slots])
+            for flat_parameters in part.frozen:
+                yield Quantity(WEIGHT, flat_parameters, flat_parameters.own_slices())
 
     def tensors(self) -> dict[str, Tensor]:
         """Buffers, and parameters that are not trained and not partitioned, by name."""
@@ -125,16 +155,20 @@ class TrainState:
 
         Raises:
             RuntimeError: in the midst of a step, whose gradients are no part of the state.
-            TypeError: a section has something that is no state; names it.
+            TypeError, ValueError: a section has something that cannot be saved; names it.
         """
-        self._agree(partial(self._require_idle, "its training state is taken"))
+        sections: dict[str, Any] = {}
+
+        def take_sections() -> None:
+            self._require_idle("its training state is taken")
+            sections.update((s.name, to_plain(s.owner.state_dict(), s.name)) for s in self.sections)
+
+        self._agree(take_sections)
         values = {}
         for quantity in self.quantities():
             flat = quantity.read()
-            for s in quantity.slices():
-                piece = flat[s.in_shard]
-                values[s.slot.name, quantity.name] = piece.clone()
-        sections = {section.name: to_plain(section.owner.state_dict(), section.name) for section in self.sections}
+            for s in quantity.slices:
+                values[s.slot.name, quantity.name] = flat[s.in_shard].clone()
         return Snapshot(sections, values, {name: tensor.clone() for name, tensor in self.tensors().items()})
 
     @torch.no_grad()
@@ -145,12 +179,11 @@ class TrainState:
             ValueError: the state lacks something that this run has, or the other way round; names it.
         """
         self._agree(partial(self._require_idle, "a training state is loaded"))
+        self._agree(partial(self._require_all, snapshot))
         self._agree(partial(self._load_sections, snapshot))
-        quantities = list(self.quantities())
-        self._agree(partial(self._require_all, quantities, snapshot))
-        for quantity in quantities:
+        for quantity in self.quantities():
             flat = quantity.read().clone()
-            for s in quantity.slices():
+            for s in quantity.slices:
                 flat[s.in_shard] = snapshot.values[s.slot.name, quantity.name]
             quantity.write(flat)
         for name, tensor in self.tensors().items():
@@ -169,18 +202,33 @@ class TrainState:
         for part in self._parts:
             part.require_no_gradients(when)
         for part in self._parts:
+            part.rest()
             part.gathers.wait()
             part.adopt_written_parameters()
 
-    def _load_sections(self, snapshot: Snapshot) -> None:
+    def _require_all(self, snapshot: Snapshot) -> None:
+        """Refuses what does not fit, while nothing has been loaded."""
         _require_equal("section", {section.name for section in self.sections}, snapshot.sections)
+        here = {(s.slot.name, q.name) for q in self.quantities() if q.name == WEIGHT for s in q.slices}
         for section in self.sections:
-            section.owner.load_state_dict(from_plain(snapshot.sections[section.name]))
-
-    def _require_all(self, quantities: list[Quantity], snapshot: Snapshot) -> None:
-        here = {f"{quantity.name} of {s.slot.name}" for quantity in quantities for s in quantity.slices()}
-        _require_equal("value", here, {f"{quantity} of {parameter}" for parameter, quantity in snapshot.values})
+            if isinstance(section.owner, KeepsValues):
+                here |= section.owner.values_of(from_plain(snapshot.sections[section.name]))
+        _require_equal("value", {f"{q} of {p}" for p, q in here}, {f"{q} of {p}" for p, q in snapshot.values})
         _require_equal("tensor", set(self.tensors()), snapshot.tensors)
+
+    def _load_sections(self, snapshot: Snapshot) -> None:
+        """All of them, or none: a section may refuse what it is given. Those that keep values come last, as they have
+        been asked already."""
+        sections = sorted(self.sections, key=lambda section: isinstance(section.owner, KeepsValues))
+        small = [section for section in sections if not isinstance(section.owner, KeepsValues)]
+        before = [(section, to_plain(section.owner.state_dict(), section.name)) for section in small]
+        try:
+            for section in sections:
+                section.owner.load_state_dict(from_plain(snapshot.sections[section.name]))
+        except Exception:
+            for section, state in before:
+                section.owner.load_state_dict(from_plain(state))
+            raise
 
 
 def _require_equal(what: str, here: set[str], saved: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from partita.comm import Communicator
 from partita.run import Run
 from partita.units import (
+    AbsentParameter,
     Lifetime,
     ModelUnits,
     NamedParameter,
@@ -82,16 +83,14 @@ def refuse_unfit(model: nn.Module, run: Run) -> None:
     """Raises what taking the model over would raise in its midst.
 
     Raises:
-        ValueError: something is on another device or has no values, a named class of blocks is missing, or a module is
-            compiled in stage 3; names it.
+        ValueError: something is on another device, a named class of blocks is missing, or a module is compiled in stage
+            3; names it.
+        AbsentParameterError: a parameter has no values, as the engine that had them is gone; names it.
     """
     for name, parameter in model.named_parameters():
         require_on(run.device, f"parameter '{name}'", parameter)
-        if parameter.numel() and not parameter.untyped_storage().nbytes() and holder_of(parameter) is None:
-            raise ValueError(
-                f"parameter '{name}' has no values: the engine that partitioned it was destroyed; first give the model "
-                "memory with model.to_empty(device=...), and load weights"
-            )
+        if type(parameter) is AbsentParameter and holder_of(parameter) is None:
+            parameter.detach()  # raises, and says what to do
     for name, buffer in model.named_buffers():
         require_on(run.device, f"buffer '{name}'", buffer)
     if run.policy.shards_params:

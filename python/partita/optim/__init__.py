@@ -11,7 +11,7 @@ from partita.optim.schedules import (
     WarmupLR,
     make_scheduler,
 )
-from partita.optim.sharded import HyperParameters, ShardedOptimizer, require_supported
+from partita.optim.sharded import HyperParameters, ShardedOptimizer, kept_groups, require_supported
 from partita.optim.sharded_step import ShardedStep
 from partita.optim.step_control import PendingOutcome, StepController
 
@@ -31,6 +31,7 @@ __all__ = [
     "WarmupLR",
     "choose_optimizer",
     "choose_scheduler",
+    "kept_groups",
     "make_optimizer",
     "make_scheduler",
     "require_supported",

@@ -90,6 +90,23 @@ class ShardedOptimizer(Optimizer):
         raise NotImplementedError("optimizer states are partitioned over ranks; this version does not load them yet")
 
 
+def kept_groups(optimizer: Optimizer) -> Callable[[], None]:
+    """Remembers the param groups of an optimizer as they are; the function that is returned gives them back."""
+
+    def copy(value: Any) -> Any:
+        return value.clone() if isinstance(value, torch.Tensor) else value
+
+    then = [{name: copy(value) for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
+
+    def give_back() -> None:
+        for group, values in zip(optimizer.param_groups, then, strict=True):
+            parameters = group["params"]
+            group.clear()
+            group.update(values, params=parameters)
+
+    return give_back
+
+
 class HyperParameters:
     """The param groups of an optimizer without their parameters, as a state that can be saved."""
 

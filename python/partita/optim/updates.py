@@ -19,7 +19,8 @@ from partita.units import ShardSlice, Unit
 class ShardUpdate(ABC):
     """Turns reduced gradients into new weights, in this rank's own range of every unit.
 
-    What the update keeps for every element lies in `Unit.states`, by name. `state_dict()` has the rest.
+    What the update keeps for every element lies in `Unit.states`, and by parameter in `Unit.kept`. `state_dict()` has
+    the rest.
     """
 
     @abstractmethod
@@ -37,7 +38,15 @@ class ShardUpdate(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict()` of a run with the same parameters gave. `Unit.states` have their names and sizes
-        afterwards; their values are the caller's to write."""
+        afterwards; their values are the caller's to write.
+
+        Raises:
+            ValueError: the state is of other parameters; nothing has changed then.
+        """
+
+    @abstractmethod
+    def values_of(self, state: dict[str, Any]) -> set[tuple[str, str]]:
+        """(parameter, name in `Unit.states`) of the values that this rank has once `state` has been loaded."""
 
     @abstractmethod
     def close(self) -> None:
@@ -55,6 +64,9 @@ class NativeAdam(ShardUpdate):
         self._groups = [adam_group(group) for group in optimizer.param_groups]
         for unit in units:
             unit.states = {name: unit.state_buffer(torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+            unit.kept = {
+                name: {s.slot: flat[s.in_shard] for s in unit.own_slices()} for name, flat in unit.states.items()
+            }
         self._parts = [
             kernels.adam_part(
                 grads=unit.reduced,
@@ -89,6 +101,9 @@ class NativeAdam(ShardUpdate):
         if state:
             raise ValueError(f"native Adam keeps nothing by parameter, and the state has {sorted(state)}")
 
+    def values_of(self, state: dict[str, Any]) -> set[tuple[str, str]]:
+        return {(s.slot.name, name) for unit in self._units for s in unit.own_slices() for name in unit.states}
+
     def close(self) -> None:
         return  # its param groups are as they were
 
@@ -100,7 +115,8 @@ class TorchUpdate(ShardUpdate):
     see without Partita. The optimizer runs once per step over all pieces: it may couple them.
 
     After each step, every tensor of the optimizer's state that has an element for each element of its piece is moved
-    into `Unit.states`, and the optimizer has a view of it.
+    into `Unit.states`, and the optimizer has a view of it. A tensor that shares its memory with others stays where it
+    is, as somebody writes there through another name; the state of such an optimizer cannot be saved.
 
     On a GPU the host waits for the decision whether the step is skipped: optimizers of others cannot read it there.
     """
@@ -147,32 +163,54 @@ class TorchUpdate(ShardUpdate):
 
     def state_dict(self) -> dict[str, Any]:
         parameters: dict[str, Any] = {}
-        for _, s, piece in self._all_pieces():
-            state = self._optimizer.state.get(piece, {})
-            elements = {k: (str(v.dtype), tuple(v.shape)) for k, v in state.items() if (id(piece), k) in self._views}
-            rest = {k: v for k, v in state.items() if (id(piece), k) not in self._views}
-            if state:
-                parameters[s.slot.name] = {"elements": elements, "rest": rest}
+        for unit, s, piece in self._all_pieces():
+            state = self._optimizer.state.get(piece)
+            if not state:
+                continue
+            views = {key: self._views.get((id(piece), key)) for key in state}
+            moved = {key: view for key, view in views.items() if view is not None and view is state[key]}
+            rest = {key: value for key, value in state.items() if key not in moved}
+            shared = next((key for key in rest if s.slot in unit.kept.get(key, {})), None)
+            if shared is not None:
+                raise ValueError(
+                    f"{type(self._optimizer).__name__} keeps '{shared}' of parameter '{s.slot.name}' in memory that it "
+                    "shares with something else, which could not be so after a restart: its state cannot be saved"
+                )
+            parameters[s.slot.name] = {
+                "elements": {key: (str(value.dtype), tuple(value.shape)) for key, value in moved.items()},
+                "rest": rest,
+                "beside": [k for k, v in rest.items() if isinstance(v, Tensor) and v.device == piece.device],
+            }
         others = {key: value for key, value in self._optimizer.state.items() if not isinstance(key, Tensor)}
         return {"parameters": parameters, "others": others}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        parameters = dict(state.get("parameters", {}))
+        self.values_of(state)  # which refuses
         self._optimizer.state.clear()
         self._views.clear()
         for unit in self._units:
-            unit.states = {}
+            unit.states, unit.kept = {}, {}
         for unit, s, piece in self._all_pieces():
-            saved = parameters.pop(s.slot.name, None)
+            saved = state["parameters"].get(s.slot.name)
             if saved is None:
                 continue
             own = self._optimizer.state[piece]
             for key, (dtype, shape) in saved["elements"].items():
                 own[key] = self._view(unit, s, piece, key, getattr(torch, dtype.removeprefix("torch.")), tuple(shape))
             own.update(saved["rest"])
-        if parameters:
-            raise ValueError(f"the optimizer has no parameter '{next(iter(parameters))}', of which there is a state")
-        self._optimizer.state.update(state.get("others", {}))
+            own.update((key, own[key].to(piece.device)) for key in saved["beside"])
+        self._optimizer.state.update(state["others"])
+
+    def values_of(self, state: dict[str, Any]) -> set[tuple[str, str]]:
+        names = {s.slot.name for _, s, _ in self._all_pieces()}
+        unknown = next((name for name in state["parameters"] if name not in names), None)
+        if unknown is not None:
+            raise ValueError(f"the optimizer has no parameter '{unknown}' on this rank, of which there is a state")
+        return {
+            (name, _flat_name(key, getattr(torch, dtype.removeprefix("torch."))))
+            for name, saved in state["parameters"].items()
+            for key, (dtype, _) in saved["elements"].items()
+        }
 
     def close(self) -> None:
         self._optimizer.state.clear()
@@ -190,29 +228,43 @@ class TorchUpdate(ShardUpdate):
         for unit, s, piece in self._all_pieces():
             state = self._optimizer.state.get(piece, {})
             for key, value in state.items():
-                if (
-                    isinstance(value, Tensor)
-                    and value is not self._views.get((id(piece), key))
-                    and _covers(value, piece)
-                ):
+                view = self._views.get((id(piece), key))
+                if not isinstance(value, Tensor) or value is view or not _covers(key, value, piece):
+                    continue
+                if not _owns_its_memory(value, state):
+                    unit.kept.setdefault(key, {})[s.slot] = value
+                    continue
+                if view is None or view.dtype != value.dtype or view.shape != value.shape:
                     view = self._view(unit, s, piece, key, value.dtype, tuple(value.shape))
-                    state[key] = view.copy_(value)
                     freed.add(value.nbytes)
+                state[key] = view.copy_(value)
 
     def _view(
         self, unit: Unit, s: ShardSlice, piece: Tensor, key: str, dtype: torch.dtype, shape: tuple[int, ...]
     ) -> Tensor:
-        flat = unit.states.get(key)
-        if flat is None or flat.dtype != dtype:
-            flat = unit.states[key] = unit.state_buffer(dtype)
-        view = flat[s.in_shard].view(shape)
-        self._views[id(piece), key] = view
+        name = _flat_name(key, dtype)
+        if name not in unit.states:
+            unit.states[name] = unit.state_buffer(dtype)
+        view = unit.states[name][s.in_shard].view(shape)
+        self._views[id(piece), key] = unit.kept.setdefault(key, {})[s.slot] = view
         return view
 
 
-def _covers(value: Tensor, piece: Tensor) -> bool:
-    """Whether a state has an element for each element of a piece; a number of steps has not."""
-    return value.shape == piece.shape or value.numel() == piece.numel() > 1
+def _covers(key: str, value: Tensor, piece: Tensor) -> bool:
+    """Whether a state has an element for each element of a piece. A count of steps has not, even for one element."""
+    return key != "step" and (value.shape == piece.shape or value.numel() == piece.numel() > 1)
+
+
+def _owns_its_memory(value: Tensor, state: dict[str, Any]) -> bool:
+    """Whether nothing else of a parameter's state, and no larger buffer of the optimizer's, has this memory."""
+    storage = value.untyped_storage()
+    others = sum(isinstance(v, Tensor) and v.untyped_storage()._cdata == storage._cdata for v in state.values())
+    return storage.nbytes() == value.nbytes and others == 1
+
+
+def _flat_name(key: str, dtype: torch.dtype) -> str:
+    """The name in `Unit.states` of a state; optimizers may keep one state in several dtypes."""
+    return key if dtype == torch.float32 else f"{key}:{str(dtype).removeprefix('torch.')}"
 
 
 def _piece(flat: Tensor, s: ShardSlice) -> Tensor:

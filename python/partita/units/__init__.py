@@ -1,6 +1,14 @@
 """Flat units: layout, storage, stage policies, lifetimes of parameters, and the reduction of their gradients."""
 
-from partita.units.absent import DESCRIBING, AbsentParameterError, Holder, give_to, holder_of, take_back
+from partita.units.absent import (
+    DESCRIBING,
+    AbsentParameter,
+    AbsentParameterError,
+    Holder,
+    give_to,
+    holder_of,
+    take_back,
+)
 from partita.units.blocks import find_blocks
 from partita.units.build import (
     ModelUnits,
@@ -23,6 +31,7 @@ from partita.units.unit import GradState, Unit
 
 __all__ = [
     "DESCRIBING",
+    "AbsentParameter",
     "AbsentParameterError",
     "Always",
     "BackwardListener",

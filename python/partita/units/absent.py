@@ -3,7 +3,9 @@
 [Note: absent parameters]
 A parameter of stage 3 stays the same object all its life, but has memory only while it computes. In between its class
 is `AbsentParameter`: what describes it (shape, dtype, .grad, ...) can be asked, everything else raises an error that
-names it. Operations inside autograd do not look at the class; torch refuses those, as the storage has no memory.
+names it. Operations inside autograd do not look at the class. Torch refuses some of them, as the storage has no memory,
+and others end the process. So when an engine is destroyed, the class stays until somebody gives the parameter memory
+(`Module.to_empty()`, `.data =`): a parameter without memory must not look like one that has some.
 """
 
 from __future__ import annotations
@@ -90,6 +92,12 @@ def make_present(parameters: Iterable[nn.Parameter]) -> None:
         if type(parameter) is AbsentParameter:
             parameter.__class__ = parameter._partita_class  # type: ignore[attr-defined]
             del parameter._partita_class  # type: ignore[attr-defined]
+            vars(parameter).pop("_partita_gone", None)
+
+
+def make_gone(parameter: nn.Parameter, name: str) -> None:
+    """An absent parameter has no values any more, anywhere. Its use raises until it is given memory."""
+    parameter._partita_gone = name  # type: ignore[attr-defined]
 
 
 def take_back(parameter: nn.Parameter, values: Tensor) -> None:
@@ -109,15 +117,26 @@ class AbsentParameter(nn.Parameter):
         if func in DESCRIBING:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        absent = next((p for p in _tensors(args, kwargs) if type(p) is cls), None)
-        name = _name(absent)
+        absent: Any = next((p for p in _tensors(args, kwargs) if type(p) is cls), None)
+        gone = getattr(absent, "_partita_gone", None)
+        if gone is not None and func is Tensor.data.__set__:  # type: ignore[attr-defined]
+            make_present([absent])
+            return func(*args, **(kwargs or {}))
+        name = gone or _name(absent)
         if func is Tensor.__repr__:
             return f"AbsentParameter('{name}', shape={None if absent is None else tuple(absent.shape)})"
+        used = f"parameter '{name}' is used ({getattr(func, '__name__', func)})"
+        if gone is not None:
+            raise AbsentParameterError(
+                f"{used} and has no values any more: the engine that partitioned it (ZeRO stage 3) was destroyed; take "
+                "engine.module_state_dict() before that, or give the model memory with model.to_empty(device=...) and "
+                "load weights"
+            )
         raise AbsentParameterError(
-            f"parameter '{name}' is used ({getattr(func, '__name__', func)}) while its values are partitioned over the "
-            "ranks (ZeRO stage 3): they are there in the forward of the module that they are registered in. Elsewhere, "
-            "read them inside `with partita.zero.GatheredParameters([parameter])`, write them with modifier_rank=, and "
-            "take a state dict from engine.module_state_dict()"
+            f"{used} while its values are partitioned over the ranks (ZeRO stage 3): they are there in the forward of "
+            "the module that they are registered in. Elsewhere, read them inside `with "
+            "partita.zero.GatheredParameters([parameter])`, write them with modifier_rank=, and take a state dict from "
+            "engine.module_state_dict()"
         )
 
 
@@ -147,4 +166,6 @@ DESCRIBING: set[Any] = {
     *(getattr(Tensor, name).__get__ for name in _READABLE.split() if hasattr(Tensor, name)),
     *(getattr(Tensor, name).__set__ for name in _WRITABLE.split() if hasattr(Tensor, name)),
     *(getattr(Tensor, name) for name in _CALLABLE.split()),
+    torch.empty_like,  # these two are what Module.to_empty() asks before it gives memory
+    torch._has_compatible_shallow_copy_type,
 }

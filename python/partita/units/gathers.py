@@ -23,7 +23,8 @@ class ParameterGathers:
 
     def wait_in_forward(self, model: nn.Module, units: list[Unit]) -> None:
         """From now on the forward of each module waits for the parameters that it uses."""
-        unit_of = {p: unit for unit in units for p in unit.parameters}
+        # By identity: hooks of a model that outlives its engine must not keep the units.
+        unit_of = {p: id(unit) for unit in units for p in unit.parameters}
         wait: Any = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
         for module in model.modules():
             used = {unit_of[p] for p in module.parameters(recurse=_reads_children(module)) if p in unit_of}
@@ -49,8 +50,8 @@ class ParameterGathers:
             hook.remove()
         self._hooks = []
 
-    def _before_forward(self, used: set[Unit], _module: nn.Module, _inputs: Any) -> None:
-        while any(unit in used for unit, _ in self._under_way):
+    def _before_forward(self, used: set[int], _module: nn.Module, _inputs: Any) -> None:
+        while any(id(unit) in used for unit, _ in self._under_way):
             self._wait_for_next()
 
     def _wait_for_next(self) -> None:

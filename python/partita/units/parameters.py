@@ -81,9 +81,12 @@ class FlatParameters:
         self.communicator.barrier()
 
     def abandon(self) -> None:
-        """The parameters are ordinary ones again, without a holder. Those that come and go have no values any more."""
-        self.residence.abandon()
-        drop_holder(self.parameters)
+        """The parameters have no holder any more, and those that come and go no values, see `Residence.abandon`."""
+        own = [
+            parameter for parameter in self.parameters if holder_of(parameter) is self
+        ]  # not another engine's by now
+        self.residence.abandon(own)
+        drop_holder(own)
 
     # -- for others than the model's forward and backward, see `Holder`
 

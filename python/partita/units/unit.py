@@ -59,8 +59,10 @@ class Unit(FlatParameters):
         self.updated = self.own_params
         self._take_weights(form.splits_masters)
         self.take_parameters()
-        # What the optimizer keeps for every element of `own`, by name: exp_avg, say.
+        # What the optimizer keeps for every element of `own`, by name: exp_avg, say. `kept` has this rank's piece of it
+        # by the optimizer's name and the parameter's slot, for the parameters that have it.
         self.states: dict[str, Tensor] = {}
+        self.kept: dict[str, dict[Slot, Tensor]] = {}
 
         # Accumulation dtype. `reduced`: the gradients of `own`, a view of `full_grads` where that exists.
         self.full_grads = communicator.empty(layout.numel, form.grad_dtype) if policy.keeps_full_grads else None

@@ -47,6 +47,8 @@ def load_weights(model: nn.Module, source: WeightSource, *, strict: bool = True,
         else:
             holders.setdefault(holder, []).append(name)
     communicator = next((holder.communicator for holder in holders), None)
+    if communicator is not None and not 0 <= rank < communicator.world_size:
+        raise ValueError(f"rank = {rank}: the group has the ranks 0 to {communicator.world_size - 1}")
     reads = communicator is None or communicator.rank == rank
     with ExitStack() as files, torch.no_grad():
         error, read = None, None

@@ -1,4 +1,7 @@
-"""An engine that was refused or destroyed, at any point, leaves nothing behind: no hook, buffer, group or class."""
+"""An engine that was refused or destroyed, at any point, leaves nothing behind: no hook, buffer, group or class.
+
+Except where the values of a parameter are gone (stage 3): its class stays and refuses its use until it has memory.
+"""
 
 from __future__ import annotations
 
@@ -88,8 +91,9 @@ def failing(original: Any, after: int) -> Callable[..., Any]:
 
 
 def marks(model: nn.Module) -> list[str]:
-    """What is on a model and its parameters that a plain model does not have."""
+    """What is on a model and its parameters that a plain model does not have. Parameters without values get memory."""
     found = []
+    model.to_empty(device="cpu")
     for path, module in model.named_modules():
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             found += [f"{path}.{hooks}"] if getattr(module, hooks) else []
@@ -245,6 +249,56 @@ def _goes_on(config: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("stage", (0, 1, 2))
 def test_a_refused_model_can_be_trained(ranks, stage):
     assert ranks(2).run(_goes_on, config_for(stage, "shared_memory")) == [True, True]
+
+
+def _learning_rate(config: dict[str, Any]) -> tuple[float, list[str]]:
+    """Of the program's optimizer, after an engine with a schedule was refused."""
+    model = make_blocks()
+    model.body.embed.weight.data = model.body.embed.weight.data.double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="float64"):
+        partita.Engine(model, optimizer, config=config)
+    return optimizer.param_groups[0]["lr"], sorted(optimizer.param_groups[0].keys() - optimizer.defaults.keys())
+
+
+def test_a_refused_schedule_leaves_the_learning_rate(ranks):
+    """A warm-up starts at 0, and would stay there."""
+    config = config_for(1, "shared_memory", **EVERYTHING)
+    assert ranks(2).run(_learning_rate, {**config, "optimizer": None}) == [(0.1, ["params"])] * 2
+
+
+def _destroyed_beside(config: dict[str, Any]) -> None:
+    """An engine that only evaluates is destroyed while a later one trains the same model."""
+    model = make_blocks()
+    first = partita.Engine(model, config={**config, "optimizer": None})
+    second = partita.Engine(model, config=config)
+    alone = partita.Engine(make_blocks(), config=config)
+    first.destroy()
+    for step in range(2):
+        assert take_step(second, step) == take_step(alone, step)
+    weights, expected = second.module_state_dict(), alone.module_state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    second.destroy()
+    alone.destroy()
+
+
+@pytest.mark.parametrize("over", ["shared_memory", "torch"])
+def test_an_engine_lets_go_of_its_own_only(ranks, over):
+    ranks(2).run(_destroyed_beside, config_for(3, over))
+
+
+def _dropped(config: dict[str, Any]) -> list[str]:
+    before, model = alive(), make_blocks()
+    engine = partita.Engine(model, config=config)
+    take_step(engine, 0)
+    del engine
+    return [name for name in alive() if name not in before and name != "ParameterGathers"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_engine_that_is_dropped_is_freed_though_its_model_lives(ranks, stage):
+    config = config_for(stage, "shared_memory", zero={"overlap_gather": stage in (1, 2)})
+    assert ranks(2).run(_dropped, config) == [[], []]
 
 
 def _failing_close(config: dict[str, Any]) -> list[str]:

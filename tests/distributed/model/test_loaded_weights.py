@@ -135,3 +135,15 @@ def test_weights_written_before_a_skipped_step_stay(ranks, stage, precision):
     """O3, N1: also when the first step after the write is skipped."""
     for weights in ranks(2).run(_rewritten_before_a_skipped_step, config_for(stage, precision, optimizer=MOVING)):
         assert torch.equal(weights["e"], torch.full(SHAPES["e"], 3.0))
+
+
+def _from_nobody(config: dict[str, Any]) -> None:
+    engine = partita.Engine(model=Dictated(), config=config)
+    for rank in (-1, 2):
+        with pytest.raises(ValueError, match=rf"rank = {rank}: the group has the ranks 0 to 1"):
+            engine.load_module_state_dict(_other().state_dict(), rank=rank)
+    engine.destroy()
+
+
+def test_weights_of_a_rank_that_does_not_exist_are_refused(ranks):
+    ranks(2).run(_from_nobody, config_for(1, optimizer=MOVING))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from pairwise import pairwise
 from partita.model import Snapshot
+from partita.utils import safe_get_full_optimizer_state, safe_set_full_fp32_param
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
@@ -190,10 +191,11 @@ def test_a_run_goes_on_in_a_new_engine(ranks, stage, precision, optimizer, chang
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_every_run_goes_on_in_a_new_engine(ranks, world_size):
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), *((2, stage) for stage in STAGES)])
+def test_every_run_goes_on_in_a_new_engine(ranks, world_size, stage):
     for case in EVERYTHING:
-        ranks(world_size).run(_go_on, config_for(*case), case[2])
+        if case[0] == stage:
+            ranks(world_size).run(_go_on, config_for(*case), case[2])
 
 
 def _in_the_midst(config: dict[str, Any]) -> None:
@@ -255,3 +257,121 @@ def _written_before(config: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "split"])
 def test_written_weights_are_in_the_state(ranks, precision):
     assert ranks(2).run(_written_before, config_for(1, precision, "AdamW", "plain")) == [True, True]
+
+
+# -- what a review tried
+
+
+def _after_an_evaluation(config: dict[str, Any]) -> None:
+    """A forward with gradients and without a backward leaves parameters gathered; they must not keep the old values."""
+    engine = engine_for(config, "AdamW", seed=1)
+    engine.train_batch()
+    taken = engine.train_state().copy()
+    expected = engine.module_state_dict()
+    engine.train_batch()
+    engine.eval()
+    engine(torch.ones(2, 6))
+    engine.train()
+    engine.train_state().restore(taken)
+    for name, value in engine.module_state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    engine.eval()
+    engine(torch.ones(2, 6))
+    safe_set_full_fp32_param(engine.module.mix.bias, torch.full((WIDTH,), 2.0))
+    assert engine.module_state_dict()["mix.bias"].eq(2.0).all()
+    engine.destroy()
+
+
+@pytest.mark.parametrize("over", ["shared_memory", "torch"])
+def test_a_state_reaches_what_an_evaluation_left_gathered(ranks, over):
+    config = config_for(3, "fp32", "AdamW", "plain")
+    ranks(2).run(_after_an_evaluation, {**config, "comm": {"transport": over}})
+
+
+def _refused_whole(config: dict[str, Any]) -> None:
+    """A state that is refused changes nothing, wherever it is refused."""
+    engine = engine_for(config, "SGD", seed=1)
+    engine.train_batch()
+    state = engine.train_state()
+    taken = state.copy()
+    engine.train_batch()
+    before = state.copy()
+    other_data = {**taken.sections, "data": {**taken.sections["data"], "dataset_length": 7}}
+    states = taken.sections["optimizer_states"]
+    elsewhere = {**taken.sections, "optimizer_states": {**states, "parameters": {"x": {"elements": {}, "rest": {}}}}}
+    for sections, complaint in ((other_data, "dataset_length"), (elsewhere, "no parameter 'x'")):
+        with pytest.raises(ValueError, match=complaint):
+            state.restore(Snapshot(sections, taken.values, taken.tensors))
+        now = state.copy()
+        assert now.sections == before.sections
+        for name, value in before.values.items():
+            assert torch.equal(now.values[name], value), name
+    engine.destroy()
+
+
+def test_a_refused_state_changes_nothing(ranks):
+    ranks(2).run(_refused_whole, config_for(1, "fp32", "SGD", "plain"))
+
+
+class Aliases(Optimizer):
+    """Two names for one tensor, and another state in two dtypes, by the size of the parameter."""
+
+    def __init__(self, params: Any, lr: float = 0.01, shares: bool = False) -> None:
+        super().__init__(params, {"lr": lr})
+        self.shares = shares
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["first"] = torch.zeros_like(p)
+                    state["second"] = state["first"] if self.shares else torch.zeros_like(p)
+                    small = p.numel() < 4 * WIDTH
+                    state["third"] = torch.zeros_like(p, dtype=torch.float32 if small else torch.bfloat16)
+                state["first"].add_(p.grad)
+                state["second"].mul_(0.5)
+                state["third"].copy_(state["third"].float() * 0.9 + p.grad)
+                p.sub_((state["first"] + state["second"] + state["third"].float()) * group["lr"])
+
+
+def _aliases(stage: int, shares: bool) -> None:
+    config = config_for(stage, "fp32", "Numbers", "plain")
+    model, plain = Model(1), Model(1)
+    trained = [p for p in plain.parameters() if p.requires_grad]
+    reference = Aliases(trained, shares=shares)
+    engine = partita.Engine(model, lambda params: Aliases(params, shares=shares), config=config)
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        grads = {name: torch.randn(p.shape, generator=generator) for name, p in plain.named_parameters()}
+        engine.backward(
+            sum((p * grads[n]).sum() for n, p in engine.module.named_parameters()) + 0 * engine(torch.ones(2, 6))
+        )
+        engine.step()
+        for name, p in plain.named_parameters():
+            p.grad = grads[name].clone()
+        reference.step()
+    for name, p in plain.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(engine.module_state_dict()[name], p.detach(), rtol=1e-5, atol=1e-6)
+            for key in ("first", "second", "third"):
+                value = safe_get_full_optimizer_state(dict(engine.module.named_parameters())[name], key)
+                torch.testing.assert_close(value, reference.state[p][key].float(), rtol=1e-2, atol=1e-2)
+    if shares:
+        with pytest.raises(ValueError, match=r"keeps 'first' of parameter '.*' in memory that it shares"):
+            engine.train_state().copy()
+    else:
+        taken = engine.train_state().copy()
+        engine.train_state().restore(through_json(taken))
+        again = engine.train_state().copy()
+        assert all(torch.equal(again.values[name], value) for name, value in taken.values.items())
+        assert {name for _, name in taken.values} == {"weight", "first", "second", "third", "third:bfloat16"}
+    engine.destroy()
+
+
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_optimizers_with_memory_of_their_own_ways(ranks, stage, shares):
+    """Trained as in plain PyTorch, read through utils; what could not be restored is refused by name."""
+    ranks(2).run(_aliases, stage, shares)

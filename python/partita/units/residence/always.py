@@ -46,7 +46,7 @@ class Always(Residence):
         self._point_to(self._views_of(self._params))
         self._places = self._current_places()
 
-    def abandon(self) -> None:
+    def abandon(self, parameters: list[nn.Parameter]) -> None:
         return  # they keep their values
 
     def start_gather(self) -> None:

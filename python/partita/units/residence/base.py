@@ -109,9 +109,9 @@ class Residence(ABC):
         """The parameters become views of this memory; `own_params` must have the values. Called once."""
 
     @abstractmethod
-    def abandon(self) -> None:
-        """The parameters are ordinary ones again. Those that come and go have no memory, as nobody has their values any
-        more. Nothing else is called after this."""
+    def abandon(self, parameters: list[nn.Parameter]) -> None:
+        """These parameters are ordinary ones again, but for those that come and go: nobody has their values any more,
+        and their use raises until they are given memory. Nothing else is called after this."""
 
     @abstractmethod
     def start_gather(self) -> None:

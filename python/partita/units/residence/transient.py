@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from partita.comm import CommunicationError, Communicator
-from partita.units.absent import make_absent, make_present
+from partita.units.absent import make_absent, make_gone, make_present
 from partita.units.layout import UnitLayout
 from partita.units.residence.base import Residence, Residency
 
@@ -49,9 +49,14 @@ class Transient(Residence):
         self._places = self._current_places()
         self._leave()
 
-    def abandon(self) -> None:
+    def abandon(self, parameters: list[nn.Parameter]) -> None:
         self.release()
-        make_present(self.parameters)  # torch refuses their use from now on, as their storage has no memory
+        if self.state is not Residency.ABSENT:  # somebody has pinned them, and keeps the values with the parameters
+            return
+        abandoned = set(map(id, parameters))
+        for slot, parameter in zip(self.layout.slots, self.parameters, strict=True):
+            if id(parameter) in abandoned:
+                make_gone(parameter, slot.name)
 
     # -- for a module that computes
 
