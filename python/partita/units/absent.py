@@ -119,7 +119,7 @@ class AbsentParameter(nn.Parameter):
                 return func(*args, **(kwargs or {}))
         absent: Any = next((p for p in _tensors(args, kwargs) if type(p) is cls), None)
         gone = getattr(absent, "_partita_gone", None)
-        if gone is not None and func is Tensor.data.__set__:  # type: ignore[attr-defined]
+        if gone is not None and func == Tensor.data.__set__:  # type: ignore[attr-defined]
             make_present([absent])
             return func(*args, **(kwargs or {}))
         name = gone or _name(absent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from functools import partial
 from typing import Any
@@ -25,11 +26,12 @@ class ParameterGathers:
         """From now on the forward of each module waits for the parameters that it uses."""
         # By identity: hooks of a model that outlives its engine must not keep the units.
         unit_of = {p: id(unit) for unit in units for p in unit.parameters}
-        wait: Any = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
+        wait: Any = torch.compiler.disable(_before_forward)  # type: ignore[no-untyped-call]
+        own = weakref.ref(self)
         for module in model.modules():
             used = {unit_of[p] for p in module.parameters(recurse=_reads_children(module)) if p in unit_of}
             if used:
-                self._hooks.append(module.register_forward_pre_hook(partial(wait, used)))
+                self._hooks.append(module.register_forward_pre_hook(partial(wait, own, used)))
 
     def add(self, unit: Unit, handle: Handle) -> None:
         """A unit's parameters are being gathered."""
@@ -50,7 +52,8 @@ class ParameterGathers:
             hook.remove()
         self._hooks = []
 
-    def _before_forward(self, used: set[int], _module: nn.Module, _inputs: Any) -> None:
+    def wait_for(self, used: set[int]) -> None:
+        """The parameters of these units are there, given by identity."""
         while any(id(unit) in used for unit, _ in self._under_way):
             self._wait_for_next()
 
@@ -60,6 +63,12 @@ class ParameterGathers:
         except CommunicationError:
             self.abandon()
             raise
+
+
+def _before_forward(own: weakref.ref[ParameterGathers], used: set[int], _module: nn.Module, _inputs: Any) -> None:
+    """A hook, over a weak reference: a model may outlive its engine."""
+    if (gathers := own()) is not None:
+        gathers.wait_for(used)
 
 
 def _reads_children(module: nn.Module) -> bool:

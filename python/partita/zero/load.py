@@ -42,10 +42,7 @@ def load_weights(model: nn.Module, source: WeightSource, *, strict: bool = True,
     plain: list[str] = []
     for name, tensor in tensors.items():
         holder = holder_of(tensor)
-        if holder is None:
-            plain.append(name)
-        else:
-            holders.setdefault(holder, []).append(name)
+        (plain if holder is None else holders.setdefault(holder, [])).append(name)
     communicator = next((holder.communicator for holder in holders), None)
     if communicator is not None and not 0 <= rank < communicator.world_size:
         raise ValueError(f"rank = {rank}: the group has the ranks 0 to {communicator.world_size - 1}")
