@@ -23,11 +23,6 @@ def any_rank(communicator: Communicator, condition: bool) -> bool:
     return any_rank_each(communicator, [condition])[0]
 
 
-def every_rank(communicator: Communicator, condition: bool) -> bool:
-    """Whether the condition holds on all ranks."""
-    return not any_rank(communicator, not condition)
-
-
 def any_rank_each(communicator: Communicator, conditions: Sequence[bool]) -> list[bool]:
     """For each of several conditions, whether it holds on at least one rank. All ranks give equally many."""
     if not conditions:

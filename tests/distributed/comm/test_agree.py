@@ -15,7 +15,6 @@ from partita.comm import (
     any_rank,
     any_rank_each,
     by_rank,
-    every_rank,
     raise_together,
     ranks_that_differ,
     text_by_rank,
@@ -50,9 +49,6 @@ def _flags(transport: str) -> dict[str, Any]:
             "any, of nobody": any_rank(c, False),
             "any, of one each": [any_rank(c, c.rank == r) for r in range(c.world_size)],
             "any, of all": any_rank(c, True),
-            "every, of nobody": every_rank(c, False),
-            "every, but one each": [every_rank(c, c.rank != r) for r in range(c.world_size)],
-            "every, of all": every_rank(c, True),
             "each": any_rank_each(c, [False, c.rank == 0, c.rank == last, True]),
             "none": any_rank_each(c, []),
         }
@@ -65,9 +61,6 @@ def test_conditions(ranks, size, path):
         "any, of nobody": False,
         "any, of one each": [True] * size,
         "any, of all": True,
-        "every, of nobody": False,
-        "every, but one each": [False] * size,
-        "every, of all": True,
         "each": [False, True, True, True],
         "none": [],
     }
@@ -193,7 +186,7 @@ def test_without_an_error_nobody_raises(ranks, size, path):
 def test_one_process_agrees_with_itself():
     """The same answers, and its own error."""
     alone = SingleProcess()
-    assert [any_rank(alone, c) for c in (False, True)] == [every_rank(alone, c) for c in (False, True)] == [False, True]
+    assert [any_rank(alone, c) for c in (False, True)] == [False, True]
     assert any_rank_each(alone, [True, False]) == [True, False]
     assert by_rank(alone, -1.5) == [-1.5]
     assert [text_by_rank(alone, text) for text in ("", "grüß")] == [[""], ["grüß"]]

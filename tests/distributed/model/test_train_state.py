@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from pairwise import pairwise
 from partita.model import Snapshot
-from partita.utils import safe_get_full_optimizer_state, safe_set_full_fp32_param
+from partita.utils import (
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
