@@ -1,5 +1,8 @@
 #include <algorithm>
 #include <cmath>
+#include <exception>
+#include <string>
+#include <utility>
 
 #include "bindings.h"
 #include "partita/reduce.h"
@@ -14,6 +17,23 @@ using release = py::call_guard<py::gil_scoped_release>;
 std::chrono::milliseconds milliseconds(double seconds) {
     if (!(seconds > 0 && seconds <= 1e6)) throw py::value_error("a timeout is above 0 and at most 1e6 seconds");
     return std::chrono::milliseconds(static_cast<std::int64_t>(std::ceil(seconds * 1000)));
+}
+
+// Runs what the program wants to be done about a signal. Only the main thread can; the group's own thread knows no
+// Python. True: that raised, and the exception is set on this thread.
+bool is_interrupted() {
+    if (PyGILState_GetThisThreadState() == nullptr) return false;
+    const py::gil_scoped_acquire acquired;
+    return PyErr_CheckSignals() != 0;
+}
+
+// Lets the exception of the program's signal handler through, which is set already.
+void translate_interruption(std::exception_ptr thrown) {
+    try {
+        if (thrown) std::rethrow_exception(thrown);
+    } catch (const Interrupted&) {
+        if (PyErr_Occurred() == nullptr) PyErr_SetNone(PyExc_KeyboardInterrupt);
+    }
 }
 
 using GroupPointer = std::shared_ptr<Group>;
@@ -38,6 +58,7 @@ Token token_of(const std::string& bytes) {
 
 void register_requests(py::module_& m) {
     py::register_exception<CommunicationError>(m, "CommunicationError", PyExc_RuntimeError);
+    py::register_exception_translator(&translate_interruption);
     py::enum_<Element>(m, "Element")
         .value("f32", Element::f32)
         .value("f16", Element::f16)
@@ -90,7 +111,7 @@ void register_group(py::module_& m) {
                  const auto timeout = milliseconds(timeout_seconds);
                  return std::make_shared<Group>(
                      join(listener, rank, addresses, parsed, bytes, std::min(timeout, longest_meeting)), timeout,
-                     threads);
+                     threads, is_interrupted);
              }),
              py::arg("listener"), py::arg("rank"), py::arg("addresses"), py::arg("token"), py::arg("timeout_seconds"),
              py::arg("threads"))
@@ -102,12 +123,12 @@ void register_group(py::module_& m) {
         .def(
             "launch",
             [](const GroupPointer& g, Collective collective, std::uintptr_t address, std::int64_t numel,
-               Element element, Reduction reduction, int root) {
-                return Pending<Operation>{
-                    g, g->launch({collective, element, reduction, root, numel}, pointer<void>(address))};
+               Element element, Reduction reduction, int root, std::string call) {
+                const Request request{collective, element, reduction, root, numel};
+                return Pending<Operation>{g, g->launch(request, pointer<void>(address), std::move(call))};
             },
             py::arg("collective"), py::arg("address"), py::arg("numel"), py::arg("element"),
-            py::arg("reduction") = Reduction::sum, py::arg("root") = 0, release())
+            py::arg("reduction") = Reduction::sum, py::arg("root") = 0, py::arg("call") = "", release())
         .def(
             "send",
             [](const GroupPointer& g, std::uintptr_t address, std::int64_t numel, Element element, int to) {
@@ -120,8 +141,8 @@ void register_group(py::module_& m) {
                 return Pending<Transfer>{g, g->receive(pointer<void>(address), element, numel, from)};
             },
             py::arg("address"), py::arg("numel"), py::arg("element"), py::arg("source"), release())
-        .def("barrier", &Group::barrier, release())
-        .def("close", &Group::close, release());
+        .def("barrier", &Group::barrier, py::arg("call") = "", release())
+        .def("close", &Group::close, py::arg("reason") = "", release());
 }
 
 }  // namespace

@@ -31,13 +31,17 @@ struct Part {
 }  // namespace
 
 std::string Collectives::describe(const Operation& operation) const {
-    return partita::describe(operation.request) + ", number " + std::to_string(operation.number) + ",";
+    const std::string in = operation.call.empty() ? "" : " in " + operation.call + ",";
+    return partita::describe(operation.request) + ", number " + std::to_string(operation.number) + "," + in;
 }
 
 void Collectives::announce(const Operation& operation, std::int64_t offset) {
     Slot& slot = peers_.control().slot(peers_.rank(), operation.number);
     slot.request = operation.request;
     slot.offset = offset;
+    const std::size_t length = std::min(operation.call.size(), call_bytes - 1);
+    std::memcpy(slot.call, operation.call.data(), length);
+    slot.call[length] = 0;
     if (operation.is_small() && operation.request.numel > 0) {
         std::memcpy(slot.payload, operation.user, static_cast<std::size_t>(operation.request.bytes()));
     }
@@ -87,15 +91,27 @@ void Collectives::execute(Operation& operation) {
     peers_.own().finished.raise(operation.number + 1);
 }
 
-// Every rank sees the others' announcements, so all of them raise, each with both sides.
+// Every rank sees the others' announcements, so all of them raise, with the same text: of rank 0 and the first rank
+// that differs from it. What a program called counts too: the collectives of two different calls may look the same.
 void Collectives::check_agreement(const Operation& operation) const {
-    for (int r = 0; r < peers_.world_size(); ++r) {
-        const Request theirs = peers_.control().slot(r, operation.number).request;
-        if (theirs == operation.request) continue;
-        peers_.fail("collective number " + std::to_string(operation.number) + " is " +
-                    partita::describe(operation.request) + " on rank " + std::to_string(peers_.rank()) + " but " +
-                    partita::describe(theirs) + " on rank " + std::to_string(r) +
-                    ": all ranks must call the same collectives in the same order");
+    const Slot& first = peers_.control().slot(0, operation.number);
+    const std::string here = first.call;
+    for (int r = 1; r < peers_.world_size(); ++r) {
+        const Slot& slot = peers_.control().slot(r, operation.number);
+        const std::string there = slot.call;
+        const bool same_call = here.empty() || there.empty() || here == there;
+        if (slot.request == first.request && same_call) continue;
+        const std::string rank = std::to_string(r);
+        const std::string both = "collective number " + std::to_string(operation.number) + " is " +
+                                 partita::describe(first.request) + " on rank 0 but " +
+                                 partita::describe(slot.request) + " on rank " + rank;
+        const std::string rule = "all ranks must call the same collectives in the same order";
+        if (!same_call) {
+            peers_.fail(here + " is called on every rank; rank " + rank + " called " + there + " (" + both + ": " +
+                        rule + ")");
+        } else {
+            peers_.fail((here.empty() ? "" : "in " + here + ": ") + both + ": " + rule);
+        }
         peers_.require_usable();
     }
 }

@@ -4,6 +4,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "partita/shared_memory/arena.h"
@@ -14,11 +15,13 @@ namespace partita {
 // A collective under way on this rank.
 class Operation {
   public:
-    Operation(const Request& what, std::uint32_t count, char* data) : request(what), number(count), user(data) {}
+    Operation(const Request& what, std::uint32_t count, char* data, std::string call_name)
+        : request(what), number(count), user(data), call(std::move(call_name)) {}
 
     const Request request;
     const std::uint32_t number;  // among the group's collectives
     char* const user;            // the caller's buffer
+    const std::string call;      // what the program has called, for the peers; may be empty
     // Where the result is formed: the caller's buffer itself, or something to copy back from.
     char* buffer = nullptr;
     std::shared_ptr<Allocation> memory;  // that holds `buffer`, while peers may read it

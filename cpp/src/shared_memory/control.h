@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 
 #include "partita/shared_memory/mapping.h"
@@ -15,19 +16,22 @@ inline constexpr std::uint32_t slots_per_rank = 64;  // collectives that a rank 
 inline constexpr std::int64_t payload_bytes = 8192;  // up to this size values travel in the slot itself
 inline constexpr std::uint32_t messages_per_channel = 16;
 
-enum class Standing : std::uint32_t { member = 0, failed, left };
+inline constexpr std::size_t call_bytes = 64;  // of the name of what a program called, zero-terminated
+
+enum class Standing : std::uint32_t { member = 0, failed, interrupted, left };
 
 struct RankState {
     Signal posted;    // collectives announced
     Signal reduced;   // all-reduces whose part is reduced, counted as the collectives are
     Signal finished;  // collectives that this rank needs no peer's memory for any more
     std::atomic<Standing> standing;
-    char reason[1020];  // of a failure, zero-terminated; written before `standing`
+    char reason[1020];  // why it is no member any more, zero-terminated; written before `standing`
 };
 
 struct alignas(64) Slot {
     Request request;
-    std::int64_t offset;  // of the buffer in its rank's arena
+    std::int64_t offset;    // of the buffer in its rank's arena
+    char call[call_bytes];  // in which the program is; empty: in none that has a name
     alignas(64) char payload[payload_bytes];
 };
 

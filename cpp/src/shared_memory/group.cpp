@@ -23,19 +23,19 @@ bool wants_thread(const Operation& operation) { return !operation.is_small(); }
 // The queue of launched collectives and who works on it.
 class Group::State {
   public:
-    State(Membership membership, std::chrono::milliseconds timeout, int threads)
+    State(Membership membership, std::chrono::milliseconds timeout, int threads, IsInterrupted is_interrupted)
         : membership_(std::move(membership)),
           peers_(Control(membership_.control->data(), membership_.world_size()), membership_.rank, membership_.members,
-                 timeout),
+                 timeout, std::move(is_interrupted)),
           collectives_(peers_, membership_.members, threads),
           channels_(peers_, membership_.arena, membership_.members),
           thread_([this] { communicate(); }) {}
 
-    ~State() { close(); }
+    ~State() { close(""); }
 
-    std::shared_ptr<Operation> launch(const Request& request, void* data);
+    std::shared_ptr<Operation> launch(const Request& request, void* data, std::string call);
     void wait(Operation& operation);
-    void close();
+    void close(const std::string& reason);
 
     const Membership& membership() const { return membership_; }
     Channels& channels() { return channels_; }
@@ -44,7 +44,7 @@ class Group::State {
   private:
     void communicate();
     std::int64_t place(Operation& operation);
-    void run_or_wait(std::unique_lock<std::mutex>& lock);
+    void run_or_wait(std::unique_lock<std::mutex>& lock, const Operation& waited_for);
     void run_next(std::unique_lock<std::mutex>& lock);
     void deliver(Operation& operation);
     void forget_finished();
@@ -72,15 +72,15 @@ class Group::State {
     std::thread thread_;
 };
 
-std::shared_ptr<Operation> Group::State::launch(const Request& request, void* data) {
+std::shared_ptr<Operation> Group::State::launch(const Request& request, void* data, std::string call) {
     peers_.require_member();
     const std::lock_guard launching(launching_);
     peers_.require_usable();
     check(request, peers_.world_size());
-    auto operation = std::make_shared<Operation>(request, launched_, static_cast<char*>(data));
+    auto operation = std::make_shared<Operation>(request, launched_, static_cast<char*>(data), std::move(call));
     {
         std::unique_lock lock(mutex_);
-        while (queue_.size() >= slots_per_rank) run_or_wait(lock);  // the slot is still needed here
+        while (queue_.size() >= slots_per_rank) run_or_wait(lock, *operation);  // the slot is still needed here
     }
     collectives_.await_slot(*operation);
     const std::int64_t offset = place(*operation);
@@ -120,7 +120,7 @@ void Group::State::wait(Operation& operation) {
     peers_.require_member();
     {
         std::unique_lock lock(mutex_);
-        while (!operation.executed) run_or_wait(lock);
+        while (!operation.executed) run_or_wait(lock, operation);
     }
     if (!operation.error.empty()) throw CommunicationError(operation.error);
     const std::lock_guard delivering(operation.delivering);
@@ -143,11 +143,13 @@ void Group::State::deliver(Operation& operation) {
 
 // One step towards an empty queue. Whoever waits works: a small collective needs no other thread. The caller holds the
 // lock, as in all that take it.
-void Group::State::run_or_wait(std::unique_lock<std::mutex>& lock) {
-    if (executing_) {
-        done_.wait(lock);
-    } else {
+void Group::State::run_or_wait(std::unique_lock<std::mutex>& lock, const Operation& waited_for) {
+    if (!executing_) {
         run_next(lock);
+    } else if (done_.wait_for(lock, look_around_every) == std::cv_status::timeout) {
+        lock.unlock();
+        peers_.require_uninterrupted([&] { return describe(waited_for.request); });
+        lock.lock();
     }
 }
 
@@ -156,10 +158,14 @@ void Group::State::run_next(std::unique_lock<std::mutex>& lock) {
     queue_.pop_front();
     if (wants_thread(*operation)) --queued_for_thread_;
     executing_ = true;
+    bool interrupted = false;
     lock.unlock();
     try {
         peers_.require_usable();
         collectives_.execute(*operation);
+    } catch (const Interrupted& interruption) {
+        operation->error = interruption.what();
+        interrupted = true;
     } catch (const CommunicationError& error) {
         operation->error = error.what();
         peers_.fail(operation->error);
@@ -174,6 +180,7 @@ void Group::State::run_next(std::unique_lock<std::mutex>& lock) {
     if (operation->memory != nullptr) executed_.push_back(operation);
     done_.notify_all();
     if (queued_for_thread_ > 0) work_.notify_one();
+    if (interrupted) throw Interrupted();
 }
 
 void Group::State::communicate() {
@@ -215,11 +222,11 @@ void Group::State::keep_staging(std::shared_ptr<Allocation> staging) {
     if (idle_staging_.size() > idle_staging_buffers) idle_staging_.erase(idle_staging_.begin());
 }
 
-void Group::State::close() {
+void Group::State::close(const std::string& reason) {
     if (peers_.forked()) return;
     const std::lock_guard closing(closing_mutex_);
     if (!thread_.joinable()) return;
-    peers_.leave();  // whoever waits for a peer gives up
+    peers_.leave(reason);  // whoever waits for a peer gives up
     {
         const std::lock_guard lock(mutex_);
         closing_ = true;
@@ -237,8 +244,9 @@ void Group::State::close() {
     channels_.leave_pages();
 }
 
-Group::Group(Membership membership, std::chrono::milliseconds timeout, int threads)
-    : state_(std::make_unique<State>(std::move(membership), timeout, threads)) {}
+Group::Group(Membership membership, std::chrono::milliseconds timeout, int threads,
+             std::function<bool()> is_interrupted)
+    : state_(std::make_unique<State>(std::move(membership), timeout, threads, std::move(is_interrupted))) {}
 
 Group::~Group() {
     // In a forked child the thread and what it waits on are the parent's: nothing here can be ended.
@@ -257,9 +265,11 @@ std::shared_ptr<MappedSlices> Group::map_slices(std::int64_t bytes_per_rank) {
 }
 std::int64_t Group::committed_bytes() const { return state_->membership().arena->committed_bytes(); }
 
-std::shared_ptr<Operation> Group::launch(const Request& request, void* data) { return state_->launch(request, data); }
+std::shared_ptr<Operation> Group::launch(const Request& request, void* data, std::string call) {
+    return state_->launch(request, data, std::move(call));
+}
 void Group::wait(Operation& operation) { state_->wait(operation); }
-void Group::barrier() { wait(*launch(Request{}, nullptr)); }
+void Group::barrier(std::string call) { wait(*launch(Request{}, nullptr, std::move(call))); }
 
 std::shared_ptr<Transfer> Group::send(const void* data, Element element, std::int64_t numel, int to) {
     return state_->channels().send(data, element, numel, to);
@@ -269,6 +279,6 @@ std::shared_ptr<Transfer> Group::receive(void* data, Element element, std::int64
 }
 void Group::wait(Transfer& transfer) { state_->channels().wait(transfer); }
 
-void Group::close() { state_->close(); }
+void Group::close(const std::string& reason) { state_->close(reason); }
 
 }  // namespace partita

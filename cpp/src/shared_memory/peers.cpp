@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <thread>
+#include <utility>
 
 #ifndef SYS_pidfd_open
 #define SYS_pidfd_open 434  // the same on all processors; older headers lack it
@@ -19,7 +21,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr auto spin_time = std::chrono::microseconds(20);
-constexpr auto look_around_every = std::chrono::milliseconds(50);
+constexpr auto own_interruption_within = std::chrono::milliseconds(200);
 
 void relax() {
 #ifdef PARTITA_X86
@@ -48,8 +50,13 @@ std::string seconds(std::chrono::milliseconds duration) {
 
 }  // namespace
 
-Peers::Peers(Control control, int rank, const std::vector<Member>& members, std::chrono::milliseconds timeout)
-    : control_(control), rank_(rank), timeout_(timeout), process_(getpid()) {
+Peers::Peers(Control control, int rank, const std::vector<Member>& members, std::chrono::milliseconds timeout,
+             IsInterrupted is_interrupted)
+    : control_(control),
+      rank_(rank),
+      timeout_(timeout),
+      is_interrupted_(std::move(is_interrupted)),
+      process_(getpid()) {
     for (const Member& member : members) {
         processes_.push_back(member.process);
         const long fd = member.process > 0 ? syscall(SYS_pidfd_open, member.process, 0) : -1;
@@ -84,6 +91,9 @@ void Peers::await(std::vector<Awaited> missing, std::uint32_t target, const Desc
         const bool timed_out = Clock::now() >= deadline;
         std::vector<std::string> reasons;
         for (const Awaited& awaited : missing) reasons.push_back(why_missing(awaited.rank, timed_out));
+        const bool interrupted = std::any_of(missing.begin(), missing.end(), [&](const Awaited& awaited) {
+            return is_standing(awaited.rank, Standing::interrupted);
+        });
         for (std::size_t i = missing.size(); i-- > 0;) {
             if (missing[i].signal->reached(target)) {
                 missing.erase(missing.begin() + static_cast<std::ptrdiff_t>(i));
@@ -93,11 +103,27 @@ void Peers::await(std::vector<Awaited> missing, std::uint32_t target, const Desc
         if (missing.empty()) return;
         const auto reason = std::find_if(reasons.begin(), reasons.end(), [](const auto& r) { return !r.empty(); });
         if (reason != reasons.end()) {
+            if (interrupted) await_own_interruption(describe);
             fail(describe() + " on rank " + std::to_string(rank_) + ": " + *reason);
             require_usable();
         }
         missing.front().signal->sleep(target, look_around_every);
+        require_uninterrupted(describe);
     }
+}
+
+void Peers::require_uninterrupted(const Describe& describe) {
+    if (!is_interrupted_ || !is_interrupted_()) return;
+    give_up("it was interrupted in " + describe() + " by Ctrl-C or another signal", Standing::interrupted);
+    throw Interrupted();
+}
+
+void Peers::await_own_interruption(const Describe& describe) {
+    const auto end = Clock::now() + own_interruption_within;
+    do {
+        require_uninterrupted(describe);
+        std::this_thread::sleep_for(spin_time);
+    } while (is_interrupted_ && Clock::now() < end);
 }
 
 // Empty while there is hope.
@@ -107,7 +133,11 @@ std::string Peers::why_missing(int rank, bool timed_out) {
     const RankState& state = control_.state(rank);
     const Standing standing = state.standing.load();
     if (standing == Standing::failed) return who + " gave up: " + std::string(state.reason);
-    if (standing == Standing::left) return who + process + " has left the group";
+    if (standing == Standing::interrupted) return who + " gave up: " + std::string(state.reason);
+    if (standing == Standing::left) {
+        const std::string why = state.reason;
+        return who + process + " has left the group" + (why.empty() ? "" : ": " + why);
+    }
     if (has_died(rank)) return who + process + " died";
     if (timed_out) {
         return who + process + " did not take part within " + seconds(timeout_) +
@@ -134,7 +164,7 @@ void Peers::require_member() const {
 
 void Peers::require_no_failure(const Describe& describe) {
     for (int r = 0; r < world_size(); ++r) {
-        if (r == rank_ || control_.state(r).standing.load() != Standing::failed) continue;
+        if (r == rank_ || !(is_standing(r, Standing::failed) || is_standing(r, Standing::interrupted))) continue;
         fail(describe() + " on rank " + std::to_string(rank_) + ": " + why_missing(r, false));
         require_usable();
     }
@@ -148,24 +178,34 @@ void Peers::require_usable() {
     if (leaving_) throw CommunicationError("rank " + std::to_string(rank_) + " has closed its group");
 }
 
-void Peers::fail(const std::string& reason) {
+void Peers::give_up(const std::string& reason, Standing standing) {
     {
         const std::lock_guard lock(mutex_);
         if (failed_ || leaving_) return;
         failure_ = reason;
-        RankState& state = own();
-        const std::size_t length = std::min(reason.size(), sizeof state.reason - 1);
-        std::memcpy(state.reason, reason.data(), length);
-        state.standing = Standing::failed;
+        write_reason(reason);
+        own().standing = standing;
         failed_ = true;
     }
     wake_waiting_peers();
 }
 
-void Peers::leave() {
-    if (leaving_.exchange(true)) return;
-    Standing expected = Standing::member;
-    own().standing.compare_exchange_strong(expected, Standing::left);
+void Peers::write_reason(const std::string& reason) {
+    RankState& state = own();
+    const std::size_t length = std::min(reason.size(), sizeof state.reason - 1);
+    std::memcpy(state.reason, reason.data(), length);
+    state.reason[length] = 0;
+}
+
+void Peers::leave(const std::string& reason) {
+    {
+        const std::lock_guard lock(mutex_);  // a thread of this rank may be failing
+        if (leaving_.exchange(true)) return;
+        if (!failed_) {
+            write_reason(reason);
+            own().standing = Standing::left;
+        }
+    }
     wake_waiting_peers();
     // Threads of this process sleep on the peers' signals; those in a send or receive look around by themselves.
     for (int r = 0; r < world_size(); ++r) {

@@ -4,6 +4,9 @@
 // Who waits for a rank's counter also watches the process behind it. When that process has died, has left the group or
 // lets the timeout pass, the group has failed on this rank: this and every further call throws CommunicationError, and
 // the reason stands where the peers find it, so that they do not wait for this rank either.
+//
+// An interrupted wait (Ctrl-C) fails the group as well: half of the collective may have been done. Ctrl-C reaches all
+// ranks of a terminal, one after the other. So a rank that learns of a peer's interruption gives its own a moment.
 #pragma once
 
 #include <unistd.h>
@@ -21,10 +24,15 @@
 namespace partita {
 
 using Describe = std::function<std::string()>;  // what a rank was doing when it had to wait
+// Asked every now and then by a thread that waits: whether the wait is to end, as the program has been interrupted.
+using IsInterrupted = std::function<bool()>;
+
+inline constexpr auto look_around_every = std::chrono::milliseconds(50);
 
 class Peers {
   public:
-    Peers(Control control, int rank, const std::vector<Member>& members, std::chrono::milliseconds timeout);
+    Peers(Control control, int rank, const std::vector<Member>& members, std::chrono::milliseconds timeout,
+          IsInterrupted is_interrupted);
 
     int rank() const { return rank_; }
     int world_size() const { return control_.world_size(); }
@@ -45,9 +53,11 @@ class Peers {
     // Throws CommunicationError if the group has failed or was closed.
     void require_usable();
     // The group has failed on this rank for this reason (unless it has before); tells the peers.
-    void fail(const std::string& reason);
-    // This rank leaves; whoever waits, here or elsewhere, looks around.
-    void leave();
+    void fail(const std::string& reason) { give_up(reason, Standing::failed); }
+    // Throws Interrupted if the program has been interrupted: the group has failed then.
+    void require_uninterrupted(const Describe& describe);
+    // This rank leaves; whoever waits, here or elsewhere, looks around. `reason`: for those who wait elsewhere.
+    void leave(const std::string& reason);
     bool forked() const { return getpid() != process_; }
 
   private:
@@ -58,12 +68,17 @@ class Peers {
 
     void await(std::vector<Awaited> missing, std::uint32_t target, const Describe& describe);
     std::string why_missing(int rank, bool timed_out);
+    bool is_standing(int rank, Standing standing) const { return control_.state(rank).standing.load() == standing; }
+    void give_up(const std::string& reason, Standing standing);
+    void write_reason(const std::string& reason);
+    void await_own_interruption(const Describe& describe);
     bool has_died(int rank) const;
     void wake_waiting_peers();
 
     Control control_;
     int rank_;
     std::chrono::milliseconds timeout_;
+    IsInterrupted is_interrupted_;
     int process_;                          // this one
     std::vector<int> processes_;           // by rank; 0: not visible from here
     std::vector<FileDescriptor> watches_;  // pidfds by rank; invalid where the system has none

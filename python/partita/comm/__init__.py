@@ -13,7 +13,9 @@ from partita.comm.communicator import Communicator, Done, Handle, SingleProcess
 from partita.comm.grid import Connect, Coordinates, GridShape, ProcessGrid
 from partita.comm.groups import backend_for
 from partita.comm.hierarchical import HierarchicalCommunicator
-from partita.comm.setup import communicator_of, init_distributed, world_communicator
+from partita.comm.join import init_distributed, note_rank, place_in_job
+from partita.comm.same import Entries, digest_number, require_same
+from partita.comm.setup import communicator_of, require_same_on_all_ranks, world_communicator
 from partita.comm.shared_memory import SharedMemoryCommunicator
 from partita.comm.torch_transport import TorchCommunicator
 
@@ -23,6 +25,7 @@ __all__ = [
     "Connect",
     "Coordinates",
     "Done",
+    "Entries",
     "GridShape",
     "Handle",
     "HierarchicalCommunicator",
@@ -36,9 +39,14 @@ __all__ = [
     "backend_for",
     "by_rank",
     "communicator_of",
+    "digest_number",
     "init_distributed",
+    "note_rank",
+    "place_in_job",
     "raise_together",
     "ranks_that_differ",
+    "require_same",
+    "require_same_on_all_ranks",
     "text_by_rank",
     "world_communicator",
 ]

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from partita import _core
+from partita.comm.agree import any_rank
 from partita.comm.communicator import Communicator, SingleProcess
 from partita.comm.groups import GROUP_TIMEOUT, OwnGroups, backend_for
 from partita.comm.hierarchical import HierarchicalCommunicator
@@ -107,7 +108,8 @@ def _over_shared_memory(
     rank = dist.get_rank(group)
     meeting = part or Meeting.on(wish.host)
     listener, timeout = meeting.listener, wish.timeout
-    contacts = exchange_contacts(group, meeting.host, listener.address if listener else b"")
+    everyone = TorchCommunicator(group)
+    contacts = exchange_contacts(everyone, meeting.host, listener.address if listener else b"")
     hosts = ranks_by_host(contacts)
     if len(hosts) == len(contacts):
         raise _UnavailableError("no two ranks share a host", is_a_failure=False)
@@ -117,7 +119,7 @@ def _over_shared_memory(
             # The group of the hosts' first ranks must be made by all ranks of the job.
             raise _UnavailableError("a part of the job's ranks is on several hosts", is_a_failure=False)
         timeout += GROUP_TIMEOUT  # the leader of a host may be waiting for another host
-    inside = _join(group, listener, ranks.index(rank), [contacts[r] for r in ranks], timeout)
+    inside = _join(everyone, listener, ranks.index(rank), [contacts[r] for r in ranks], timeout)
     if len(hosts) == 1:
         return inside
     with ExitStack() as on_failure:
@@ -131,7 +133,7 @@ def _over_shared_memory(
 
 
 def _join(
-    group: dist.ProcessGroup, listener: _core.Listener | None, rank: int, contacts: list[Contact], timeout: timedelta
+    everyone: Communicator, listener: _core.Listener | None, rank: int, contacts: list[Contact], timeout: timedelta
 ) -> SharedMemoryCommunicator:
     """The ranks of this host over shared memory, if that works on every host."""
     made, reason = None, "another rank could not join a group over shared memory"
@@ -145,8 +147,6 @@ def _join(
         reason = f"shared memory between processes does not work here: {error}"
         if listener is not None:
             listener.close()  # so that no rank waits for this one
-    everywhere = torch.tensor(int(made is not None))
-    dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=group)
-    if made is None or not everywhere.item():
+    if any_rank(everyone, made is None) or made is None:
         raise _UnavailableError(reason, is_a_failure=True)
     return SharedMemoryCommunicator(made)

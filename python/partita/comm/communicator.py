@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from partita._core import Reduction
+from partita.comm.calls import Calls
 from partita.device.memory import HOST, flat_buffer
 
 
@@ -41,6 +44,19 @@ class Communicator(ABC):
     transport: str  # what carries the bytes, for people
     device: torch.device = HOST  # of its buffers
     shares_memory: bool = False  # whether mapped() returns a buffer
+
+    @cached_property
+    def calls(self) -> Calls:
+        """Where the program is; the communicators of one grid share it."""
+        return Calls()
+
+    def call_of_all(self, name: str) -> AbstractContextManager[None]:
+        """In this block the program is in `name`, an engine call that all ranks make and that is rare.
+
+        Raises:
+            CommunicationError: another rank is in another call. Some transports know it here, others in a collective.
+        """
+        return self.calls.inside(name)
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A flat buffer that this transport can work on in place; its content is undefined."""
@@ -141,6 +157,10 @@ class Communicator(ABC):
     @abstractmethod
     def close(self) -> None:
         """Leaves the group: nothing can be called any more. Buffers stay valid, mapped ones too."""
+
+    def leave(self, reason: str) -> None:
+        """`close()`, with a reason for the ranks that wait for this one."""
+        self.close()
 
 
 class SingleProcess(Communicator):

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from partita.comm.calls import Calls
 from partita.comm.communicator import Communicator, SingleProcess
 
 
@@ -109,6 +110,7 @@ class ProcessGrid:
         world: all ranks.
         data: the ranks of this rank's stage. The same object as `world` if there is one stage.
         pipe: the ranks of this rank's copy of the model, in the order of the stages.
+        calls: the engine call that the program is in, as all communicators of the grid know it.
 
     Raises:
         ValueError: the ranks do not divide evenly among the stages.
@@ -121,6 +123,7 @@ class ProcessGrid:
 
     def __init__(self, connect: Connect, pipe: int = 1) -> None:
         self._connect = connect
+        self.calls = Calls()
         with ExitStack() as exits:
             self.world = connect()
             exits.callback(self.world.close)
@@ -133,6 +136,8 @@ class ProcessGrid:
                 exits.callback(self.data.close)
                 self.pipe = connect(beside=self.world, parts=self.shape.pipe_groups)
             exits.callback(self.pipe.close)
+            for communicator in (self.world, self.data, self.pipe):
+                communicator.calls = self.calls
             self._exits = exits.pop_all()
 
     def beside_data(self) -> Communicator:
@@ -143,6 +148,7 @@ class ProcessGrid:
         else:
             made = self._connect(beside=self.data, parts=self.shape.data_groups)
         self._exits.callback(made.close)
+        made.calls = self.calls
         return made
 
     def close(self) -> None:

@@ -16,12 +16,17 @@ from partita.comm.communicator import Communicator, Handle
 class FutureHandle:
     """A collective on the communication thread."""
 
-    def __init__(self, future: Future[None]) -> None:
+    def __init__(self, future: Future[None], leave: Callable[[], None]) -> None:
         self._future = future
+        self._leave = leave
 
     def wait(self) -> None:
         """Returns when it is done; raises what it raised."""
-        self._future.result()
+        try:
+            self._future.result()
+        except KeyboardInterrupt:
+            self._leave()  # the thread would wait on, and the program for the thread
+            raise
 
 
 class HierarchicalCommunicator(Communicator):
@@ -96,16 +101,20 @@ class HierarchicalCommunicator(Communicator):
         self._everyone.close()
 
     def _run(self, function: Callable[..., None], *args: object) -> Handle:
-        return FutureHandle(self._thread.submit(partial(self._run_or_leave, function, *args)))
+        run = partial(self._run_or_leave, function, self.calls.name, *args)
+        return FutureHandle(self._thread.submit(run), self.close)
 
-    def _run_or_leave(self, function: Callable[..., None], *args: object) -> None:
+    def _run_or_leave(self, function: Callable[..., None], call: str, *args: object) -> None:
         """What follows a failure would meet other collectives on other ranks: this rank takes no part any more."""
+        for communicator in (self._inside, self._between):
+            if communicator is not None:
+                communicator.calls.name = call  # where the program was at the launch
         try:
             function(*args)
         except (TypeError, ValueError):  # a wrong argument, before anything was sent: the same on all ranks
             raise
-        except BaseException:
-            self._inside.close()
+        except BaseException as error:
+            self._inside.leave(f"a collective of its host failed: {error}")
             raise
 
     def _section(self, buffer: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+
+from partita.comm.communicator import Communicator
 
 DIGEST_BYTES = 32
 TOKEN_BYTES = 16
@@ -53,12 +54,13 @@ class Contact:
         return Contact(host, rest[:length], token)
 
 
-def exchange_contacts(group: dist.ProcessGroup, host: str, address: bytes) -> list[Contact]:
+def exchange_contacts(everyone: Communicator, host: str, address: bytes) -> list[Contact]:
     """Every rank's contact, by rank. A collective."""
     own = Contact(hashlib.sha256(host.encode()).digest(), address, secrets.token_bytes(TOKEN_BYTES)).pack()
-    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, own, group=group)
-    return [Contact.unpack(packed) for packed in everyone]
+    gathered = torch.zeros(everyone.world_size * own.numel(), dtype=torch.uint8)
+    everyone.slice_of(gathered).copy_(own)
+    everyone.all_gather(gathered).wait()
+    return [Contact.unpack(packed) for packed in everyone.slices(gathered)]
 
 
 def ranks_by_host(contacts: list[Contact]) -> list[list[int]]:

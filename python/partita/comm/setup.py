@@ -1,8 +1,7 @@
-"""Joining the ranks of a job."""
+"""The communicators of a job's ranks."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -10,49 +9,14 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from partita import _core
 from partita.comm.agree import raise_together, text_by_rank
 from partita.comm.choice import Meeting, Wish, connect
 from partita.comm.communicator import Communicator, SingleProcess
-from partita.comm.groups import GROUP_TIMEOUT, OwnGroups, backend_for
+from partita.comm.groups import OwnGroups, backend_for
+from partita.comm.same import Entries, require_same
 from partita.comm.torch_transport import TorchCommunicator, backend_of
 from partita.device.memory import HOST
-
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def init_distributed(backend: str | None = None, timeout: timedelta = GROUP_TIMEOUT) -> None:
-    """Makes the default process group, unless there is one.
-
-    Under torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) all ranks join; in a plain
-    `python train.py` the group is this process alone, without a socket and without NCCL.
-
-    Args:
-        backend: "nccl", "gloo", or another that torch.distributed knows; None: NCCL when this build has CUDA kernels
-            and a GPU is there, otherwise gloo. A backend that cannot carry a model's tensors is no obstacle to
-            training it.
-        timeout: how long a collective waits for a rank before it raises.
-
-    Raises:
-        RuntimeError: some of the launcher's variables are set and some are missing.
-    """
-    if dist.is_initialized():
-        return
-    backend = backend or ("nccl" if _core.built_with_cuda() and torch.cuda.is_available() else "gloo")
-    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
-    if not missing:
-        dist.init_process_group(backend, timeout=timeout)
-    elif "RANK" in missing and "WORLD_SIZE" in missing:  # alone, where NCCL and its threads have nothing to do
-        alone = "gloo" if backend == "nccl" else backend
-        dist.init_process_group(alone, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        present = [name for name in LAUNCHER_VARIABLES if name not in missing]
-        raise RuntimeError(
-            f"{', '.join(present)} set but {', '.join(missing)} missing in the environment: start the job with "
-            "torchrun, which sets all four, or unset them to train in one process"
-        )
 
 
 def world_communicator(
@@ -151,20 +115,33 @@ def _part_communicator(parts: Sequence[Sequence[int]], wish: Wish) -> Communicat
         return made
 
 
+def require_same_on_all_ranks(entries: Entries, device: torch.device) -> None:
+    """Raises on all ranks of the job unless all have the same entries, see `require_same`. A collective, and the first
+    one: it is the same whatever the ranks were given.
+
+    Args:
+        device: of what is to be trained; on a GPU the entries may travel as the model's tensors will.
+    """
+    if dist.get_world_size() > 1:
+        with _settling(device) as everyone:
+            require_same(everyone, entries)
+
+
 @contextmanager
-def _settling() -> Iterator[Communicator]:
-    """All ranks of the job over torch.distributed, for tensors on the CPU.
+def _settling(device: torch.device = HOST) -> Iterator[Communicator]:
+    """All ranks of the job over torch.distributed: for tensors on the CPU, or else on `device`.
 
     A rank that waits in vain for another one to join shared memory does so until the timeout of shared memory. Ranks
     that wait for that rank need more patience than shared memory has.
     """
     own = OwnGroups()
     default = dist.group.WORLD
-    carries = default is not None and backend_of(default, HOST) is not None
-    group = default if carries else own.make(backend_for(HOST))
+    assert default is not None
+    carried = [d for d in (HOST, device) if backend_of(default, d) is not None]
+    group = default if carried else own.make(backend_for(HOST))
     assert group is not None  # all ranks are in both
     try:
-        yield TorchCommunicator(group)
+        yield TorchCommunicator(group, carried[0] if carried else HOST)
     finally:
         own.end()
 

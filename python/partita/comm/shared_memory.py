@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import mmap
+import weakref
 
 import torch
 from torch import Tensor
 
 from partita._core import Collective, CommunicationError, Element, Operation, Reduction, SharedMemoryGroup, Transfer
+from partita.comm.calls import why_ending, why_leaving
 from partita.comm.communicator import Communicator, Handle
 from partita.device import kernels
 
@@ -54,6 +56,7 @@ class SharedMemoryCommunicator(Communicator):
         self._open_group: SharedMemoryGroup | None = group
         self.rank = group.rank
         self.world_size = group.world_size
+        weakref.finalize(self, _leave_at_the_end, group)
 
     @property
     def _group(self) -> SharedMemoryGroup:
@@ -109,11 +112,14 @@ class SharedMemoryCommunicator(Communicator):
         return GroupHandle(transfer, tensor)
 
     def barrier(self) -> None:
-        self._group.barrier()
+        self._group.barrier(self.calls.name)
 
     def close(self) -> None:
+        self.leave(why_leaving())
+
+    def leave(self, reason: str) -> None:
         if self._open_group is not None:
-            self._open_group.close()
+            self._open_group.close(reason)
             self._open_group = None  # the peers' memory is unmapped when the last handle has gone, too
 
     def _launch(
@@ -126,8 +132,15 @@ class SharedMemoryCommunicator(Communicator):
         root: int = 0,
     ) -> Handle:
         numel = _count(tensor, element)
-        operation = self._group.launch(collective, kernels.address(tensor), numel, element, reduction, root)
+        operation = self._group.launch(
+            collective, kernels.address(tensor), numel, element, reduction, root, self.calls.name
+        )
         return GroupHandle(operation, tensor)
+
+
+def _leave_at_the_end(group: SharedMemoryGroup) -> None:
+    """Peers that wait learn why; who has left before does nothing."""
+    group.close(why_ending())
 
 
 def _element(tensor: Tensor) -> Element:

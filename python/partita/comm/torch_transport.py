@@ -7,7 +7,8 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from datetime import timedelta
 from functools import partial
 from itertools import count
 from typing import Any
@@ -17,8 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partita._core import CommunicationError, Reduction
+from partita.comm.calls import Calls, why_ending, why_leaving
 from partita.comm.communicator import Communicator, Handle
-from partita.comm.groups import OwnGroups
+from partita.comm.groups import GROUP_TIMEOUT, OwnGroups
+from partita.comm.lookout import LONG_WAIT_S, Lookout
+from partita.comm.patience import MessageWaits, wait_for_collective
 from partita.device import kernels
 from partita.device.memory import HOST, flat_buffer
 
@@ -31,6 +35,12 @@ SEND_TAG = 0x5A53
 LET_GO_WITHIN_S = 1.0
 THREAD_SWITCH_S = 0.002
 Start = Callable[[], dist.Work | None]
+Finish = Callable[[], None] | None
+# Of a receive that nobody answers, see `TorchCommunicator._break`.
+BREAK_TAG = 0x5A54
+BREAK_TIMEOUT = timedelta(milliseconds=1)
+# Ctrl-C reaches the ranks of a terminal one after the other: how long a rank that a peer's ends waits for its own.
+OWN_INTERRUPTION_WITHIN_S = 0.2
 OPERATIONS = {
     Reduction.sum: dist.ReduceOp.SUM,
     Reduction.average: dist.ReduceOp.SUM,  # divided afterwards: gloo has no average
@@ -39,32 +49,32 @@ OPERATIONS = {
 
 
 class WorkHandle:
-    """Works of torch.distributed that form one collective; keeps alive what they read and write."""
+    """Works of torch.distributed that form one collective; keeps alive what they read and write.
+
+    Args:
+        wait: waits for the works; raises CommunicationError.
+        finish: what is left to do then.
+    """
 
     def __init__(
-        self,
-        works: list[dist.Work],
-        keep: Tensor,
-        naming: Callable[[], AbstractContextManager[None]],
-        finish: Callable[[], None] | None,
+        self, works: list[dist.Work], keep: Tensor, wait: Callable[[list[dist.Work]], None], finish: Finish
     ) -> None:
         self._works = works
         self._keep: Tensor | None = keep
-        self._naming: Callable[[], AbstractContextManager[None]] | None = naming
+        self._wait: Callable[[list[dist.Work]], None] | None = wait
         self._finish = finish
 
     def wait(self) -> None:
         """Returns when the works are done and the result is in the buffer.
 
         Raises:
-            CommunicationError: torch.distributed says that they failed; names the collective and this rank.
+            CommunicationError: torch.distributed says that they failed, or another rank has ended or is in another
+                collective; names the collective and this rank, or both calls.
         """
-        if self._naming is None:
+        if self._wait is None:
             return
-        with self._naming():
-            for work in self._works:
-                work.wait()
-        self._works, self._naming = [], None
+        self._wait(self._works)
+        self._works, self._wait = [], None
         finish, self._finish, self._keep = self._finish, None, None
         if finish is not None:
             finish()
@@ -82,6 +92,9 @@ class TorchCommunicator(Communicator):
     A thread of gloo lets go of a collective's tensors shortly after others know it to be done, and needs Python's lock
     for that. Once a program is ending no thread gets the lock, and the process would abort. So these threads get
     tensors that nobody else has, and at the end of the program, or of this communicator, we wait until they are gone.
+
+    When this rank gives up, by an error or a signal, it closes the connections of the group: its own threads end, and
+    the other ranks learn at once that there is nothing to wait for, and why from the `Lookout`.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device = HOST, own: OwnGroups | None = None) -> None:
@@ -97,8 +110,15 @@ class TorchCommunicator(Communicator):
         self._received: dict[torch.dtype, list[Tensor]] = {}  # buffers free for the next reduce-scatter
         self._lent_so_far = count()
         self._lent: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # to threads of gloo
-        if self._gloo:
-            weakref.finalize(self, _leave, group, self._lent)
+        self._messages = MessageWaits()
+        find = weakref.ref(self)
+        self._lookout = Lookout(
+            str(group.group_name), self.rank, self.world_size, lambda: _calls_of(find()), GROUP_TIMEOUT.total_seconds()
+        )
+        weakref.finalize(self, _leave, group, self._lent if self._gloo else None, self._messages, self._lookout)
+
+    def call_of_all(self, name: str) -> AbstractContextManager[None]:
+        return self._meeting(name)
 
     def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
         start = self._asynchronous(dist.all_reduce, self._lend(_contiguous(buffer)), OPERATIONS[reduction])
@@ -130,18 +150,20 @@ class TorchCommunicator(Communicator):
         return self._launch("broadcast", tensor, [self._broadcast(_raw(tensor), root)])
 
     def send(self, tensor: Tensor, destination: int) -> Handle:
-        return self._launch("send", tensor, [self._send(_raw(tensor), destination, SEND_TAG)])
+        return self._launch("send", tensor, [self._send(_raw(tensor), destination, SEND_TAG)], messages=True)
 
     def recv(self, tensor: Tensor, source: int) -> Handle:
-        return self._launch("receive", tensor, [self._receive(_raw(tensor), source, SEND_TAG)])
+        return self._launch("receive", tensor, [self._receive(_raw(tensor), source, SEND_TAG)], messages=True)
 
     def barrier(self) -> None:
         on_gpu = self.device.type == "cuda"
-        with self._naming("barrier"):
-            dist.barrier(self._group, device_ids=[self.device.index] if on_gpu else None)
+        ids = [self.device.index] if on_gpu else None
+        self._launch("barrier", torch.empty(0), [self._asynchronous(dist.barrier, device_ids=ids)]).wait()
 
     def close(self) -> None:
         """Ends the process groups that were made for this communicator."""
+        self._lookout.end(f"has left the group: {why_leaving()}")
+        self._messages.close()
         self._own.end()
 
     def _asynchronous(self, collective: Callable[..., dist.Work | None], *args: Any, **kwargs: Any) -> Start:
@@ -157,24 +179,78 @@ class TorchCommunicator(Communicator):
         return partial(dist.irecv, tensor, group=self._group, tag=tag, group_src=source)
 
     def _launch(
-        self, name: str, tensor: Tensor, starts: list[Start], finish: Callable[[], None] | None = None
+        self, name: str, tensor: Tensor, starts: list[Start], finish: Finish = None, *, messages: bool = False
     ) -> WorkHandle:
-        naming = partial(self._naming, f"{name} of {tensor.numel()} {str(tensor.dtype).removeprefix('torch.')}")
-        with naming():
+        """Args: messages: the works are sends and receives. Those of one rank to another have no number."""
+        dtype = "" if name == "barrier" else str(tensor.dtype)
+        launches, counted = self._lookout.launches, name not in ("send", "receive")
+        number = launches.add(self.calls.name, name, tensor.numel(), dtype) if counted else launches.count
+        where = name if not dtype else f"{name} of {tensor.numel()} {dtype.removeprefix('torch.')}"
+        with self._naming(where, number):
             works = [start() for start in starts]
-        return WorkHandle([work for work in works if work is not None], tensor, naming, finish)
+        wait = partial(self._wait, where=where, number=number, messages=messages)
+        return WorkHandle([work for work in works if work is not None], tensor, wait, finish)
+
+    def _wait(self, works: list[dist.Work], *, where: str, number: int, messages: bool) -> None:
+        with self._naming(where, number):
+            if not self._gloo:  # the stream waits, and not this thread
+                for work in works:
+                    work.wait()
+                return
+            watch = _Watch(self._lookout, number)
+            if messages:
+                self._messages.wait(works, watch)
+            else:
+                for work in works:
+                    wait_for_collective(work, watch)
+            watch.close()
 
     @contextmanager
-    def _naming(self, what: str) -> Iterator[None]:
-        """Names the collective in the errors of torch.distributed; raises at once after one of them."""
+    def _naming(self, what: str, number: int) -> Iterator[None]:
+        """Names the collective in the errors of torch.distributed, and the rank at fault if one has told. Raises at
+        once after one of them."""
         where = f"{what}, on rank {self.rank} of {self.world_size} over {self.transport}"
         if self.failures:
             raise CommunicationError(f"{where}: after a failed collective ({self.failures[0]})")
         try:
             yield
+        except CommunicationError as error:  # of the lookout, which names both sides
+            self._give_up(str(error))
+            raise
         except RuntimeError as error:
-            self.failures.append(f"{where}: {error} (when another rank has ended, what it printed last says why)")
-            raise CommunicationError(self.failures[0]) from error
+            why = self._lookout.why_ended(number)
+            if "interrupted" in why:
+                time.sleep(OWN_INTERRUPTION_WITHIN_S)
+            unknown = f"{error} (when another rank has ended, what it printed last says why)"
+            self._give_up(f"{where}: {why or unknown}")
+            raise CommunicationError(self.failures[0]) from None
+        except BaseException as error:  # the handler of a signal has raised
+            self._give_up(f"{where}: interrupted by {type(error).__name__}")
+            raise
+
+    def _give_up(self, failure: str) -> None:
+        self.failures.append(failure)
+        self._lookout.end(f"gave up: {failure}")
+        if self._gloo:
+            self._break()
+
+    def _break(self) -> None:
+        """Closes the connections of the group: what a receive of gloo does when its time is over."""
+        with suppress(RuntimeError):
+            nothing, peer = torch.empty(1, dtype=torch.uint8), (self.rank + 1) % self.world_size
+            work = dist.irecv(nothing, group=self._group, tag=BREAK_TAG, group_src=peer)
+            if work is not None:
+                work.wait(BREAK_TIMEOUT)
+
+    @contextmanager
+    def _meeting(self, name: str) -> Iterator[None]:
+        with ExitStack() as exits:
+            try:
+                exits.enter_context(self._lookout.meet(name))
+            except CommunicationError as error:
+                self._give_up(str(error))
+                raise
+            yield
 
     def _lend(self, tensor: Tensor) -> Tensor:
         """The same memory for a thread of the backend, see [Note: gloo]."""
@@ -198,7 +274,7 @@ class TorchCommunicator(Communicator):
             kernels.reduce(own, [incoming.get(r, own) for r in range(self.world_size)], reduction)
             self._received.setdefault(buffer.dtype, []).append(received)
 
-        handle = self._launch("reduce_scatter", buffer, starts, reduce_in_rank_order)
+        handle = self._launch("reduce_scatter", buffer, starts, reduce_in_rank_order, messages=True)
         self._reducing.append(handle)
         return handle
 
@@ -222,9 +298,51 @@ def backend_of(group: dist.ProcessGroup, device: torch.device) -> str | None:
         return None
 
 
-def _leave(group: dist.ProcessGroup, lent: weakref.WeakValueDictionary[int, Tensor]) -> None:
-    """Waits until a group's threads have let go of all tensors. If they do not, the group stays for ever: letting go of
-    it would wait for them, and so would ranks that wait for the end of this process."""
+class _Watch:
+    """Looks around every now and then, while a collective is waited for."""
+
+    def __init__(self, lookout: Lookout, number: int) -> None:
+        self._lookout = lookout
+        self._number = number
+        self._looked_at = time.monotonic()
+        self._is_long = False
+
+    def __call__(self) -> None:
+        """Raises CommunicationError if the wait is in vain."""
+        now = time.monotonic()
+        if now - self._looked_at < LONG_WAIT_S:
+            return
+        self._looked_at, self._is_long = now, True
+        if why := self._lookout.look(self._number):
+            raise CommunicationError(why)
+
+    def close(self) -> None:
+        """The wait is over."""
+        if self._is_long:
+            self._lookout.go_on()
+
+
+def _calls_of(communicator: TorchCommunicator | None) -> Calls:
+    return Calls() if communicator is None else communicator.calls
+
+
+def _leave(
+    group: dist.ProcessGroup,
+    lent: weakref.WeakValueDictionary[int, Tensor] | None,
+    messages: MessageWaits,
+    lookout: Lookout,
+) -> None:
+    """Tells why this rank has ended, and waits until a group's threads have let go of all tensors. If they do not, the
+    group stays for ever: letting go of it would wait for them, and so would ranks that wait for the end of this
+    process.
+
+    Args:
+        lent: None where the backend has no such threads.
+    """
+    lookout.end(f"has left the group: {why_ending()}")
+    messages.close()
+    if lent is None:
+        return
     deadline = time.monotonic() + LET_GO_WITHIN_S
     while lent and time.monotonic() < deadline:
         time.sleep(THREAD_SWITCH_S)

@@ -12,7 +12,9 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <string>
 
 #include "partita/shared_memory/mapped_slices.h"
 #include "partita/shared_memory/membership.h"
@@ -26,7 +28,10 @@ class Transfer;
 class Group {
   public:
     // `timeout`: how long a rank may be waited for. `threads`: that reduce or copy one large buffer together.
-    Group(Membership membership, std::chrono::milliseconds timeout, int threads);
+    // `is_interrupted`: asked by threads that wait, the group's own one too, every 50 ms and after each signal handler.
+    // Where the answer is true, the group has failed and the call throws Interrupted.
+    Group(Membership membership, std::chrono::milliseconds timeout, int threads,
+          std::function<bool()> is_interrupted = {});
     ~Group();
 
     int rank() const;
@@ -44,12 +49,14 @@ class Group {
     // Starts a collective on `data`. In memory of allocate() it works in place: the buffer must not be touched before
     // wait(). Other memory is copied here, and written by wait(). Throws std::invalid_argument for a request that makes
     // no sense, CommunicationError when the group has failed.
-    std::shared_ptr<Operation> launch(const Request& request, void* data);
+    // `call`: what the program has called (its first 63 bytes), for the error of ranks whose calls do not match; two
+    // calls with names must be the same.
+    std::shared_ptr<Operation> launch(const Request& request, void* data, std::string call = {});
     // Returns when the result is in the buffer and no peer reads it any more; a second call returns at once. Throws
     // CommunicationError.
     void wait(Operation& operation);
     // Returns when all ranks have called it.
-    void barrier();
+    void barrier(std::string call = {});
 
     // Between two ranks, in the order of the calls. The data of a send may change after its wait(), which returns at
     // once for memory that is not of allocate(), and otherwise when the receiver has waited. A receive happens in its
@@ -59,8 +66,8 @@ class Group {
     void wait(Transfer& transfer);
 
     // Leaves the group: peers that still wait for this rank get an error, and so does every further call here. Memory
-    // of allocate() and of map_slices() stays valid.
-    void close();
+    // of allocate() and of map_slices() stays valid. `reason`: for that error.
+    void close(const std::string& reason = {});
 
   private:
     class State;

@@ -1,0 +1,146 @@
+"""Joining the ranks of a job, and saying who is waited for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+
+from partita import _core
+from partita.comm.groups import GROUP_TIMEOUT
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NOTICE_AFTER_S = 15.0  # of waiting for ranks that have not joined, and once a minute from then on
+NOTICE_EVERY_S = 60.0
+PAUSE_S = 0.02
+
+logger = logging.getLogger("partita")
+
+
+def init_distributed(backend: str | None = None, timeout: timedelta = GROUP_TIMEOUT) -> None:
+    """Makes the default process group, unless there is one.
+
+    Under torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) all ranks join; in a plain
+    `python train.py` the group is this process alone, without a socket and without NCCL. Who has waited for 15 s logs
+    which ranks are missing.
+
+    Args:
+        backend: "nccl", "gloo", or another that torch.distributed knows; None: NCCL when this build has CUDA kernels
+            and a GPU is there, otherwise gloo. A backend that cannot carry a model's tensors is no obstacle to
+            training it.
+        timeout: how long a collective waits for a rank before it raises, and how long a rank waits for all to join.
+
+    Raises:
+        RuntimeError: some of the launcher's variables are set and some are missing, or a rank did not join; names it.
+    """
+    if dist.is_initialized():
+        return
+    backend = backend or ("nccl" if _core.built_with_cuda() and torch.cuda.is_available() else "gloo")
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    if not missing:
+        store = _meet(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
+        )
+    elif "RANK" in missing and "WORLD_SIZE" in missing:  # alone, where NCCL and its threads have nothing to do
+        alone = "gloo" if backend == "nccl" else backend
+        dist.init_process_group(alone, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        present = [name for name in LAUNCHER_VARIABLES if name not in missing]
+        raise RuntimeError(
+            f"{', '.join(present)} set but {', '.join(missing)} missing in the environment: start the job with "
+            "torchrun, which sets all four, or unset them to train in one process"
+        )
+
+
+def place_in_job() -> tuple[int, int]:
+    """(rank, number of ranks) of this process, also before it has joined the others."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    if all(name in os.environ for name in LAUNCHER_VARIABLES):
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1
+
+
+def note_rank(kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    """Adds to an error which rank it is of, where there are several. An exit callback of an `ExitStack`."""
+    rank, world_size = place_in_job()
+    if error is None or world_size == 1:
+        return
+    note = f"(on rank {rank} of {world_size})"
+    if sys.version_info >= (3, 11):
+        error.add_note(note)
+    elif error.args and isinstance(error.args[0], str):
+        error.args = (f"{error.args[0]} {note}", *error.args[1:])
+
+
+def _meet(rank: int, world_size: int, timeout: timedelta) -> Store:
+    """The store of a job, once all its ranks are there."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    notices = _Notices(rank, world_size, place, timeout)
+    found: list[Any] = []
+
+    def connect() -> None:
+        try:
+            found.append(next(rendezvous("env://", timeout=timeout))[0])
+        except Exception as error:
+            found.append(error)
+
+    # On a thread, so that a signal ends the wait for rank 0.
+    thread = threading.Thread(target=connect, name="partita-joins", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(PAUSE_S)
+        notices.waiting_for([0] if rank else [])
+    if isinstance(found[0], Exception):
+        raise RuntimeError(f"rank {rank} of {world_size} cannot reach the job at {place}: {found[0]}") from None
+    # A second time in one process (after an error, say) must not find the addresses of the first.
+    times = found[0].add(f"partita/joins/{rank}", 1)
+    store = PrefixStore(f"partita/{times}", found[0])
+    store.set(f"here/{rank}", "")
+    while missing := [r for r in range(world_size) if not store.check([f"here/{r}"])]:
+        notices.waiting_for(missing)
+        time.sleep(PAUSE_S)
+    return store
+
+
+class _Notices:
+    """Says every now and then which ranks are missing; raises when they stay away."""
+
+    def __init__(self, rank: int, world_size: int, place: str, timeout: timedelta) -> None:
+        self._who = f"rank {rank} of {world_size}"
+        self._place = place
+        self._timeout_s = timeout.total_seconds()
+        self._begun = time.monotonic()
+        self._next_s = NOTICE_AFTER_S
+
+    def waiting_for(self, missing: list[int]) -> None:
+        """Called again and again."""
+        waited_s = time.monotonic() - self._begun
+        if waited_s < min(self._next_s, self._timeout_s) or not missing:
+            return
+        names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+        if waited_s >= self._timeout_s:
+            raise RuntimeError(
+                f"{self._who} has waited {waited_s:.0f} s for {names}, who did not join at {self._place}"
+            )
+        logger.warning(
+            "%s has waited %.0f s for %s to join at %s: started there, with this MASTER_ADDR and MASTER_PORT?",
+            self._who,
+            waited_s,
+            names,
+            self._place,
+        )
+        self._next_s = waited_s + NOTICE_EVERY_S
