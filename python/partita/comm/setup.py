@@ -57,7 +57,7 @@ def init_distributed(backend: str | None = None, timeout: timedelta = GROUP_TIME
 
 def world_communicator(
     transport: str = "auto",
-    timeout: timedelta = timedelta(seconds=30),
+    timeout: timedelta = GROUP_TIMEOUT,
     device: torch.device = HOST,
     *,
     beside: Communicator | None = None,
