@@ -84,7 +84,7 @@ def _survivors_give_up(job: Job, at_fault: int) -> tuple[list[float], list[str]]
 @pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_killed_rank_is_noticed_at_once(victim, stage):
-    """SIGKILL with the default timeout: the others raise within 2 s, naming the rank, its process and the collective."""
+    """SIGKILL, the default timeout: the others raise within 2 s, naming the rank, its process and the collective."""
     with Job(3, _train, stage, 600.0, -1, _behave) as job:
         for rank in range(3):
             assert job.report(rank) == "training"
