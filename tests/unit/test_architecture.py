@@ -17,6 +17,7 @@ PACKAGE = ROOT / "python" / "partita"
 # Lowest first: a module imports only from its own package and from what stands before it.
 LAYERS = (
     "_core",
+    "files",
     "config",
     "device",
     "comm",

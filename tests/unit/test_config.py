@@ -53,7 +53,7 @@ DEFAULTS: dict[str, Any] = {
     "activation_checkpointing": {"enabled": False, "classes": None, "cpu_checkpointing": False},
     "gradient_clipping": 0.0,
     "communication_data_type": None,
-    "comm": {"transport": "auto", "timeout_seconds": 30.0},
+    "comm": {"transport": "auto", "timeout_seconds": 600.0},
     "data_types": {"grad_accum_dtype": None, "buffer_dtype": None},
     "prescale_gradients": False,
     "gradient_predivide_factor": 1.0,

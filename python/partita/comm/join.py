@@ -18,6 +18,7 @@ from partita import _core
 from partita.comm.groups import GROUP_TIMEOUT
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # Open MPI, MPICH and Intel MPI, MVAPICH
 NOTICE_AFTER_S = 15.0  # of waiting for ranks that have not joined, and once a minute from then on
 NOTICE_EVERY_S = 60.0
 PAUSE_S = 0.02
@@ -25,36 +26,88 @@ PAUSE_S = 0.02
 logger = logging.getLogger("partita")
 
 
-def init_distributed(backend: str | None = None, timeout: timedelta = GROUP_TIMEOUT) -> None:
-    """Makes the default process group, unless there is one.
+def init_distributed(
+    dist_backend: str | None = None,
+    auto_mpi_discovery: bool = True,
+    distributed_port: int | None = None,
+    verbose: bool = True,
+    timeout: timedelta = GROUP_TIMEOUT,
+    init_method: str | None = None,
+    dist_init_required: bool | None = None,
+    config: Any = None,
+    rank: int = -1,
+    world_size: int = -1,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Makes the default process group, unless there is one. The parameters have DeepSpeed's names and order.
 
     Under torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) all ranks join; in a plain
     `python train.py` the group is this process alone, without a socket and without NCCL. Who has waited for 15 s logs
-    which ranks are missing.
+    which ranks are missing, and where.
 
     Args:
-        backend: "nccl", "gloo", or another that torch.distributed knows; None: NCCL when this build has CUDA kernels
-            and a GPU is there, otherwise gloo. A backend that cannot carry a model's tensors is no obstacle to
+        dist_backend: "nccl", "gloo", or another that torch.distributed knows; None: NCCL when this build has CUDA
+            kernels and a GPU is there, otherwise gloo. A backend that cannot carry a model's tensors is no obstacle to
             training it.
-        timeout: how long a collective waits for a rank before it raises, and how long a rank waits for all to join.
+        auto_mpi_discovery: whether processes that MPI started without the launcher's variables are an error; False:
+            each of them is alone.
+        distributed_port: the port of rank 0 where the launcher set no MASTER_PORT.
+        verbose, config: not used: nothing is printed, and there is no log of collectives.
+        timeout: how long a collective waits for a rank before it raises, and a rank for all others to join.
+        init_method, rank, world_size: as for `torch.distributed.init_process_group`, in place of the launcher's.
+        dist_init_required: False: the group must be there.
+        backend: another name of dist_backend.
 
     Raises:
-        RuntimeError: some of the launcher's variables are set and some are missing, or a rank did not join; names it.
+        RuntimeError: some of the launcher's variables are set and some are missing; there is no group, and none is to
+            be made; a rank did not join, which is named.
+        TypeError: an argument is of another type; names it.
     """
+    given = dist_backend or backend
+    _check_types(given, auto_mpi_discovery, distributed_port, timeout)
     if dist.is_initialized():
         return
-    backend = backend or ("nccl" if _core.built_with_cuda() and torch.cuda.is_available() else "gloo")
-    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
-    if not missing:
-        store = _meet(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout)
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=timeout,
+    if dist_init_required is False:
+        raise RuntimeError(
+            "dist_init_required=False, and there is no process group: call torch.distributed.init_process_group() "
+            "before, or leave dist_init_required out"
         )
+    chosen = given or ("nccl" if _core.built_with_cuda() and torch.cuda.is_available() else "gloo")
+    if init_method is not None or rank >= 0 or world_size >= 0:
+        own = [number if number >= 0 else int(os.environ.get(name, -1)) for number, name in _numbers(rank, world_size)]
+        dist.init_process_group(chosen, init_method=init_method, rank=own[0], world_size=own[1], timeout=timeout)
+    else:
+        _join_launched(chosen, timeout, distributed_port, may_be_mpi=auto_mpi_discovery)
+
+
+def _numbers(rank: int, world_size: int) -> list[tuple[int, str]]:
+    return [(rank, "RANK"), (world_size, "WORLD_SIZE")]
+
+
+def _check_types(backend: object, mpi: object, port: object, timeout: object) -> None:
+    checks = (
+        ("dist_backend", backend, str | None, '"nccl" or "gloo", say'),
+        ("auto_mpi_discovery", mpi, bool, "a bool; give timeout= by its name"),
+        ("distributed_port", port, int | None, "a number"),
+        ("timeout", timeout, timedelta, "a datetime.timedelta"),
+    )
+    for name, value, kind, rule in checks:
+        if not isinstance(value, kind):
+            raise TypeError(f"init_distributed(): {name} must be {rule}, got {value!r}")
+
+
+def _join_launched(backend: str, timeout: timedelta, port: int | None, *, may_be_mpi: bool) -> None:
+    """Joins the ranks that a launcher started, or is alone without a launcher."""
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    if not missing or (missing == ["MASTER_PORT"] and port is not None):
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', port)}"
+        store = _meet("env://" if not missing else f"tcp://{place}", rank, world_size, place, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     elif "RANK" in missing and "WORLD_SIZE" in missing:  # alone, where NCCL and its threads have nothing to do
+        if may_be_mpi:
+            _refuse_mpi()
         alone = "gloo" if backend == "nccl" else backend
         dist.init_process_group(alone, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
@@ -63,6 +116,17 @@ def init_distributed(backend: str | None = None, timeout: timedelta = GROUP_TIME
             f"{', '.join(present)} set but {', '.join(missing)} missing in the environment: start the job with "
             "torchrun, which sets all four, or unset them to train in one process"
         )
+
+
+def _refuse_mpi() -> None:
+    """Processes of mpirun know of each other, and would each train alone."""
+    for name in MPI_SIZES:
+        if os.environ.get(name, "1") not in ("0", "1"):
+            raise RuntimeError(
+                f"{name} = {os.environ[name]}: MPI started several processes, and {', '.join(LAUNCHER_VARIABLES)} are "
+                "not set, so each would train alone: start the job with torchrun, set the four variables from MPI's, "
+                "or call partita.init_distributed(auto_mpi_discovery=False) if each is to train alone"
+            )
 
 
 def place_in_job() -> tuple[int, int]:
@@ -86,15 +150,14 @@ def note_rank(kind: type[BaseException] | None, error: BaseException | None, tra
         error.args = (f"{error.args[0]} {note}", *error.args[1:])
 
 
-def _meet(rank: int, world_size: int, timeout: timedelta) -> Store:
+def _meet(address: str, rank: int, world_size: int, place: str, timeout: timedelta) -> Store:
     """The store of a job, once all its ranks are there."""
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     notices = _Notices(rank, world_size, place, timeout)
     found: list[Any] = []
 
     def connect() -> None:
         try:
-            found.append(next(rendezvous("env://", timeout=timeout))[0])
+            found.append(next(rendezvous(address, rank, world_size, timeout=timeout))[0])
         except Exception as error:
             found.append(error)
 

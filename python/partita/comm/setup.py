@@ -13,7 +13,7 @@ import torch.distributed as dist
 from partita.comm.agree import raise_together, text_by_rank
 from partita.comm.choice import Meeting, Wish, connect
 from partita.comm.communicator import Communicator, SingleProcess
-from partita.comm.groups import OwnGroups, backend_for
+from partita.comm.groups import GROUP_TIMEOUT, OwnGroups, backend_for
 from partita.comm.same import Entries, require_same
 from partita.comm.torch_transport import TorchCommunicator, backend_of
 from partita.device.memory import HOST
@@ -21,7 +21,7 @@ from partita.device.memory import HOST
 
 def world_communicator(
     transport: str = "auto",
-    timeout: timedelta = timedelta(seconds=30),
+    timeout: timedelta = GROUP_TIMEOUT,
     device: torch.device = HOST,
     *,
     beside: Communicator | None = None,

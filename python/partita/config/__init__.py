@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from partita.config.arguments import add_config_arguments
 from partita.config.batch_sizes import BatchSizes, resolve_batch_sizes
 from partita.config.errors import ConfigError
 from partita.config.load import ConfigSource, load_config
@@ -25,6 +26,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "ConfigSource",
+    "add_config_arguments",
     "default_config",
     "load_config",
     "resolve_batch_sizes",
