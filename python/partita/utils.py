@@ -6,6 +6,11 @@ between `engine.backward()` and `engine.step()`). What they return is a copy.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+from typing import Any, TypeVar, cast
+
 from torch import Tensor, nn
 
 from partita.data import RepeatingLoader
@@ -23,12 +28,30 @@ __all__ = [
 ]
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _named(function: Function) -> Function:
+    """Ranks that do something else while a rank is in this function learn its name."""
+    name = f"{function.__name__}()"
+
+    @wraps(function)
+    def called(param: nn.Parameter, *args: Any, **kwargs: Any) -> Any:
+        access = access_of(param)
+        with nullcontext() if access is None else access.calling(name):
+            return function(param, *args, **kwargs)
+
+    return cast(Function, called)
+
+
+@_named
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
     """The fp32 master weights of a parameter, in its shape; None if no engine trains it."""
     found = _find(param)
     return None if found is None else found[0].weights(found[1], param)
 
 
+@_named
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
     """The gradient that the step will use, before clipping: fp32, the mean over micro-batches and ranks.
 
@@ -41,12 +64,14 @@ def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
     return None if found is None else found[0].gradient(found[1], param)
 
 
+@_named
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
     """An optimizer state of a parameter (`exp_avg`, `exp_avg_sq`, ...), fp32, in its shape; None if there is none."""
     found = _find(param)
     return None if found is None else found[0].state(found[1], param, optim_state_key)
 
 
+@_named
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     """Replaces master weights and parameter by `value`, which is the same on all ranks.
 
@@ -57,6 +82,7 @@ def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     access.set_weights(unit, param, value)
 
 
+@_named
 def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
     """Replaces the mean gradient by `value`, which is the same on all ranks; errors as in `safe_set_full_fp32_param`.
 
@@ -67,6 +93,7 @@ def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
     access.set_gradient(unit, param, value)
 
 
+@_named
 def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
     """Replaces an optimizer state by `value`, which is the same on all ranks; errors as in `safe_set_full_fp32_param`.
 

@@ -25,7 +25,7 @@ class Halves:
             run = begin_run(config, torch.device("cpu"), exits)
             inner = choose_optimizer(None, model, None, run.config)
             assert inner is not None
-            controller = StepController(loss_scaler_of(run.config, run.precision), run.streams)
+            controller = StepController(loss_scaler_of(run.config, run.precision), run.streams, run.world_size)
             self.scaling = LossScaling(controller.scale if run.precision.scales_loss else None)
             gathers = ParameterGathers()
             self.parts = [

@@ -13,7 +13,7 @@ from partita.comm.communicator import Communicator, Done, Handle, SingleProcess
 from partita.comm.grid import Connect, Coordinates, GridShape, ProcessGrid
 from partita.comm.groups import backend_for
 from partita.comm.hierarchical import HierarchicalCommunicator
-from partita.comm.join import init_distributed, note_rank, place_in_job
+from partita.comm.join import init_distributed, is_joined, leave_job, note_rank, place_in_job
 from partita.comm.same import Entries, digest_number, require_same
 from partita.comm.setup import communicator_of, require_same_on_all_ranks, world_communicator
 from partita.comm.shared_memory import SharedMemoryCommunicator
@@ -41,6 +41,8 @@ __all__ = [
     "communicator_of",
     "digest_number",
     "init_distributed",
+    "is_joined",
+    "leave_job",
     "note_rank",
     "place_in_job",
     "raise_together",

@@ -129,6 +129,17 @@ def _refuse_mpi() -> None:
             )
 
 
+def is_joined() -> bool:
+    """Whether there is a default process group."""
+    return bool(dist.is_initialized())
+
+
+def leave_job() -> None:
+    """Ends the default process group, if there is one: its threads must be gone when Python ends."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def place_in_job() -> tuple[int, int]:
     """(rank, number of ranks) of this process, also before it has joined the others."""
     if dist.is_initialized():
@@ -141,7 +152,7 @@ def place_in_job() -> tuple[int, int]:
 def note_rank(kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
     """Adds to an error which rank it is of, where there are several. An exit callback of an `ExitStack`."""
     rank, world_size = place_in_job()
-    if error is None or world_size == 1:
+    if not isinstance(error, Exception) or world_size == 1:
         return
     note = f"(on rank {rank} of {world_size})"
     if sys.version_info >= (3, 11):

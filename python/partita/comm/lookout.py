@@ -91,7 +91,8 @@ class Lookout:
         for rank in self._others:
             told = self._told("waiting", rank)
             if "meets" in told and told["launched"] <= number:
-                return self._in_other_calls(rank, told["meets"], own[number][0], "")
+                here, _ = own.get(number, (self._calls().name, ""))
+                return self._in_other_calls(rank, here, told["meets"], "")
             for n, call, what in told.get("latest", []):
                 if n in own and (own[n][1] != what or _differ(own[n][0], call)):
                     return self._in_other_collectives(n, own[n], rank, (call, what))

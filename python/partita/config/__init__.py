@@ -7,6 +7,7 @@ from partita.config.batch_sizes import BatchSizes, resolve_batch_sizes
 from partita.config.errors import ConfigError
 from partita.config.load import ConfigSource, load_config
 from partita.config.nearest import suggest
+from partita.config.rank_local import rank_local_keys
 from partita.config.save import default_config, save_config
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = [
     "add_config_arguments",
     "default_config",
     "load_config",
+    "rank_local_keys",
     "resolve_batch_sizes",
     "save_config",
     "suggest",

@@ -31,6 +31,11 @@ class OwnKey:
     """Marks a key that DeepSpeed does not have."""
 
 
+@dataclass(frozen=True)
+class RankLocal:
+    """Marks a key that may differ between ranks. All others must be the same on all ranks."""
+
+
 def _renamed(names: dict[str, str]) -> Callable[[Any], Any]:
     return lambda value: names.get(value, value) if isinstance(value, str) else value
 

@@ -18,6 +18,7 @@ from partita.config.fields import (
     OwnKey,
     Params,
     PositiveInt,
+    RankLocal,
     Section,
     TransportName,
 )
@@ -110,7 +111,7 @@ class OffloadOptimizerConfig(Section):
         "none",
         description="`cpu`: masters, moments and reduced gradients are in host memory, and the CPU updates them.",
     )
-    pin_memory: Annotated[bool, DeepSpeedDefault("false")] = Field(
+    pin_memory: Annotated[bool, DeepSpeedDefault("false"), RankLocal()] = Field(
         True, description="Use pinned memory, which the GPU copies from and to without the CPU."
     )
     ratio: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -124,7 +125,9 @@ class OffloadParamConfig(Section):
     device: OffloadDevice = Field(
         "none", description="`cpu`: shards are in host memory, and are copied to the device when they are gathered."
     )
-    pin_memory: Annotated[bool, DeepSpeedDefault("false")] = Field(True, description="As for `offload_optimizer`.")
+    pin_memory: Annotated[bool, DeepSpeedDefault("false"), RankLocal()] = Field(
+        True, description="As for `offload_optimizer`."
+    )
 
 
 class ZeroConfig(Section):
@@ -219,7 +222,7 @@ class CommConfig(Section):
         "elsewhere; `shared_memory`: the same, and an error where no two ranks can share memory; `torch`: always "
         "through torch.distributed.",
     )
-    timeout_seconds: Annotated[float, Field(gt=0, le=1e6)] = Field(
+    timeout_seconds: Annotated[float, Field(gt=0, le=1e6), RankLocal()] = Field(
         600.0,
         description="How long shared memory waits for a rank before it raises. A rank that died is noticed at once. "
         "torch.distributed has its own, see `init_distributed()`.",
@@ -276,11 +279,13 @@ class Config(Section):
     gradient_predivide_factor: Annotated[float, Field(gt=0)] = Field(
         1.0, description="With prescale_gradients: this part of the division comes first, the rest after the sum."
     )
-    steps_per_print: Annotated[Annotated[int, Field(ge=0)] | None, DeepSpeedDefault("null")] = Field(
+    steps_per_print: Annotated[Annotated[int, Field(ge=0)] | None, DeepSpeedDefault("null"), RankLocal()] = Field(
         10, description="Optimizer steps between two progress lines; 0 or null prints none."
     )
-    wall_clock_breakdown: bool = Field(False, description="Time forward, backward and step, and report them.")
-    dump_state: bool = Field(False, description="Print the resolved configuration at start.")
+    wall_clock_breakdown: Annotated[bool, RankLocal()] = Field(
+        False, description="Time forward, backward and step, and report them."
+    )
+    dump_state: Annotated[bool, RankLocal()] = Field(False, description="Print the resolved configuration at start.")
     seed: Annotated[int, Field(ge=0), OwnKey()] = Field(1234, description="Seed of the order of the data.")
     max_consecutive_skipped_steps: Annotated[PositiveInt, OwnKey()] = Field(
         100, description="After this many skipped steps in a row training stops with an error."

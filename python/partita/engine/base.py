@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from partita.config import save_config
 from partita.data import ShardedLoader
+from partita.engine.ending import warn_of_unfinished
 from partita.model import ModelPart, RandomState, Section, TrainState, clone_state_dict, save_weights
 from partita.optim import HyperParameters, ShardedOptimizer
 from partita.run import Run
@@ -57,9 +59,14 @@ class EngineBase:
         self._run = run
         self._parts = list(parts)
         self._step = step
+        self._calls = run.grid.calls
         self._is_destroyed = False
         self._announce()
         self._exits = exits.pop_all()  # the last thing that may fail is done
+        self._ending: weakref.finalize[Any, Any] | None = None
+        if run.is_first:
+            accumulations = [part.accumulation for part in parts]
+            self._ending = weakref.finalize(self, warn_of_unfinished, accumulations)
 
     # -- what a run is asked
 
@@ -129,13 +136,15 @@ class EngineBase:
         Args:
             rank: the one that wants it. The others get an empty dict and need no memory for it. None: all want it.
         """
-        self._wait_for_parameters()
-        return clone_state_dict(self.module, wanted=rank in (None, self.global_rank))
+        with self._call_of_all("module_state_dict()") if self._run.policy.shards_params else nullcontext():
+            self._wait_for_parameters()
+            return clone_state_dict(self.module, wanted=rank in (None, self.global_rank))
 
     def load_module_state_dict(self, source: WeightSource, *, strict: bool = True, rank: int = 0) -> list[str]:
         """Gives the model the weights of a full state dict or of safetensors files, see `partita.zero.load_weights`."""
-        self._wait_for_parameters()
-        return load_weights(self.module, source, strict=strict, rank=rank)
+        with self._call_of_all("load_module_state_dict()"):
+            self._wait_for_parameters()
+            return load_weights(self.module, source, strict=strict, rank=rank)
 
     def save_model(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Writes the model's state dict to one safetensors file, which rank 0 writes and all ranks gather.
@@ -151,12 +160,14 @@ class EngineBase:
             ValueError: something in the state dict is no tensor, or safetensors has no such dtype.
             OSError: the file cannot be written; raised on all ranks.
         """
-        self._wait_for_parameters()
-        save_weights(self.module, path, dtype, self._run.grid.data)
+        with self._call_of_all("save_model()"):
+            self._wait_for_parameters()
+            save_weights(self.module, path, dtype, self._run.grid.data)
 
     def save_16bit_model(self, save_dir: str | os.PathLike[str], save_filename: str = "model.safetensors") -> None:
         """`save_model` in the dtype that the model computes in, under DeepSpeed's name."""
-        self.save_model(Path(save_dir) / save_filename)
+        with self._call_of_all("save_16bit_model()"):
+            self.save_model(Path(save_dir) / save_filename)
 
     def save_config(self, path: str | os.PathLike[str]) -> None:
         """Writes the whole config as JSON, batch sizes resolved."""
@@ -193,6 +204,8 @@ class EngineBase:
         if self._is_destroyed:
             return
         self._is_destroyed = True
+        if self._ending is not None:
+            self._ending()
         try:
             self._exits.close()
         finally:
@@ -200,6 +213,10 @@ class EngineBase:
             self._parts.clear()
 
     # -- for engines
+
+    def _call_of_all(self, name: str) -> AbstractContextManager[None]:
+        """The block of a call that is a collective; other ranks in other calls are named."""
+        return self._run.grid.world.call_of_all(name)
 
     def _wait_for_parameters(self) -> None:
         for part in self._parts:

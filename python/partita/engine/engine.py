@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from partita.comm import note_rank
 from partita.config import ConfigSource
 from partita.data import ShardedLoader, Sharding, call_with, loss_in, micro_batches, on_device
+from partita.engine.agreement import shared_by_ranks
 from partita.engine.base import EngineBase
 from partita.engine.phase import Phase, require
 from partita.model import Accumulation, LossScaling, ModelPart, device_of, require_only_parameters_of
@@ -25,7 +27,7 @@ from partita.optim import (
     kept_groups,
     require_supported,
 )
-from partita.run import begin_run, loss_scaler_of
+from partita.run import begin_run, checked_config, loss_scaler_of, policy_of, splits_masters
 from partita.step import OptimizerStep
 from partita.units import ParameterGathers
 
@@ -65,22 +67,26 @@ class Engine(EngineBase):
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         # What refuses comes first, while the model is as the program gave it. A later error undoes what was done.
-        with ExitStack() as exits, ExitStack() as on_failure:
-            run = begin_run(config, device_of(model), exits)
-            inner = choose_optimizer(optimizer, model, model_parameters, run.config)
+        # The ranks join when all is known that one rank alone can be wrong about.
+        with ExitStack() as on_failure, ExitStack() as exits:
+            on_failure.push(note_rank)
+            settings, device = checked_config(config), device_of(model)
+            inner = choose_optimizer(optimizer, model, model_parameters, settings)
             if inner is not None:
                 require_only_parameters_of(model, inner)
-                require_supported(inner, run.policy, splits_masters=run.splits_masters)
+                require_supported(inner, policy_of(settings), splits_masters=splits_masters(settings))
             outer = None if inner is None else ShardedOptimizer(inner)
             if inner is not None:
                 on_failure.callback(kept_groups(inner))  # a schedule changes learning rates when it is made
-            scheduler = choose_scheduler(lr_scheduler, outer, run.config)
+            scheduler = choose_scheduler(lr_scheduler, outer, settings)
+            shared = shared_by_ranks(settings, model, inner, scheduler, train_data)
+            run = begin_run(settings, device, exits, shared, on_failure=on_failure)
             loader = None
             if train_data is not None:
                 data = run.grid.data
                 sharding = Sharding(data.rank, data.world_size, run.batch.micro, run.config.seed)
                 loader = ShardedLoader(train_data, sharding, collate_fn=collate_fn)
-            controller = StepController(loss_scaler_of(run.config, run.precision), run.streams)
+            controller = StepController(loss_scaler_of(run.config, run.precision), run.streams, run.world_size)
             scaling = LossScaling(controller.scale if run.precision.scales_loss else None)
             accumulation = Accumulation(run.batch.accumulation, run.policy)
             gathers = ParameterGathers()
@@ -105,7 +111,7 @@ class Engine(EngineBase):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model. In training mode with gradients enabled this begins a micro-batch."""
         require("__call__()", self._phase, Phase.READY, Phase.FORWARD, Phase.BACKWARD)
-        with self._step.timers.phase("forward"):
+        with self._calls.inside("engine()"), self._step.timers.phase("forward"):
             outputs = self._part.forward(*args, **kwargs)
         if self.module.training and torch.is_grad_enabled():
             self._has_forward = True
@@ -123,7 +129,7 @@ class Engine(EngineBase):
         self._backwards_before = (
             self._part.ended_backwards
         )  # if this one fails, those before it are not enough for a step
-        with self._step.timers.phase("backward"):
+        with self._calls.inside("backward()"), self._step.timers.phase("backward"):
             self._part.backward([self.scale(loss)], retain_graph=retain_graph)
         return loss
 
@@ -137,15 +143,16 @@ class Engine(EngineBase):
         On a GPU this queues the work and does not wait for it. Whether the step was skipped is learned during the next
         one: only then the learning rate moves and the step is reported.
         """
-        for part in self._parts:
-            part.finish_backward()
-        require("step()", self._phase, Phase.BACKWARD)
-        at_boundary = self._accumulation.is_boundary
-        self._accumulation.advance()
-        self._part.forget()
-        self._begin_micro_batch()
-        if at_boundary:
-            self._step.update()
+        with self._calls.inside("step()"):
+            for part in self._parts:
+                part.finish_backward()
+            require("step()", self._phase, Phase.BACKWARD)
+            at_boundary = self._accumulation.is_boundary
+            self._accumulation.advance()
+            self._part.forget()
+            self._begin_micro_batch()
+            if at_boundary:
+                self._step.update()
 
     def train_batch(self, batch: Any = None) -> Tensor:
         """One whole optimizer step; returns the mean loss of this rank's micro-batches, detached.
@@ -234,7 +241,8 @@ class Engine(EngineBase):
         """
         data = self._run.grid.data
         total = torch.full((1,), float(tokens_in_step), dtype=torch.float64, device=self.device)
-        data.all_reduce(total).wait()
+        with self._calls.inside("token_mean()"):
+            data.all_reduce(total).wait()
         if not self._run.streams.is_asynchronous and not total.item():
             raise ValueError("token_mean(): no rank has a valid token in this step")
         factor = self._run.batch.accumulation * data.world_size / total

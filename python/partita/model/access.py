@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -41,6 +42,12 @@ class ParameterAccess:
     def unit_of(self, parameter: nn.Parameter) -> Unit:
         """Where a parameter lies."""
         return self._unit_of[parameter]
+
+    def calling(self, name: str) -> AbstractContextManager[None]:
+        """The block of the call `name`; other ranks in other calls are named."""
+        if self._run.policy.shards_states:
+            return self._communicator.call_of_all(name)
+        return self._communicator.calls.inside(name)  # one rank alone may ask for what it has
 
     def weights(self, unit: Unit, parameter: nn.Parameter) -> Tensor | None:
         """The fp32 master weights."""

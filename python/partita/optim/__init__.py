@@ -3,6 +3,7 @@
 from partita.optim.build import make_optimizer
 from partita.optim.choose import OptimizerSource, SchedulerSource, choose_optimizer, choose_scheduler
 from partita.optim.fused_adam import FusedAdam
+from partita.optim.groups import digest_of_step, group_entries
 from partita.optim.schedules import (
     LRRangeTest,
     OneCycle,
@@ -31,6 +32,8 @@ __all__ = [
     "WarmupLR",
     "choose_optimizer",
     "choose_scheduler",
+    "digest_of_step",
+    "group_entries",
     "kept_groups",
     "make_optimizer",
     "make_scheduler",

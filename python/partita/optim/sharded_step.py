@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from partita.comm import ProcessGrid
 from partita.device import kernels
 from partita.optim.fused_adam import is_native
+from partita.optim.groups import digest_of_step
 from partita.optim.step_control import StepController
 from partita.optim.updates import NativeAdam, ShardUpdate, TorchUpdate
 from partita.units import ParameterGathers, StagePolicy, Unit
@@ -34,6 +35,7 @@ class ShardedStep:
         controller: StepController,
         gathers: ParameterGathers,
     ) -> None:
+        self._inner = inner
         self._units = list(units)
         self._grid = grid
         self._policy = policy
@@ -45,7 +47,7 @@ class ShardedStep:
             for on_host in (False, True)
         )
 
-    def run(self, *, mean: float, clip: float) -> None:
+    def run(self, *, mean: float, clip: float, micro_batches: int) -> None:
         """One step from `Unit.reduced` of all units; the control block tells afterwards what was decided.
 
         The new parameters of other ranks are there when their gathers have been waited for.
@@ -53,14 +55,17 @@ class ShardedStep:
         Args:
             mean: what a stored gradient is multiplied by to be the mean over micro-batches and ranks.
             clip: the largest norm of the mean gradient; 0: no clipping.
+            micro_batches: of this rank since the last step. Ranks that differ there, or in hyper-parameters, learn that
+                from the outcome.
         """
-        total = self._controller.sum_of_squares.zero_()
+        self._controller.begin(digest_of_step(self._inner, micro_batches))
+        total = self._controller.totals[:1]
         kernels.sum_of_squares(total, self._norm_parts)
         if self._host_norm_parts:
             on_host = torch.zeros(1, dtype=torch.float64)
             kernels.sum_of_squares(on_host, self._host_norm_parts)
             total += on_host.to(total.device, non_blocking=True)
-        self._grid.world.all_reduce(total).wait()
+        self._grid.world.all_reduce(self._controller.totals).wait()
         self._controller.decide(mean=mean, clip=clip)
         self.update.begin()
         gathered = self._policy.shards_states and self._grid.data.world_size > 1

@@ -1,6 +1,15 @@
 """A job before it has a model: config, ranks, streams, batch sizes, number formats."""
 
 from partita.run.precision import Precision, loss_scaler_of, precision_of
-from partita.run.run import Run, begin_run
+from partita.run.run import Run, begin_run, checked_config, policy_of, splits_masters
 
-__all__ = ["Precision", "Run", "begin_run", "loss_scaler_of", "precision_of"]
+__all__ = [
+    "Precision",
+    "Run",
+    "begin_run",
+    "checked_config",
+    "loss_scaler_of",
+    "policy_of",
+    "precision_of",
+    "splits_masters",
+]

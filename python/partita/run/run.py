@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from partita.comm import ProcessGrid, backend_for, init_distributed, world_communicator
+from partita.comm import (
+    Entries,
+    ProcessGrid,
+    backend_for,
+    init_distributed,
+    is_joined,
+    leave_job,
+    place_in_job,
+    require_same_on_all_ranks,
+    world_communicator,
+)
 from partita.config import BatchSizes, ConfigSource, load_config, resolve_batch_sizes
 from partita.device import Streams, streams_of
 from partita.run.precision import Precision, precision_of
@@ -50,6 +60,11 @@ class Run:
         return self.streams.device
 
     @property
+    def world_size(self) -> int:
+        """The number of ranks of the job."""
+        return self.grid.world.world_size
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the rank of the job that speaks."""
         return self.grid.world.rank == 0
@@ -73,49 +88,86 @@ class Run:
     @property
     def splits_masters(self) -> bool:
         """Whether the masters of bf16 parameters are the 16 bits that these lack."""
-        return self.config.bf16.master_weights == "split"
+        return splits_masters(self.config)
 
 
-def begin_run(source: ConfigSource, device: torch.device, exits: ExitStack) -> Run:
+def splits_masters(config: Config) -> bool:
+    """Whether the masters of bf16 parameters are the 16 bits that these lack."""
+    return config.bf16.master_weights == "split"
+
+
+def policy_of(config: Config) -> StagePolicy:
+    """What the ZeRO stage of a config decides."""
+    return stage_policy(config.zero_optimization.stage, reduce_scatter=config.zero_optimization.reduce_scatter)
+
+
+def checked_config(source: ConfigSource) -> Config:
+    """The config, with all that can be wrong about it before the ranks have joined.
+
+    Raises:
+        ConfigError: the config does not make sense, for this number of ranks.
+    """
+    config = load_config(source)
+    _batch_sizes(config, place_in_job()[1])
+    return config
+
+
+def begin_run(
+    source: ConfigSource,
+    device: torch.device,
+    exits: ExitStack,
+    shared: Entries = (),
+    *,
+    on_failure: ExitStack | None = None,
+) -> Run:
     """Reads the config and joins the ranks of the job. A collective.
 
     Args:
         source: the config, see `load_config`.
         device: where the model is.
         exits: closes what was made here.
+        shared: what all ranks must have been given alike. It is compared before anything depends on it.
+        on_failure: takes the default process group down, if it was made here. None: that group stays.
 
     Raises:
         ConfigError: the config does not make sense, for this number of ranks.
+        ValueError: ranks were not given the same; names the first difference.
         RuntimeError: the device or the transport cannot be had.
     """
-    config = load_config(source)
+    config = checked_config(source)
     streams = streams_of(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what is made without naming a device belongs here, and not on GPU 0
+    if on_failure is not None and not is_joined():
+        on_failure.callback(leave_job)
     init_distributed(backend_for(device))
+    _show_log_on(place_in_job()[0])
+    require_same_on_all_ranks(shared, device)
     timeout = timedelta(seconds=config.comm.timeout_seconds)
     grid = ProcessGrid(partial(world_communicator, config.comm.transport, timeout, device))
     exits.callback(grid.close)
-    _show_log_on(grid.world.rank)
-    batch = resolve_batch_sizes(
-        train=config.train_batch_size,
-        micro=config.train_micro_batch_size_per_gpu,
-        accumulation=config.gradient_accumulation_steps,
-        world_size=grid.data.world_size,
-    )
+    batch = _batch_sizes(config, grid.data.world_size)
     filled = {
         "train_batch_size": batch.train,
         "train_micro_batch_size_per_gpu": batch.micro,
         "gradient_accumulation_steps": batch.accumulation,
     }
-    zero = config.zero_optimization
     return Run(
         config=config.model_copy(update=filled),
         batch=batch,
         precision=precision_of(config, batch.accumulation),
-        policy=stage_policy(zero.stage, reduce_scatter=zero.reduce_scatter),
+        policy=policy_of(config),
         streams=streams,
         grid=grid,
+    )
+
+
+def _batch_sizes(config: Config, world_size: int) -> BatchSizes:
+    return resolve_batch_sizes(
+        train=config.train_batch_size,
+        micro=config.train_micro_batch_size_per_gpu,
+        accumulation=config.gradient_accumulation_steps,
+        world_size=world_size,
     )
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from partita.comm import CommunicationError
+from partita.comm import CommunicationError, require_same
 from partita.model import ModelPart
 from partita.monitor import PhaseTimers, StepReporter
-from partita.optim import ShardedOptimizer, ShardedStep, StepController
+from partita.optim import ShardedOptimizer, ShardedStep, StepController, group_entries
 from partita.run import Run
 from partita.step.outcomes import StepOutcomes
 from partita.step.skips import SkipGuard
@@ -57,7 +57,9 @@ class OptimizerStep:
             limit=run.config.max_consecutive_skipped_steps,
             lag=1 if run.streams.is_asynchronous else 0,
         )
-        self._outcomes = StepOutcomes(scheduler, self.learning_rates, reporter, self._skips)
+        self._outcomes = StepOutcomes(scheduler, self.learning_rates, reporter, self._skips, self._refuse_difference)
+        self._micro_steps = 0  # of all parts, at the last update
+        self._micro_batches = 0  # of the last update
         if optimizer is not None:
             units = [unit for part in parts for unit in part.units]
             self.sharded = ShardedStep(optimizer.inner, units, run.grid, run.policy, controller, gathers)
@@ -70,7 +72,8 @@ class OptimizerStep:
         On a GPU this queues the work, and what became of the step is learned during the next one.
 
         Raises:
-            RuntimeError: there is no optimizer, or the update would not reach the parameters that the model uses.
+            RuntimeError: there is no optimizer, or the update would not reach the parameters that the model uses, or
+                ranks took a step with different hyper-parameters.
             FloatingPointError: the run skips its steps and does nothing else.
             CommunicationError: a rank is gone.
         """
@@ -87,7 +90,9 @@ class OptimizerStep:
         for part in self._parts:
             part.before_update()
         try:
-            self.sharded.run(mean=self._run.mean, clip=self._run.config.gradient_clipping)
+            self.sharded.run(
+                mean=self._run.mean, clip=self._run.config.gradient_clipping, micro_batches=self._count_micro_batches()
+            )
         except CommunicationError:
             self._gathers.abandon()
             raise
@@ -125,9 +130,28 @@ class OptimizerStep:
         """Acts on the outcome of the last step; if that ends the run, the gradients at hand go with it."""
         try:
             self._outcomes.settle()
-        except FloatingPointError:
+        except Exception:
             self._drop_gradients()
             raise
+
+    def _count_micro_batches(self) -> int:
+        """Those of this rank since the last update."""
+        now = sum(part.accumulation.micro_steps for part in self._parts)
+        self._micro_steps, self._micro_batches = now, now - self._micro_steps
+        return self._micro_batches
+
+    def _refuse_difference(self, step: int) -> None:
+        """Says on all ranks what differs. A collective."""
+        assert self._optimizer is not None
+        count = ("the number of micro-batches (set_gradient_accumulation_boundary())", str(self._micro_batches))
+        try:
+            require_same(self._run.grid.world, [count, *group_entries(self._optimizer.inner)])
+        except ValueError as error:
+            raise RuntimeError(f"step {step}: {error}; change it on all ranks alike") from None
+        raise RuntimeError(
+            f"step {step} was taken with hyper-parameters that differed between ranks, and that are the same again by "
+            "now: change them on all ranks alike"
+        )
 
     def _drop_gradients(self) -> None:
         for part in self._parts:

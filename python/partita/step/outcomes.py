@@ -28,15 +28,23 @@ class StepOutcomes:
     Args:
         scheduler: has step(); None: the learning rate stays.
         learning_rates: of each param group, as they are now.
+        refuse_difference: raises on all ranks, as they took a step (whose number it gets) with different
+            hyper-parameters. A collective.
     """
 
     def __init__(
-        self, scheduler: Any, learning_rates: Callable[[], list[float]], reporter: StepReporter, skips: SkipGuard
+        self,
+        scheduler: Any,
+        learning_rates: Callable[[], list[float]],
+        reporter: StepReporter,
+        skips: SkipGuard,
+        refuse_difference: Callable[[int], None],
     ) -> None:
         self._scheduler = scheduler
         self._learning_rates = learning_rates
         self._reporter = reporter
         self._skips = skips
+        self._refuse_difference = refuse_difference
         self._last: _Entry | None = None
 
     def enter(self, step: int, outcome: PendingOutcome, finiteness: Finiteness) -> None:
@@ -79,7 +87,11 @@ class StepOutcomes:
 
         Raises:
             FloatingPointError: the run skips its steps and does nothing else, see `SkipGuard`.
+            RuntimeError: the ranks took the step with different hyper-parameters.
         """
+        if self._last is not None and not self._last.outcome.wait().digests_agree:
+            last, self._last = self._last, None
+            self._refuse_difference(last.step)
         self.learn()
         if self._last is not None:
             last, self._last = self._last, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 import torch
@@ -52,9 +53,10 @@ class GatheredParameters:
     def __enter__(self) -> None:
         pinned: list[Holder] = []
         try:
-            for holder in self._given:
-                holder.pin()
-                pinned.append(holder)
+            with self._call_of_all():
+                for holder in self._given:
+                    holder.pin()
+                    pinned.append(holder)
         except BaseException:
             for holder in pinned:
                 holder.unpin()
@@ -66,12 +68,18 @@ class GatheredParameters:
     ) -> None:
         try:
             if error is None:
-                self._refuse_unclaimed()
-                if self._modifier_rank is not None:
-                    self._commit(self._modifier_rank)
+                with self._call_of_all():
+                    self._refuse_unclaimed()
+                    if self._modifier_rank is not None:
+                        self._commit(self._modifier_rank)
         finally:
             for holder in self._given:
                 holder.unpin()
+
+    def _call_of_all(self) -> AbstractContextManager[None]:
+        """The beginning or the end of the block, where all ranks communicate."""
+        holder = next(iter(self._given), None)
+        return nullcontext() if holder is None else holder.communicator.call_of_all("GatheredParameters()")
 
     def _refuse_unclaimed(self) -> None:
         """A collective: whoever wrote, all ranks raise."""
