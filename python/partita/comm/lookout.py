@@ -72,11 +72,15 @@ class Lookout:
 
     # -- what this rank tells
 
-    def end(self, reason: str) -> None:
-        """This rank takes no part any more. Only the first reason is told."""
+    def end(self, reason: str, *, gave_up: bool = False) -> None:
+        """This rank takes no part any more. Only the first reason is told.
+
+        Args:
+            gave_up: what it has launched will not be completed either.
+        """
         if not self._ended:
             self._ended = True
-            self._tell("ended", {"why": reason, "launched": self.launches.count})
+            self._tell("ended", {"why": reason, "launched": 0 if gave_up else self.launches.count})
 
     def go_on(self) -> None:
         """A long wait is over."""

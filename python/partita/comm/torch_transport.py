@@ -33,10 +33,11 @@ REDUCE_SCATTER_TAG = 0x5A52
 SEND_TAG = 0x5A53
 # How long the end of a program waits for gloo's threads; what is under way when a rank has died may never end.
 LET_GO_WITHIN_S = 1.0
+LET_GO_AFTER_BREAK_S = 10.0  # what is under way ends then, where a loaded machine lets it
 THREAD_SWITCH_S = 0.002
 Start = Callable[[], dist.Work | None]
 Finish = Callable[[], None] | None
-# Of a receive that nobody answers, see `TorchCommunicator._break`.
+# Of a receive that nobody answers, see `_break`.
 BREAK_TAG = 0x5A54
 BREAK_TIMEOUT = timedelta(milliseconds=1)
 # Ctrl-C reaches the ranks of a terminal one after the other: how long a rank that a peer's ends waits for its own.
@@ -230,17 +231,9 @@ class TorchCommunicator(Communicator):
 
     def _give_up(self, failure: str) -> None:
         self.failures.append(failure)
-        self._lookout.end(f"gave up: {failure}")
+        self._lookout.end(f"gave up: {failure}", gave_up=True)
         if self._gloo:
-            self._break()
-
-    def _break(self) -> None:
-        """Closes the connections of the group: what a receive of gloo does when its time is over."""
-        with suppress(RuntimeError):
-            nothing, peer = torch.empty(1, dtype=torch.uint8), (self.rank + 1) % self.world_size
-            work = dist.irecv(nothing, group=self._group, tag=BREAK_TAG, group_src=peer)
-            if work is not None:
-                work.wait(BREAK_TIMEOUT)
+            _break(self._group, self.rank, self.world_size)
 
     @contextmanager
     def _meeting(self, name: str) -> Iterator[None]:
@@ -322,6 +315,13 @@ class _Watch:
             self._lookout.go_on()
 
 
+def _break(group: dist.ProcessGroup, rank: int, world_size: int) -> None:
+    """Closes the connections of a group of gloo: what a receive does when its time is over."""
+    with suppress(RuntimeError):
+        nothing = torch.empty(1, dtype=torch.uint8, device=HOST)
+        group.recv([nothing], (rank + 1) % world_size, BREAK_TAG).wait(BREAK_TIMEOUT)
+
+
 def _calls_of(communicator: TorchCommunicator | None) -> Calls:
     return Calls() if communicator is None else communicator.calls
 
@@ -346,6 +346,11 @@ def _leave(
     deadline = time.monotonic() + LET_GO_WITHIN_S
     while lent and time.monotonic() < deadline:
         time.sleep(THREAD_SWITCH_S)
+    if lent:  # what is under way waits for a rank that does not come
+        _break(group, dist.get_rank(group), dist.get_world_size(group))
+        deadline += LET_GO_AFTER_BREAK_S
+        while lent and time.monotonic() < deadline:
+            time.sleep(THREAD_SWITCH_S)
     time.sleep(THREAD_SWITCH_S)  # the last one may be giving back the memory, with the lock
     if lent:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
