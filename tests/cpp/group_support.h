@@ -183,7 +183,9 @@ class CollectiveBuffer {
 // A group whose ranks are threads that see the very same memory, so that the thread sanitizer sees all they do.
 class ThreadRanks {
   public:
-    explicit ThreadRanks(int world_size, std::chrono::milliseconds timeout = 20s, std::int64_t arena_bytes = 64 << 20) {
+    // `is_interrupted`: makes what a rank's group asks; empty: no rank is ever interrupted.
+    explicit ThreadRanks(int world_size, std::chrono::milliseconds timeout = 20s, std::int64_t arena_bytes = 64 << 20,
+                         const std::function<std::function<bool()>(int rank)>& is_interrupted = {}) {
         const auto memory = anonymous_memory(Control::bytes(world_size));
         const auto control =
             std::make_shared<Mapping>(memory.get(), Control::bytes(world_size), Mapping::Access::read_write);
@@ -194,7 +196,8 @@ class ThreadRanks {
         }
         for (int r = 0; r < world_size; ++r) {
             const Membership membership{r, arenas_[static_cast<std::size_t>(r)], control, members};
-            groups_.push_back(std::make_unique<Group>(membership, timeout, 1));
+            const auto ask = is_interrupted ? is_interrupted(r) : std::function<bool()>();
+            groups_.push_back(std::make_unique<Group>(membership, timeout, 1, ask));
         }
     }
 

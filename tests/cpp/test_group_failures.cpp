@@ -1,4 +1,5 @@
 // Every way in which a group of threads can fail, and what its ranks are told.
+#include <atomic>
 #include <future>
 
 #include "group_support.h"
@@ -267,6 +268,55 @@ TEST(GroupThreadsFailures, AFailedCollectiveLeavesItsMemoryToThePeers) {
     EXPECT_EQ(data[0], 9);
     ranks.destroy(0);
     EXPECT_EQ(data[0], 9);
+}
+
+// Two calls of the programs whose collectives look the same, on all ranks; a collective outside of all calls fits any.
+TEST(GroupThreadsFailures, DifferentCallsOfThePrograms) {
+    ThreadRanks ranks(3, 20s);
+    const auto meet = [&](const std::string& usual, const std::string& other) {
+        return ranks.errors_of([&](int rank, Group& group) { group.barrier(rank == 2 ? other : usual); });
+    };
+    for (const std::string& error : meet("step()", "")) EXPECT_EQ(error, "");
+    for (const std::string& error : meet("save_model()", "step()")) {
+        EXPECT_TRUE(contains(error, {"save_model() is called on every rank; rank 2 called step()", "number 1"}));
+    }
+}
+
+TEST(GroupThreadsFailures, TheCallIsNamedWithADifferentCollective) {
+    ThreadRanks ranks(2, 20s);
+    const auto errors = ranks.errors_of([](int rank, Group& group) {
+        Bytes buffer(200);
+        group.wait(*group.launch(all_reduce_of(rank == 0 ? 20 : 21), buffer.data(), std::string(100, 'x')));
+    });
+    for (const std::string& error : errors)
+        EXPECT_TRUE(contains(error, {"in " + std::string(63, 'x') + ": collective"}));
+}
+
+// Who is interrupted throws, whoever executes the collective; who waits for it learns why, long before the timeout.
+TEST(GroupThreadsFailures, AnInterruptedWait) {
+    for (const std::int64_t numel : {std::int64_t{30}, large}) {
+        std::atomic<bool> interrupted{false};
+        ThreadRanks ranks(2, 20s, 64 << 20, [&](int rank) {
+            return rank == 0 ? std::function<bool()>([&] { return interrupted.load(); }) : std::function<bool()>();
+        });
+        Bytes buffer(static_cast<std::size_t>(4 * numel));
+        const auto operation = ranks.group(0).launch(all_reduce_of(numel), buffer.data());
+        interrupted = true;
+        const auto took = duration_of([&] {
+            EXPECT_THROW(ranks.group(0).wait(*operation), std::exception);
+            EXPECT_TRUE(
+                contains(error_of([&] { ranks.group(1).barrier(); }), {"rank 0 gave up: it was interrupted in"}));
+            EXPECT_TRUE(contains(error_of([&] { ranks.group(0).barrier(); }), {"it was interrupted in"}));
+        });
+        EXPECT_LT(took, 10s);
+    }
+}
+
+TEST(GroupThreadsFailures, TheReasonOfARankThatLeaves) {
+    ThreadRanks ranks(2, 20s);
+    ranks.group(1).close("its batches are at an end");
+    EXPECT_TRUE(contains(error_of([&] { ranks.group(0).barrier("step()"); }),
+                         {"in step(),", "rank 1", "has left the group: its batches are at an end"}));
 }
 
 }  // namespace

@@ -98,8 +98,8 @@ def _wait(rank: int, report: Report, kind: str, transport: str) -> None:
     numel = 100_000 if kind == "large" else 10
     go_on = threading.Event()
     signal.signal(signal.SIGUSR1, lambda *_: go_on.set())
-    report("waiting")
     try:
+        report("waiting")
         if rank == 1:
             go_on.wait()
             communicator.barrier()
