@@ -91,5 +91,9 @@ class GatheredParameters:
     def _commit(self, rank: int) -> None:
         for holder, given in self._given.items():
             for parameter in given:
-                holder.communicator.broadcast(parameter.data, rank).wait()
+                data = parameter.data
+                values = data.contiguous()  # Init leaves strides as a model has chosen them
+                holder.communicator.broadcast(values, rank).wait()
+                if values is not data:
+                    data.copy_(values)
             holder.commit(given)
