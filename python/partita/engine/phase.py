@@ -15,17 +15,14 @@ class Phase(Enum):
 
 
 class LifecycleError(RuntimeError):
-    """An engine method was called in a phase that does not allow it."""
-
-    def __init__(self, call: str, phase: Phase, allowed: tuple[Phase, ...]) -> None:
-        needed = " or ".join(p.name for p in allowed)
-        super().__init__(
-            f"engine.{call} was called in phase {phase.name} ({phase.value}); it needs phase {needed} "
-            f"({' or '.join(p.value for p in allowed)})"
-        )
+    """An engine method was called in a phase that does not allow it. The message names both."""
 
 
 def require(call: str, phase: Phase, *allowed: Phase) -> None:
     """Raises LifecycleError, naming both phases, unless `phase` is one of `allowed`."""
     if phase not in allowed:
-        raise LifecycleError(call, phase, allowed)
+        needed = " or ".join(p.name for p in allowed)
+        raise LifecycleError(
+            f"engine.{call} was called in phase {phase.name} ({phase.value}); it needs phase {needed} "
+            f"({' or '.join(p.value for p in allowed)})"
+        )
