@@ -17,6 +17,7 @@ from partita.comm.hierarchical import HierarchicalCommunicator
 from partita.comm.hosts import Contact, exchange_contacts, no_host, ranks_by_host, this_host
 from partita.comm.shared_memory import SharedMemoryCommunicator
 from partita.comm.torch_transport import TorchCommunicator
+from partita.device.memory import HOST
 
 logger = logging.getLogger("partita")
 
@@ -146,7 +147,7 @@ def _join(
         reason = f"shared memory between processes does not work here: {error}"
         if listener is not None:
             listener.close()  # so that no rank waits for this one
-    everywhere = torch.tensor(int(made is not None))
+    everywhere = torch.tensor(int(made is not None), dtype=torch.int64, device=HOST)
     dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=group)
     if made is None or not everywhere.item():
         raise _FailedError(reason)

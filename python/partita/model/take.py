@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from partita.comm import Communicator
+from partita.device import HOST
 from partita.run import Run
 from partita.units import (
     AbsentParameter,
@@ -157,7 +158,7 @@ def device_of(model: nn.Module) -> torch.device:
     """
     parameters = ((f"parameter '{name}'", p) for name, p in model.named_parameters())
     buffers = ((f"buffer '{name}'", b) for name, b in model.named_buffers())
-    what, tensor = next(itertools.chain(parameters, buffers), ("", torch.empty(0)))
+    what, tensor = next(itertools.chain(parameters, buffers), ("", torch.empty(0, dtype=torch.uint8, device=HOST)))
     if tensor.is_cpu or tensor.is_cuda:
         return tensor.device
     advice = "give it values with to_empty() first" if tensor.is_meta else "move the model to one of those first"

@@ -43,7 +43,9 @@ class PendingOutcome:
         """The outcome, once the step is done."""
         memory = self._memory.wait()
         state = memory[_core.StepControl.nbytes :]
-        return StepOutcome(_core.StepControl.read(memory.data_ptr()), _core.LossScaleState.read(state.data_ptr()))
+        return StepOutcome(
+            _core.StepControl.read(kernels.address(memory)), _core.LossScaleState.read(kernels.address(state))
+        )
 
 
 class StepController:
@@ -55,8 +57,8 @@ class StepController:
     def __init__(self, scaler: _core.LossScaler, streams: Streams) -> None:
         self.scaler = scaler
         self.sum_of_squares = torch.zeros(1, dtype=torch.float64, device=streams.device)
-        memory = torch.zeros(_core.StepControl.nbytes + _core.LossScaleState.nbytes, dtype=torch.uint8)
-        scaler.initial().write(memory[_core.StepControl.nbytes :].data_ptr())
+        memory = torch.zeros(_core.StepControl.nbytes + _core.LossScaleState.nbytes, dtype=torch.uint8, device=HOST)
+        scaler.initial().write(kernels.address(memory[_core.StepControl.nbytes :]))
         self._memory = memory.to(streams.device)  # together, so that one copy brings both to the host
         self.control: Tensor = self._memory[: _core.StepControl.nbytes]
         self._state: Tensor = self._memory[_core.StepControl.nbytes :]
@@ -77,8 +79,8 @@ class StepController:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The reverse of `state_dict`."""
         memory = torch.empty_like(self._memory, device=HOST)
-        _core.StepControl(**state["last_step"]).write(memory.data_ptr())
-        _core.LossScaleState(**state["loss_scale"]).write(memory[_core.StepControl.nbytes :].data_ptr())
+        _core.StepControl(**state["last_step"]).write(kernels.address(memory))
+        _core.LossScaleState(**state["loss_scale"]).write(kernels.address(memory[_core.StepControl.nbytes :]))
         self._memory.copy_(memory)
 
     def outcome(self) -> PendingOutcome:
