@@ -31,6 +31,7 @@ LAYERS = (
     "step",
     "engine",
     "utils",
+    "cli",
     "__init__",
 )
 CONFIG_MAY_NOT_IMPORT = ("torch", "numpy", "partita._core", "partita.device.kernels")

@@ -22,6 +22,7 @@ from partita.optim import (
     StepController,
     choose_optimizer,
     choose_scheduler,
+    decided_config,
     kept_groups,
     require_supported,
 )
@@ -66,7 +67,8 @@ class Engine(EngineBase):
     ) -> None:
         # What refuses comes first, while the model is as the program gave it. A later error undoes what was done.
         with ExitStack() as exits, ExitStack() as on_failure:
-            run = begin_run(config, device_of(model), exits)
+            decided = decided_config(config, model, optimizer, lr_scheduler, train_data)
+            run = begin_run(decided, device_of(model), exits)
             inner = choose_optimizer(optimizer, model, model_parameters, run.config)
             if inner is not None:
                 require_only_parameters_of(model, inner)
