@@ -17,6 +17,7 @@ PACKAGE = ROOT / "python" / "partita"
 # Lowest first: a module imports only from its own package and from what stands before it.
 LAYERS = (
     "_core",
+    "files",
     "config",
     "device",
     "comm",
@@ -30,6 +31,7 @@ LAYERS = (
     "step",
     "engine",
     "utils",
+    "cli",
     "__init__",
 )
 CONFIG_MAY_NOT_IMPORT = ("torch", "numpy", "partita._core", "partita.device.kernels")

@@ -36,6 +36,9 @@ class Holder(Protocol):
     def name_of(self, parameter: nn.Parameter) -> str:
         """For people."""
 
+    def bring(self) -> bool:
+        """Whether the parameters are here now: when the model computes, they are brought when they are asked for."""
+
     def whole(self) -> AbstractContextManager[Callable[[nn.Parameter], Tensor]]:
         """Inside the block, the values of each of the parameters, to be read only. A collective."""
 
@@ -135,6 +138,9 @@ class AbsentParameter(nn.Parameter):
         gone = getattr(absent, "_partita_gone", None)
         if gone is not None and func == Tensor.data.__set__:  # type: ignore[attr-defined]
             make_present([absent])
+            return func(*args, **(kwargs or {}))
+        holder = None if absent is None or func is Tensor.__repr__ else holder_of(absent)
+        if holder is not None and gone is None and holder.bring():
             return func(*args, **(kwargs or {}))
         name = gone or _name(absent)
         if func is Tensor.__repr__:

@@ -80,12 +80,14 @@ class Init:
         _refuse_groups(sequence_data_parallel_group=sequence_data_parallel_group)
         _refuse_quantized("zero_quantized_weights", zero_quantized_weights)
         _refuse_quantized("zero_quantized_nontrainable_weights", zero_quantized_nontrainable_weights)
+        self._enabled = enabled
+        self._exits = ExitStack()
+        if not enabled:
+            return
         self._config = _one_config(config_dict_or_path, config)
         self._memory = _shard_memory(self._config, remote_device, pin_memory)
         self._dtype = _dtype_of(self._config, dtype)
-        self._enabled = enabled
-        self._exits = ExitStack()
-        if module is not None and enabled:
+        if module is not None:
             partition_module(module, self._config, self._memory)
 
     def __enter__(self) -> Init:

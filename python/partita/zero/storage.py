@@ -122,6 +122,10 @@ class PartitionedStorage:
         """The module's class and the name in it, as the model has no name yet."""
         return self._places[id(parameter)].name
 
+    def bring(self) -> bool:
+        """No model computes with these parameters before an engine takes them."""
+        return False
+
     @contextmanager
     def whole(self) -> Iterator[Callable[[nn.Parameter], Tensor]]:
         """Values to be read only."""
