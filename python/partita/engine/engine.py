@@ -102,7 +102,7 @@ class Engine(EngineBase):
 
     # -- one micro-batch
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model. In training mode with gradients enabled this begins a micro-batch."""
         require("__call__()", self._phase, Phase.READY, Phase.FORWARD, Phase.BACKWARD)
         with self._step.timers.phase("forward"):
@@ -179,15 +179,6 @@ class Engine(EngineBase):
             for module in training:
                 module.training = True
 
-    def train(self, mode: bool = True) -> Engine:
-        """Training mode, as `nn.Module.train`."""
-        self.module.train(mode)
-        return self
-
-    def eval(self) -> Engine:
-        """Evaluation mode, as `nn.Module.eval`."""
-        return self.train(False)
-
     # -- accumulation
 
     @property
@@ -214,8 +205,12 @@ class Engine(EngineBase):
         """
         self._accumulation.boundary = is_boundary
 
-    def zero_grad(self) -> None:
-        """Begins the step anew: drops the gradients since the last update, and what an interrupted backward left."""
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Begins the step anew: drops the gradients since the last update, and what an interrupted backward left.
+
+        Args:
+            set_to_none: of no consequence: `parameter.grad` is None in any case.
+        """
         for part in self._parts:
             part.give_up()
         self._accumulation.restart()
