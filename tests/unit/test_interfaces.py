@@ -46,6 +46,7 @@ ENGINE_CALLS = [
     "get_global_grad_norm",
     "get_lr",
     "global_rank",
+    "global_samples",
     "global_steps",
     "gradient_accumulation_steps",
     "initialize",
@@ -74,6 +75,7 @@ ENGINE_CALLS = [
     "train_micro_batch_size_per_gpu",
     "train_state",
     "training",
+    "was_step_applied",
     "world_size",
     "zero_grad",
 ]

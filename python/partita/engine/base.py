@@ -91,6 +91,11 @@ class EngineBase(AsModule):
         return self._step.global_steps
 
     @property
+    def global_samples(self) -> int:
+        """Samples of these steps, over all ranks."""
+        return self._step.global_samples
+
+    @property
     def loss_scale(self) -> float:
         """What the loss is multiplied by before backward; 1 outside float16."""
         return self._step.controller.loss_scale.scale
