@@ -27,20 +27,26 @@ _SHORT_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def decided_config(
-    source: ConfigSource, model: nn.Module, optimizer: OptimizerSource, lr_scheduler: Any, train_data: Any = None
+    source: ConfigSource,
+    model: nn.Module,
+    optimizer: OptimizerSource,
+    lr_scheduler: Any,
+    micro_batch: int | None = None,
 ) -> Config:
     """The config of a run, with every "auto" decided by what the program gives. What the config names exists.
+
+    Args:
+        micro_batch: samples in a batch of the program's DataLoader; None: there is none.
 
     Raises:
         ConfigError: the config does not make sense; names every key at fault.
     """
     config = load_config(source)
-    micro_batch = getattr(train_data, "batch_size", None)
     given = Given(
         compute=_compute_of(model),
         optimizer=_in_words(optimizer),
         scheduler=_in_words(lr_scheduler),
-        micro_batch=micro_batch if isinstance(micro_batch, int) else None,
+        micro_batch=micro_batch,
     )
     require_buildable(config, has_optimizer=optimizer is not None, has_scheduler=lr_scheduler is not None)
     return resolve_auto(config, given)
