@@ -44,7 +44,7 @@ def make_optimizer(type_name: str, params: Mapping[str, Any], parameters: Any) -
     try:
         return make(parameters, **options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"optimizer.params: {name} refuses them: {error}") from error
+        raise ValueError(f"optimizer.params: {name} refuses them: {error}") from None
 
 
 def _torch_optimizers() -> dict[str, type[Optimizer]]:
