@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -35,6 +35,7 @@ class ShardedLoader:
         num_workers: processes that load ahead; 0 loads in this one. What they prefetched does not count as consumed.
         shuffle: None shuffles a dataset with a length and leaves a stream as it is.
         drop_last: as in ``ShardedSampler``; a stream cannot have False.
+        options: further arguments for torch's ``DataLoader``: ``pin_memory``, ``worker_init_fn``, ...
 
     Raises:
         ValueError: an argument out of range; a dataset, or a whole epoch of a stream, smaller than one global batch.
@@ -51,11 +52,13 @@ class ShardedLoader:
         num_workers: int = 0,
         shuffle: bool | None = None,
         drop_last: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.dataset = dataset
         self.sharding = sharding
         self.collate_fn = default_collate if collate_fn is None else collate_fn
         self.num_workers = num_workers
+        self.options = dict(options or {})
         self.sampler: ShardedSampler | None = None  # None for a stream
         self.epoch = 0
         self.samples = 0  # of this epoch's order, consumed by all ranks together
@@ -152,7 +155,7 @@ class ShardedLoader:
             if fresh:
                 raise ValueError(
                     f"the stream ended before one global batch of {self.sharding.global_batch_size} samples "
-                    f"({self.sharding.world_size} ranks x micro_batch_size {self.sharding.micro_batch_size})"
+                    f"({self.sharding.in_words}); give more samples, or lower train_micro_batch_size_per_gpu"
                 )
 
     def _check_newest(self, iteration: int) -> None:
@@ -169,6 +172,7 @@ class ShardedLoader:
         common: dict[str, Any] = {
             "collate_fn": self.collate_fn,
             "num_workers": self.num_workers,
+            **self.options,
             "generator": torch.Generator().manual_seed(int(words[0])),
         }
         if self.sampler is not None:

@@ -40,6 +40,7 @@ class OptimizerStep:
         exits: ExitStack,
     ) -> None:
         self.global_steps = 0
+        self.global_samples = 0
         self.controller = controller
         self.sharded: ShardedStep | None = None
         self._run = run
@@ -99,6 +100,7 @@ class OptimizerStep:
         if not self._run.config.zero_optimization.overlap_gather:
             self._gathers.wait()
         self.global_steps += 1
+        self.global_samples += self._run.batch.train
         finiteness = [seen for part in self._parts for seen in part.reducer.take_finiteness()]
         self._outcomes.enter(self.global_steps, self.controller.outcome(), finiteness)
 
@@ -114,14 +116,19 @@ class OptimizerStep:
         """2-norm of the last step's mean gradient, before clipping; None before the first step."""
         return self.controller.last.grad_norm if self.global_steps else None
 
+    def was_applied(self) -> bool:
+        """Whether the last update was not skipped; False before the first one. On a GPU the host waits for it."""
+        return self.global_steps > 0 and not self.controller.last.skip
+
     def state_dict(self) -> dict[str, Any]:
-        """The number of steps, and the loss scale with its counters."""
+        """The number of steps and samples, and the loss scale with its counters."""
         self.learn()
-        return {"global_steps": self.global_steps, **self.controller.state_dict()}
+        counts = {"global_steps": self.global_steps, "global_samples": self.global_samples}
+        return {**counts, **self.controller.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes the state of a run; what became of an earlier step of this one is of no interest any more."""
-        self.global_steps = state["global_steps"]
+        self.global_steps, self.global_samples = state["global_steps"], state["global_samples"]
         self.controller.load_state_dict(state)
         self._outcomes.forget()
         self._skips.look_ahead(self.controller.loss_scale)

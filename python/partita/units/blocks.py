@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -56,3 +56,20 @@ def owners_of(parameters: list[nn.Parameter], blocks: list[nn.Module], model: nn
         found = [i for i, block in enumerate(inside) if parameter in block]
         result.append(found[0] if len(found) == 1 and parameter not in outside else None)
     return result
+
+
+def watched_modules(
+    model: nn.Module, blocks: list[nn.Module]
+) -> Iterator[tuple[nn.Module, int | None, frozenset[int]]]:
+    """The modules whose forward brings parameters: each with its index if it is a block, and with the blocks in it.
+
+    What is inside of a layer is called by the layer. More modules than that would only cost time. Leaves outside of
+    layers may be called by any method of the model.
+    """
+    block_of = {block: i for i, block in enumerate(blocks)}
+    inside = {part for block in blocks for part in block.modules()} - block_of.keys()
+    in_layers = {part for layer in find_blocks(model, None) for part in layer.modules()} - block_of.keys()
+    for module in model.modules():
+        is_leaf = not any(True for _ in module.children())
+        if module not in inside and not (is_leaf and (module in in_layers or not module._parameters)):
+            yield module, block_of.get(module), frozenset(block_of[m] for m in module.modules() if m in block_of)
