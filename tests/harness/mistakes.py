@@ -81,7 +81,7 @@ CONFIGS: dict[str, Mistake] = {
         "start(optimizer={'type': 'AdamW', 'params': {'weight_decy': 0}})", "optimizer.params", "'weight_decay'"
     ),
     "a negative learning rate": says(
-        "start(optimizer={'type': 'AdamW', 'params': {'lr': -1}})", "optimizer.params", "lr is -1"
+        "start(optimizer={'type': 'AdamW', 'params': {'lr': -1}})", "optimizer.params.lr = -1", "a number >= 0"
     ),
     "a schedule misspelt": says("start(scheduler={'type': 'WarmupLRR'})", "scheduler", "WarmupLRR", "WarmupLR"),
     "an argument of the schedule misspelt": says(
@@ -90,6 +90,24 @@ CONFIGS: dict[str, Mistake] = {
     "a schedule and no optimizer": says(
         "start(optimizer=None, scheduler={'type': 'WarmupLR'})", "scheduler", "WarmupLR", "needs an optimizer"
     ),
+    "true for a section": says("start(bf16=True)", "bf16 = True", '"bf16": {"enabled": true}'),
+    "a number for a section": says("start(zero_optimization=2)", "zero_optimization = 2", '{"stage": 2}'),
+    "a name for a section": says("start(optimizer='AdamW')", "optimizer = 'AdamW'", '{"type": "AdamW"'),
+    "Adam with a weight decay": says(
+        "start(optimizer={'type': 'Adam', 'params': {'weight_decay': 0.1}})",
+        "optimizer.params.weight_decay = 0.1",
+        'write type "AdamW"',
+        '"adam_w_mode": false',
+    ),
+    "an optimizer that needs matrices": says("start(optimizer={'type': 'Muon'})", "optimizer.type", "use AdamW"),
+    "a section that changes the model": says(
+        "start(sparse_attention={'mode': 'fixed'})", "sparse_attention", "use an attention", "remove it"
+    ),
+    "a file that is no JSON": says(
+        "path = tempfile.mkdtemp() + '/ds.json'; open(path, 'w').write('{\"a\": 1,,}')\n"
+        "partita.initialize(model=Model(), config=path)",
+        "ds.json: not valid JSON at line 1, column 10",
+    ),
     "a file that is not there": says(
         "partita.initialize(model=Model(), config='/nowhere/ds_config.json')", "/nowhere/ds_config.json"
     ),
@@ -97,6 +115,41 @@ CONFIGS: dict[str, Mistake] = {
 }
 
 CALLS: dict[str, Mistake] = {
+    "no model": says("partita.initialize(model=None, config=CONFIG)", "has no model", "give model="),
+    "a class for the model": says(
+        "partita.initialize(model=Model, config=CONFIG)", "Model is a class", "make a model from it: Model(...)"
+    ),
+    "the config in second place": says("partita.initialize(Model(), CONFIG)", "a config goes to config="),
+    "a model in DistributedDataParallel": says(
+        "start(nn.parallel.DistributedDataParallel(Model()))", "DistributedDataParallel", "give the model itself"
+    ),
+    "a model in DataParallel": says("start(nn.DataParallel(Model()))", "DataParallel", "one process for each GPU"),
+    "a model of DTensors": says(
+        "from torch.distributed.fsdp import fully_shard\nmodel = Model(); fully_shard(model); start(model)",
+        "without fully_shard()",
+        "ZeRO stage 3",
+    ),
+    "the optimizer's name for an optimizer": says(
+        "partita.initialize(model=Model(), optimizer='AdamW', config=CONFIG)", "optimizer: a str", "in the config"
+    ),
+    "fewer samples than a batch": says(
+        "data = torch.utils.data.TensorDataset(torch.randn(1, 4))\n"
+        "partita.initialize(model=Model(), training_data=data, config=CONFIG)[2].next_batch()",
+        "the dataset has 1 samples",
+        "2 ranks x train_micro_batch_size_per_gpu 2",
+        "lower train_micro_batch_size_per_gpu",
+    ),
+    "no_sync() in stage 2": says(
+        "e = start(zero_optimization={'stage': 2})\nwith e.no_sync():\n    train(e)",
+        "no_sync()",
+        "stage 2",
+        "use stage 0 or 1, or gradient_accumulation_steps",
+    ),
+    "a loop that ends within a step": says(
+        "e = start(gradient_accumulation_steps=2); train(e); e.destroy()",
+        "gradient_accumulation_steps",
+        "give each step all its micro-batches",
+    ),
     "training in evaluation mode": says(
         "e = start(); e.eval(); e.backward(e(batch))", "evaluation mode", "call engine.train()"
     ),
