@@ -8,8 +8,19 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from partita.data import RepeatingLoader
 from partita.model import ParameterAccess, access_of
 from partita.units import Unit
+
+__all__ = [
+    "RepeatingLoader",
+    "safe_get_full_fp32_param",
+    "safe_get_full_grad",
+    "safe_get_full_optimizer_state",
+    "safe_set_full_fp32_param",
+    "safe_set_full_grad",
+    "safe_set_full_optimizer_state",
+]
 
 
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:

@@ -25,13 +25,16 @@ PUBLIC_NAMES = [
     "Engine",
     "FusedAdam",
     "LifecycleError",
+    "RepeatingLoader",
     "__version__",
+    "add_config_arguments",
     "default_config",
     "init_distributed",
     "initialize",
     "utils",
     "zero",
 ]
+PUBLIC_NAMES_SEEN = [name for name in PUBLIC_NAMES if name != "__version__"]  # by dir()
 ENGINE_CALLS = [
     "__call__",
     "backward",
@@ -79,6 +82,7 @@ def test_the_public_names_are_these():
     """A change of the surface is a decision, made here too."""
     assert list(partita.__all__) == PUBLIC_NAMES
     assert all(hasattr(partita, name) for name in PUBLIC_NAMES)
+    assert [name for name in dir(partita) if not name.startswith("__")] == PUBLIC_NAMES_SEEN
 
 
 def test_the_engine_has_these_calls():

@@ -2,9 +2,11 @@
 
 from partita.data.batches import call_with, loss_in, micro_batches, on_device
 from partita.data.loader import ShardedLoader
+from partita.data.repeating import RepeatingLoader
 from partita.data.sampler import ShardedSampler, Sharding
 
 __all__ = [
+    "RepeatingLoader",
     "ShardedLoader",
     "ShardedSampler",
     "Sharding",

@@ -21,7 +21,7 @@ def span(tensor: Tensor, name: str = "tensor") -> Span:
 
     Raises:
         TypeError: another dtype.
-        ValueError: a device without kernels, or not contiguous.
+        ValueError: as for `address`.
     """
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None:
@@ -33,15 +33,47 @@ def address(tensor: Tensor, name: str = "tensor") -> int:
     """Where a contiguous tensor begins; `name` is for the errors.
 
     Raises:
-        ValueError: a device without kernels, or not contiguous.
+        ValueError: a device without kernels, not contiguous, or no memory with the values: see `why_no_address`.
     """
     if not (tensor.is_cpu or tensor.is_cuda):
         raise ValueError(
             f"{name} is on device '{tensor.device}': the native core computes on the CPU and on CUDA devices"
         )
-    if not tensor.is_contiguous():
+    is_strided = tensor.layout is torch.strided
+    if is_strided and not tensor.is_contiguous():
         raise ValueError(f"{name} of shape {tuple(tensor.shape)}, strides {tensor.stride()} is not contiguous")
-    return tensor.data_ptr()
+    pointer = tensor.data_ptr() if is_strided and not _is_made_of_others(tensor) else 0
+    # Where a storage has no memory, the address is that of the tensor in it, counted from 0. The rest of what
+    # `why_no_address` finds has the address 0: gradients pass here in every step, so they are looked at briefly.
+    nowhere = pointer == tensor.storage_offset() * tensor.element_size()
+    if (nowhere and tensor.numel()) or tensor.is_neg() or tensor.is_nested:
+        reason = why_no_address(tensor) or "has no memory: its values are elsewhere, or nowhere"
+        raise ValueError(f"{name} of shape {tuple(tensor.shape)} {reason}; the native core needs a tensor with memory")
+    return pointer
+
+
+def why_no_address(tensor: Tensor) -> str | None:
+    """Why the memory at a tensor's address is not its values, as the end of a sentence; None if it is, or would be if
+    its storage had memory.
+
+    A DTensor, a FakeTensor and the like have a shape and a device as plain tensors have, and the address 0.
+    """
+    if _is_made_of_others(tensor):
+        return f"is a {type(tensor).__name__}, a tensor that is made of others"
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return f"has the layout {'nested' if tensor.is_nested else tensor.layout}"
+    if tensor.is_meta:
+        return "is on the meta device"
+    if torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return "is a tensor of a transformation (torch.func)"
+    if tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor():
+        return "has memory that holds other values (a lazy negation, conjugation or zero)"
+    return None
+
+
+def _is_made_of_others(tensor: Tensor) -> bool:
+    """Whether the tensor's class computes with other tensors in place of the memory of this one."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def _where(**tensors: Tensor | None) -> int | Stream:
@@ -126,7 +158,7 @@ def sum_of_squares(total: Tensor, parts: list[Part[NormPart]]) -> None:
     if isinstance(where, Stream):
         blocks = sum(part.blocks for part in native)
         scratch = torch.empty(blocks, dtype=torch.float64, device=total.device)
-        _core.norm(address_of_total, native, scratch.data_ptr(), where)
+        _core.norm(address_of_total, native, address(scratch, "scratch"), where)
     else:
         _core.norm(address_of_total, native, where)
 

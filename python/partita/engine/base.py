@@ -211,23 +211,21 @@ class EngineBase:
         units = [unit for part in self._parts for unit in part.units]
         optimizer = "no optimizer" if self.optimizer is None else type(self.optimizer.inner).__name__
         batch = self._run.batch
+        over = f" over {self._run.grid.world.transport}" if self.world_size > 1 else ""
+        numel = sum(p.numel() for unit in units for p in unit.parameters)
+        trained = f"{_count(numel, 'parameter')} in {_count(len(units), 'unit')}" if numel else "nothing is trained"
         logger.info(
-            "ZeRO stage %d, %d ranks over %s, %s, %s on %s; %s parameters in %d units; "
-            "batch %d = %d x %d micro-batches x %d ranks",
-            self._run.policy.stage,
-            self.world_size,
-            self._run.grid.world.transport,
-            self._run.precision.name,
-            optimizer,
-            self._run.streams.name,
-            f"{sum(p.numel() for unit in units for p in unit.parameters):,}",
-            len(units),
-            batch.train,
-            batch.micro,
-            batch.accumulation,
-            self._run.grid.data.world_size,
+            f"ZeRO stage {self._run.policy.stage}, {_count(self.world_size, 'rank')}{over}, "
+            f"{self._run.precision.name}, {optimizer} on {self._run.streams.name}; {trained}; "
+            f"batch {batch.train} = {batch.micro} x {_count(batch.accumulation, 'micro-batch')} "
+            f"x {_count(self._run.grid.data.world_size, 'rank')}"
         )
         if self.device.type == "cpu" and torch.cuda.device_count():
             logger.warning("the model is on the CPU and trains there; for a GPU: model.to('cuda') before initialize()")
         if self.config.dump_state:
             logger.info("config: %s", self.config.model_dump_json(indent=2))
+
+
+def _count(number: int, thing: str) -> str:
+    plural = "" if number == 1 else "es" if thing.endswith("ch") else "s"
+    return f"{number:,} {thing}{plural}"

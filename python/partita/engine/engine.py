@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from partita.config import ConfigSource
 from partita.data import ShardedLoader, Sharding, call_with, loss_in, micro_batches, on_device
 from partita.engine.base import EngineBase
-from partita.engine.phase import Phase, require
+from partita.engine.phase import Phase, require, require_loss
 from partita.model import Accumulation, LossScaling, ModelPart, device_of, require_only_parameters_of
 from partita.optim import (
     OptimizerSource,
@@ -22,6 +22,7 @@ from partita.optim import (
     StepController,
     choose_optimizer,
     choose_scheduler,
+    decided_config,
     kept_groups,
     require_supported,
 )
@@ -66,7 +67,8 @@ class Engine(EngineBase):
     ) -> None:
         # What refuses comes first, while the model is as the program gave it. A later error undoes what was done.
         with ExitStack() as exits, ExitStack() as on_failure:
-            run = begin_run(config, device_of(model), exits)
+            decided = decided_config(config, model, optimizer, lr_scheduler, train_data)
+            run = begin_run(decided, device_of(model), exits)
             inner = choose_optimizer(optimizer, model, model_parameters, run.config)
             if inner is not None:
                 require_only_parameters_of(model, inner)
@@ -116,15 +118,15 @@ class Engine(EngineBase):
 
         The step's gradient is the mean over its micro-batches and ranks. float16 losses are scaled here.
         """
-        require("backward()", self._phase, Phase.FORWARD, Phase.BACKWARD)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"engine.backward() needs a scalar loss, not a {what}: reduce it with .mean() or .sum()")
+        if not self._is_destroyed:
+            require_loss(loss)
+        require("backward()", self._phase, Phase.FORWARD, Phase.BACKWARD, hint=self._why_no_forward())
         self._backwards_before = (
             self._part.ended_backwards
         )  # if this one fails, those before it are not enough for a step
         with self._step.timers.phase("backward"):
             self._part.backward([self.scale(loss)], retain_graph=retain_graph)
+        self._step.controller.add_loss(loss)
         return loss
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -218,6 +220,7 @@ class Engine(EngineBase):
         """Begins the step anew: drops the gradients since the last update, and what an interrupted backward left."""
         for part in self._parts:
             part.give_up()
+        self._step.controller.forget_losses()
         self._accumulation.restart()
         self._begin_micro_batch()
 
@@ -255,6 +258,12 @@ class Engine(EngineBase):
         if self._part.ended_backwards > self._backwards_before:
             return Phase.BACKWARD
         return Phase.FORWARD if self._has_forward else Phase.READY
+
+    def _why_no_forward(self) -> str:
+        """Why a loss with a graph came, and no forward of this engine that could have made it."""
+        if not self.module.training:
+            return "the model is in evaluation mode, where no forward trains: call engine.train() before engine(batch)"
+        return "model(batch) and engine.module(batch) do not count: call engine(batch)"
 
     def _begin_micro_batch(self) -> None:
         self._has_forward = False

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from partita.comm import Communicator, any_rank
 from partita.device.memory import FreedMemory
+from partita.files import file_to_write
 from partita.model.weights import state_tensors
 
 # Names of the format: https://github.com/huggingface/safetensors#format
@@ -41,11 +42,11 @@ class WeightFile:
 
     Raises:
         ValueError: a dtype that the format does not have; names the tensor.
+        OSError: when it is entered: what has this name is no regular file, or the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        self._path = Path(path)
-        self._partial = self._path.with_name(f"{self._path.name}.partial")
+        self._path = self._partial = Path(path)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, (dtype, shape) in layout.items():
@@ -63,6 +64,8 @@ class WeightFile:
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> WeightFile:
+        self._path = file_to_write(self._path)
+        self._partial = file_to_write(self._path.with_name(f"{self._path.name}.partial"))
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._partial.open("wb")
         try:

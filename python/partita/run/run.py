@@ -97,6 +97,8 @@ def begin_run(source: ConfigSource, device: torch.device, exits: ExitStack) -> R
     grid = ProcessGrid(partial(world_communicator, config.comm.transport, timeout, device))
     exits.callback(grid.close)
     _show_log_on(grid.world.rank)
+    if grid.world.rank == 0:
+        _list_ignored(config)
     batch = resolve_batch_sizes(
         train=config.train_batch_size,
         micro=config.train_micro_batch_size_per_gpu,
@@ -117,6 +119,16 @@ def begin_run(source: ConfigSource, device: torch.device, exits: ExitStack) -> R
         streams=streams,
         grid=grid,
     )
+
+
+def _list_ignored(config: Config) -> None:
+    """One line about keys without an effect of their own, and one for each that expects more than it gets."""
+    notes = [str(note) for note in config.ignored if not note.warns]
+    if notes:
+        logger.info("config, noted: %s", "; ".join(notes))
+    for note in config.ignored:
+        if note.warns:
+            logger.warning("config: %s", note)
 
 
 def _show_log_on(rank: int) -> None:

@@ -12,6 +12,7 @@ from partita.monitor import PhaseTimers, StepReporter
 from partita.optim import ShardedOptimizer, ShardedStep, StepController
 from partita.run import Run
 from partita.step.outcomes import StepOutcomes
+from partita.step.schedule import WatchedSchedule
 from partita.step.skips import SkipGuard
 from partita.units import ParameterGathers
 
@@ -48,16 +49,20 @@ class OptimizerStep:
         prints = run.config.steps_per_print or 0
         timed = run.config.wall_clock_breakdown and run.is_first and prints > 0
         self.timers = PhaseTimers(timed, run.streams)
-        reporter = StepReporter(run.grid.world.rank, prints, self.timers)
+        reporter = StepReporter(run.grid.world.rank, prints, run.batch.train, self.timers)
         self._reducers = [part.reducer for part in parts]
         self._skips = SkipGuard(
             controller.scaler,
             self._reducers,
             run.grid.world,
+            scales_loss=run.precision.scales_loss,
             limit=run.config.max_consecutive_skipped_steps,
             lag=1 if run.streams.is_asynchronous else 0,
         )
-        self._outcomes = StepOutcomes(scheduler, self.learning_rates, reporter, self._skips)
+        schedule = None if scheduler is None else WatchedSchedule(scheduler, warns=run.is_first)
+        self._outcomes = StepOutcomes(
+            schedule, self.learning_rates, reporter, self._skips, scales_loss=run.precision.scales_loss
+        )
         if optimizer is not None:
             units = [unit for part in parts for unit in part.units]
             self.sharded = ShardedStep(optimizer.inner, units, run.grid, run.policy, controller, gathers)
@@ -130,6 +135,7 @@ class OptimizerStep:
             raise
 
     def _drop_gradients(self) -> None:
+        self.controller.forget_losses()
         for part in self._parts:
             part.drop_gradients()
 

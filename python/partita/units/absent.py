@@ -10,8 +10,9 @@ and others end the process. So when an engine is destroyed, the class stays unti
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -68,6 +69,14 @@ def holder_of(parameter: Tensor) -> Holder | None:
     return held.find() if isinstance(held, _Held) else None
 
 
+def holders_of(state: Mapping[str, Any]) -> dict[Holder | None, list[str]]:
+    """The names of a state dict by who has the values; None: of what is here."""
+    names: dict[Holder | None, list[str]] = {}
+    for name, value in state.items():
+        names.setdefault(holder_of(value) if isinstance(value, Tensor) else None, []).append(name)
+    return names
+
+
 def give_to(find: Callable[[], Holder | None], parameters: Iterable[nn.Parameter]) -> None:
     """From now on `holder_of()` answers what this function does: a holder, while it is there."""
     for parameter in parameters:
@@ -112,6 +121,11 @@ def take_back(parameter: nn.Parameter, values: Tensor) -> None:
 
 class AbsentParameter(nn.Parameter):
     """See [Note: absent parameters]."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        self.detach()  # raises, unless this brings the values: inside zero.Init()
+        copied: nn.Parameter = copy.deepcopy(self, memo)  # as what it is now: a copy is of the class of values
+        return copied
 
     @classmethod
     def __torch_function__(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from partita.comm import SingleProcess, any_rank_each, raise_together
 from partita.device.memory import FreedMemory
-from partita.units import Holder, holder_of
+from partita.units import holders_of
 from partita.zero.gathered import GatheredParameters
 
 WeightSource = Mapping[str, Tensor] | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -38,12 +38,9 @@ def load_weights(model: nn.Module, source: WeightSource, *, strict: bool = True,
     """
     state: dict[str, Any] = model.state_dict(keep_vars=True)
     tensors: dict[str, Any] = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    holders: dict[Holder, list[str]] = {}
-    plain: list[str] = []
-    for name, tensor in tensors.items():
-        holder = holder_of(tensor)
-        (plain if holder is None else holders.setdefault(holder, [])).append(name)
-    communicator = next((holder.communicator for holder in holders), None)
+    names_of = holders_of(tensors)
+    plain = names_of.pop(None, [])
+    communicator = next((holder.communicator for holder in names_of if holder is not None), None)
     if communicator is not None and not 0 <= rank < communicator.world_size:
         raise ValueError(f"rank = {rank}: the group has the ranks 0 to {communicator.world_size - 1}")
     reads = communicator is None or communicator.rank == rank
@@ -63,7 +60,7 @@ def load_weights(model: nn.Module, source: WeightSource, *, strict: bool = True,
         found = {name for name, there in zip(tensors, is_there, strict=True) if there}
         missing = _missing(tensors, found)
         freed = FreedMemory()
-        for names in holders.values():
+        for names in names_of.values():
             freed.add(sum(tensors[name].nbytes for name in names))
             there = [name for name in names if name in found]
             with GatheredParameters([tensors[name] for name in there], modifier_rank=rank):
