@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
@@ -25,7 +25,8 @@ def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
             f"module '{type(model).__name__}' is trained by an engine, which has decided what it gathers together: set "
             "leaf modules before initialize()"
         )
-    setattr(model, LEAF, flag)
+    for part in (model, *model.parameters()):
+        setattr(part, LEAF, flag)
 
 
 def set_z3_leaf_modules(
@@ -50,38 +51,24 @@ def unset_z3_leaf_modules(
 
 
 def set_z3_leaf_modules_by_name(
-    model: nn.Module, module_names: Sequence[str], raise_if_not_found: bool = True
-) -> list[nn.Module]:
-    """Marks modules by their names in the model, such as "layers.3.experts". Returns them; see `set_z3_leaf_modules`.
+    model: nn.Module, module_names: Sequence[str], flag: bool = True, raise_if_not_found: bool = True
+) -> tuple[list[nn.Module], list[str]]:
+    """Marks modules by their names in the model, such as "layers.3.experts", see `set_z3_leaf_module`.
+
+    Returns:
+        The modules, and the names that no module has.
 
     Raises:
-        ValueError: the model has no module of one of these names, and `raise_if_not_found` is set.
+        ValueError: there are such names, and `raise_if_not_found` is set.
     """
-    modules = dict(model.named_modules())
-    if raise_if_not_found:
-        for name in module_names:
-            if name not in modules:
-                raise ValueError(f"the model has no module '{name}'; its own modules are: {_joined(modules)}")
-    return _set([modules[name] for name in module_names if name in modules], True)
+    return _set_by_name(model, module_names, flag, raise_if_not_found, lambda name, wanted: name == wanted)
 
 
 def set_z3_leaf_modules_by_suffix(
-    model: nn.Module, module_name_suffixes: Sequence[str], raise_if_not_found: bool = True
-) -> list[nn.Module]:
-    """Marks modules whose names end with one of these, such as "mlp.experts". Returns them; see `set_z3_leaf_modules`.
-
-    Raises:
-        ValueError: no module has such a name, and `raise_if_not_found` is set.
-    """
-    modules = dict(model.named_modules())
-    found = [
-        module
-        for name, module in modules.items()
-        if any(name == suffix or name.endswith(f".{suffix}") for suffix in module_name_suffixes)
-    ]
-    if not found and raise_if_not_found:
-        raise ValueError(f"no module's name ends with {_joined(module_name_suffixes)}; the names are: {_joined(modules)}")
-    return _set(found, True)
+    model: nn.Module, module_name_suffixes: Sequence[str], flag: bool = True, raise_if_not_found: bool = True
+) -> tuple[list[nn.Module], list[str]]:
+    """As `set_z3_leaf_modules_by_name`, of all modules whose names end with one of these."""
+    return _set_by_name(model, module_name_suffixes, flag, raise_if_not_found, str.endswith)
 
 
 def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
@@ -121,7 +108,7 @@ def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) ->
 
 
 def _set_by_class(model: nn.Module, classes: ClassNames, flag: bool, must_exist: bool) -> list[nn.Module]:
-    wanted = [classes] if isinstance(classes, str | type) else list(classes)
+    wanted: list[str | type[nn.Module]] = [classes] if isinstance(classes, str | type) else list(classes)
     for each in wanted:
         if not isinstance(each, str | type):
             raise TypeError(f"leaf_module_classes: {each!r} is neither a class nor the name of one")
@@ -131,6 +118,17 @@ def _set_by_class(model: nn.Module, classes: ClassNames, flag: bool, must_exist:
         present = sorted({type(module).__name__ for module in model.modules()})
         raise ValueError(f"the model has no module of class {_joined(names)}; it has {_joined(present)}")
     return _set(found, flag)
+
+
+def _set_by_name(
+    model: nn.Module, wanted: Sequence[str], flag: bool, must_exist: bool, fits: Callable[[str, str], bool]
+) -> tuple[list[nn.Module], list[str]]:
+    modules = dict(model.named_modules())
+    found = {module: None for each in wanted for name, module in modules.items() if fits(name, each)}
+    missing = [each for each in wanted if not any(fits(name, each) for name in modules)]
+    if missing and must_exist:
+        raise ValueError(f"the model has no module {_joined(missing)}; it has {_joined(modules)}")
+    return _set(list(found), flag), missing
 
 
 def _is_a(module: nn.Module, kind: str | type) -> bool:
