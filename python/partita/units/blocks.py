@@ -84,6 +84,7 @@ def watched_modules(
     inside = {part for block in blocks for part in block.modules()} - block_of.keys()
     in_layers = {part for layer in find_blocks(model, None) for part in layer.modules()} - block_of.keys()
     for module in model.modules():
-        is_leaf = not any(True for _ in module.children())
-        if module not in inside and not (is_leaf and (module in in_layers or not module._parameters)):
+        has_parts = any(True for _ in module.children())
+        is_called = type(module).forward is not nn.Module.forward  # unlike a list of modules
+        if is_called and module not in inside and (has_parts or (module._parameters and module not in in_layers)):
             yield module, block_of.get(module), frozenset(block_of[m] for m in module.modules() if m in block_of)
