@@ -20,8 +20,8 @@ void def_memory(py::class_<T>& type) {
 }  // namespace
 
 void register_loss_scale(py::module_& m) {
-    py::class_<LossScaleState> state(m, "LossScaleState");
-    state
+    py::class_<LossScaleState> state_type(m, "LossScaleState");
+    state_type
         .def(py::init([](double scale, std::int64_t applied_steps, std::int64_t skipped_steps, std::int32_t good_steps,
                          std::int32_t hysteresis, std::int32_t consecutive_skips, bool at_minimum) {
                  return LossScaleState{scale,      applied_steps,     skipped_steps,     good_steps,
@@ -36,10 +36,10 @@ void register_loss_scale(py::module_& m) {
         .def_readonly("hysteresis", &LossScaleState::hysteresis)
         .def_readonly("consecutive_skips", &LossScaleState::consecutive_skips)
         .def_property_readonly("at_minimum", [](const LossScaleState& s) { return s.at_minimum != 0; });
-    def_memory(state);
+    def_memory(state_type);
 
-    py::class_<StepControl> control(m, "StepControl");
-    control
+    py::class_<StepControl> control_type(m, "StepControl");
+    control_type
         .def(py::init([](double grad_norm, float grad_scale, bool skip, std::int64_t step) {
                  return StepControl{grad_norm, grad_scale, skip ? 1 : 0, step};
              }),
@@ -48,7 +48,7 @@ void register_loss_scale(py::module_& m) {
         .def_readonly("grad_scale", &StepControl::grad_scale)
         .def_property_readonly("skip", [](const StepControl& c) { return c.skip != 0; })
         .def_readonly("step", &StepControl::step);
-    def_memory(control);
+    def_memory(control_type);
 
     py::class_<LossScaler>(m, "LossScaler")
         .def(py::init([](bool dynamic, double initial_scale, double minimum, std::int32_t window,

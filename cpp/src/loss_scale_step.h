@@ -14,12 +14,15 @@ PARTITA_HOST_DEVICE inline void advance(LossScaleState& state, const LossScaler:
         ++state.applied_steps;
         state.consecutive_skips = 0;
         if (config.consecutive_hysteresis) state.hysteresis = config.hysteresis;
-        if (config.dynamic && ++state.good_steps >= config.window) {
-            const double grown = state.scale * config.factor;
-            state.good_steps = 0;
-            state.hysteresis = config.hysteresis;
-            state.scale = grown < config.maximum ? grown : config.maximum;
+        if (!config.dynamic) return;
+        if (state.good_steps < config.window) {
+            ++state.good_steps;
+            return;
         }
+        const double grown = state.scale * config.factor;
+        state.good_steps = 1;  // the step that grows the scale is the first of the next window
+        state.hysteresis = config.hysteresis;
+        state.scale = grown < config.maximum ? grown : config.maximum;
         return;
     }
     ++state.skipped_steps;

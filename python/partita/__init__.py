@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from partita import utils, zero
 from partita.comm import CommunicationError, init_distributed
-from partita.config import ConfigError, default_config
+from partita.config import ConfigError, add_config_arguments, default_config
+from partita.data import RepeatingLoader
 from partita.engine import Engine, LifecycleError, initialize
 from partita.optim import FusedAdam
 
@@ -28,7 +29,9 @@ __all__ = [
     "Engine",
     "FusedAdam",
     "LifecycleError",
+    "RepeatingLoader",
     "__version__",
+    "add_config_arguments",
     "default_config",
     "init_distributed",
     "initialize",
@@ -38,4 +41,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """What is public, and what every module has."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__") and name.endswith("__"))})

@@ -48,13 +48,17 @@ TEST(LossScaler, Initial) {
     EXPECT_EQ(LossScaler(LossScaler::Config{}).initial().scale, 1.0);
 }
 
-TEST(LossScaler, GrowsAfterExactlyOneWindow) {
+TEST(LossScaler, GrowsInTheStepAfterAWindowAndThenOncePerWindow) {
     const LossScaler scaler(dynamic(1000));
     LossScaleState state = scaler.initial();
-    for (int step = 0; step < 999; ++step) scaler.update(state, false);
+    for (int step = 0; step < 1000; ++step) scaler.update(state, false);
     EXPECT_EQ(state.scale, 65536.0);
     scaler.update(state, false);
     EXPECT_EQ(state.scale, 131072.0);
+    for (int step = 0; step < 999; ++step) scaler.update(state, false);
+    EXPECT_EQ(state.scale, 131072.0);
+    scaler.update(state, false);
+    EXPECT_EQ(state.scale, 262144.0);
 }
 
 TEST(LossScaler, AStaticScaleStaysButCounts) {
@@ -150,6 +154,8 @@ TEST(LossScaleUpdate, TheStepThatGrowsTheScaleUnscalesWithTheOldOne) {
     LossScaleState state = scaler.initial();
     StepControl control{};
     const double sum = 65536.0 * 65536.0 * 9;
+    scaler.update(state, false);
+    EXPECT_EQ(state.scale, 65536.0);
     loss_scale_update(&control, &state, scaler, &sum, 1.0, 0.0);
     EXPECT_EQ(state.scale, 131072.0);
     EXPECT_EQ(control.grad_norm, 3.0);

@@ -20,6 +20,15 @@ from partita.units import (
 from torch import nn
 
 
+class Untrained:
+    """A conductor of backwards that train nothing."""
+
+    is_training = False
+
+    def past(self, units: object) -> None:
+        """There is nothing to reduce."""
+
+
 def gathered(model: nn.Module) -> ParameterLifetimes:
     """The lifetimes of a model whose parameters are gathered: with shards on the host, one rank gathers, too."""
     communicator = SingleProcess()
@@ -32,7 +41,7 @@ def gathered(model: nn.Module) -> ParameterLifetimes:
         gathering=communicator,
         policy=stage_policy(3),
     )
-    return ParameterLifetimes(units.groups, communicator, 0, 10**6, no_more_gradients=lambda _units: None)
+    return ParameterLifetimes(units.groups, communicator, 0, 10**6, Untrained())
 
 
 def two_blocks() -> nn.Module:

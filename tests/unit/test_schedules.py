@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from partita.optim.schedules import OneCycle, Schedule, make_scheduler, scheduler_types
+from partita.optim.schedule import Schedule
+from partita.optim.schedules import OneCycle, make_scheduler, scheduler_types
 
 STEPS = 11
 
@@ -378,5 +379,5 @@ def test_one_cycle_refuses_an_optimizer_without_betas() -> None:
 
 def test_a_foreign_state_is_refused() -> None:
     scheduler = make_scheduler("WarmupLR", {}, make_optimizer())
-    with pytest.raises(ValueError, match="last_batch_iteration"):
-        scheduler.load_state_dict({"last_batch_iteration": 3})
+    with pytest.raises(ValueError, match=r"'last_epoch'.*milestones"):
+        scheduler.load_state_dict({"milestones": [3]})

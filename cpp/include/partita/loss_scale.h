@@ -14,7 +14,7 @@ struct LossScaleState {
     double scale;
     std::int64_t applied_steps;
     std::int64_t skipped_steps;
-    std::int32_t good_steps;  // since the scale last changed or a step was skipped
+    std::int32_t good_steps;  // since a step was skipped; the step that grows the scale begins to count again, from 1
     std::int32_t hysteresis;  // overflows left before the scale is lowered
     std::int32_t consecutive_skips;
     std::int32_t at_minimum;  // 1: the last step overflowed although the scale could not be lowered further
@@ -35,7 +35,7 @@ class LossScaler {
         double minimum = 1.0;
         double maximum = 16777216.0;  // 2^24
         double factor = 2.0;
-        std::int32_t window = 1000;           // steps without overflow after which the scale grows
+        std::int32_t window = 1000;           // good steps before the good step in which the scale grows
         std::int32_t hysteresis = 2;          // overflows tolerated before the scale shrinks
         bool consecutive_hysteresis = false;  // true: every good step restores the hysteresis
     };
@@ -44,8 +44,10 @@ class LossScaler {
     explicit LossScaler(const Config& config);
 
     LossScaleState initial() const;
-    // The transition after one step. An overflow uses up hysteresis, then divides the scale; `window` good steps in a
-    // row multiply it and restore the hysteresis.
+    // The transition after one step, as in DeepSpeed's dynamic loss scaler. An overflow uses up hysteresis, then
+    // divides the scale. A good step that has `window` good steps before it, since the last overflow or growth,
+    // multiplies the scale and restores the hysteresis. So the scale grows first in good step `window` + 1, then in
+    // every `window`th.
     void update(LossScaleState& state, bool overflow) const;
 
     const Config& config() const { return config_; }

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,30 +22,91 @@ from partita.comm.torch_transport import TorchCommunicator, backend_of
 from partita.device.memory import HOST
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # Open MPI, MPICH and Intel MPI, MVAPICH
 
 
-def init_distributed(backend: str | None = None, timeout: timedelta = GROUP_TIMEOUT) -> None:
-    """Makes the default process group, unless there is one.
+def init_distributed(
+    dist_backend: str | None = None,
+    auto_mpi_discovery: bool = True,
+    distributed_port: int | None = None,
+    verbose: bool = True,
+    timeout: timedelta = GROUP_TIMEOUT,
+    init_method: str | None = None,
+    dist_init_required: bool | None = None,
+    config: Any = None,
+    rank: int = -1,
+    world_size: int = -1,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Makes the default process group, unless there is one. The parameters have DeepSpeed's names and order.
 
     Under torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) all ranks join; in a plain
     `python train.py` the group is this process alone, without a socket and without NCCL.
 
     Args:
-        backend: "nccl", "gloo", or another that torch.distributed knows; None: NCCL when this build has CUDA kernels
-            and a GPU is there, otherwise gloo. A backend that cannot carry a model's tensors is no obstacle to
+        dist_backend: "nccl", "gloo", or another that torch.distributed knows; None: NCCL when this build has CUDA
+            kernels and a GPU is there, otherwise gloo. A backend that cannot carry a model's tensors is no obstacle to
             training it.
+        auto_mpi_discovery: whether processes that MPI started without the launcher's variables are an error; False:
+            each of them is alone.
+        distributed_port: the port of rank 0 where the launcher set no MASTER_PORT.
+        verbose, config: not used: nothing is printed, and there is no log of collectives.
         timeout: how long a collective waits for a rank before it raises.
+        init_method, rank, world_size: as for `torch.distributed.init_process_group`, in place of the launcher's.
+        dist_init_required: False: the group must be there.
+        backend: another name of dist_backend.
 
     Raises:
-        RuntimeError: some of the launcher's variables are set and some are missing.
+        RuntimeError: some of the launcher's variables are set and some are missing; there is no group, and none is to
+            be made.
+        TypeError: an argument is of another type; names it.
     """
+    given = dist_backend or backend
+    _check_types(given, auto_mpi_discovery, distributed_port, timeout)
     if dist.is_initialized():
         return
-    backend = backend or ("nccl" if _core.built_with_cuda() and torch.cuda.is_available() else "gloo")
+    if dist_init_required is False:
+        raise RuntimeError(
+            "dist_init_required=False, and there is no process group: call torch.distributed.init_process_group() "
+            "before, or leave dist_init_required out"
+        )
+    chosen = given or ("nccl" if _core.built_with_cuda() and torch.cuda.is_available() else "gloo")
+    if init_method is not None or rank >= 0 or world_size >= 0:
+        own = [number if number >= 0 else int(os.environ.get(name, -1)) for number, name in _numbers(rank, world_size)]
+        dist.init_process_group(chosen, init_method=init_method, rank=own[0], world_size=own[1], timeout=timeout)
+    else:
+        _join_launched(chosen, timeout, distributed_port, may_be_mpi=auto_mpi_discovery)
+
+
+def _numbers(rank: int, world_size: int) -> list[tuple[int, str]]:
+    return [(rank, "RANK"), (world_size, "WORLD_SIZE")]
+
+
+def _check_types(backend: object, mpi: object, port: object, timeout: object) -> None:
+    checks = (
+        ("dist_backend", backend, str | None, '"nccl" or "gloo", say'),
+        ("auto_mpi_discovery", mpi, bool, "a bool; give timeout= by its name"),
+        ("distributed_port", port, int | None, "a number"),
+        ("timeout", timeout, timedelta, "a datetime.timedelta"),
+    )
+    for name, value, kind, rule in checks:
+        if not isinstance(value, kind):
+            raise TypeError(f"init_distributed(): {name} must be {rule}, got {value!r}")
+
+
+def _join_launched(backend: str, timeout: timedelta, port: int | None, *, may_be_mpi: bool) -> None:
+    """Joins the ranks that a launcher started, or is alone without a launcher."""
     missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
     if not missing:
         dist.init_process_group(backend, timeout=timeout)
+    elif missing == ["MASTER_PORT"] and port is not None:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        address = f"tcp://{os.environ['MASTER_ADDR']}:{port}"
+        dist.init_process_group(backend, init_method=address, rank=rank, world_size=world_size, timeout=timeout)
     elif "RANK" in missing and "WORLD_SIZE" in missing:  # alone, where NCCL and its threads have nothing to do
+        if may_be_mpi:
+            _refuse_mpi()
         alone = "gloo" if backend == "nccl" else backend
         dist.init_process_group(alone, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
@@ -55,9 +117,20 @@ def init_distributed(backend: str | None = None, timeout: timedelta = GROUP_TIME
         )
 
 
+def _refuse_mpi() -> None:
+    """Processes of mpirun know of each other, and would each train alone."""
+    for name in MPI_SIZES:
+        if os.environ.get(name, "1") not in ("0", "1"):
+            raise RuntimeError(
+                f"{name} = {os.environ[name]}: MPI started several processes, and {', '.join(LAUNCHER_VARIABLES)} are "
+                "not set, so each would train alone: start the job with torchrun, set the four variables from MPI's, "
+                "or call partita.init_distributed(auto_mpi_discovery=False) if each is to train alone"
+            )
+
+
 def world_communicator(
     transport: str = "auto",
-    timeout: timedelta = timedelta(seconds=30),
+    timeout: timedelta = GROUP_TIMEOUT,
     device: torch.device = HOST,
     *,
     beside: Communicator | None = None,

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from partita.config.answers import Answer, Finding, Ignored
+from partita.config.arguments import add_config_arguments
 from partita.config.auto import Given, resolve_auto
 from partita.config.batch_sizes import BatchSizes, resolve_batch_sizes
 from partita.config.errors import ConfigError
@@ -34,6 +35,7 @@ __all__ = [
     "Finding",
     "Given",
     "Ignored",
+    "add_config_arguments",
     "answers_to",
     "clean_form",
     "default_config",

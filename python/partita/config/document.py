@@ -18,6 +18,7 @@ from partita.config.fields import DeepSpeedDefault, OwnKey, Section
 from partita.config.parameters import OPTIMIZERS, REFUSED_OPTIMIZERS, SCHEDULES, Factory
 from partita.config.schema import json_schema
 from partita.config.sections import all_sections, join, subsections
+from partita.files import file_to_write
 
 MARKDOWN_NAME = "config.md"
 SCHEMA_NAME = "config.schema.json"
@@ -69,8 +70,8 @@ def config_json_schema() -> str:
 
 def write_documents(folder: Path) -> None:
     """Write both documents into an existing folder."""
-    (folder / MARKDOWN_NAME).write_text(config_markdown(), encoding="utf-8")
-    (folder / SCHEMA_NAME).write_text(config_json_schema(), encoding="utf-8")
+    file_to_write(folder / MARKDOWN_NAME).write_text(config_markdown(), encoding="utf-8")
+    file_to_write(folder / SCHEMA_NAME).write_text(config_json_schema(), encoding="utf-8")
 
 
 def _section(path: str, model: type[Section]) -> str:

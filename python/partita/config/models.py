@@ -208,7 +208,7 @@ class CommConfig(Section):
         "through torch.distributed.",
     )
     timeout_seconds: Annotated[float, Field(gt=0, le=1e6)] = Field(
-        30.0,
+        600.0,
         description="How long shared memory waits for a rank before it raises. A rank that died is noticed at once. "
         "torch.distributed has its own, see `init_distributed()`.",
     )

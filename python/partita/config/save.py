@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from partita.files import file_to_write
 
 if TYPE_CHECKING:
     from partita.config.models import Config
@@ -22,7 +23,7 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     """Write every key, defaults included; `load_config(path)` gives an equal `Config`.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or what has its name is no regular file.
     """
     text = json.dumps(config.model_dump(mode="json"), indent=2, allow_nan=False)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    file_to_write(path).write_text(text + "\n", encoding="utf-8")

@@ -12,8 +12,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from partita.comm import Communicator, any_rank
+from partita.comm import Communicator, any_rank, text_by_rank
 from partita.device.memory import FreedMemory
+from partita.files import file_to_write
 from partita.model.weights import state_tensors
 
 # Names of the format: https://github.com/huggingface/safetensors#format
@@ -41,11 +42,11 @@ class WeightFile:
 
     Raises:
         ValueError: a dtype that the format does not have; names the tensor.
+        OSError: when it is entered: what has this name is no regular file, or the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        self._path = Path(path)
-        self._partial = self._path.with_name(f"{self._path.name}.partial")
+        self._path = self._partial = Path(path)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, (dtype, shape) in layout.items():
@@ -63,6 +64,8 @@ class WeightFile:
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> WeightFile:
+        self._path = file_to_write(self._path)
+        self._partial = file_to_write(self._path.with_name(f"{self._path.name}.partial"))
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._partial.open("wb")
         try:
@@ -137,7 +140,8 @@ def save_weights(
     weights = state_tensors(model, masters=dtype is torch.float32)
     problem = write_weights(file if communicator.rank == 0 else None, weights)
     if any_rank(communicator, problem is not None):
-        raise OSError(f"'{path}' was not written on rank 0: {problem or 'see its error'}") from problem
+        why = text_by_rank(communicator, str(problem or ""))[0]
+        raise OSError(f"'{path}' was not written on rank 0: {why}") from None
 
 
 def write_weights(file: WeightFile | None, weights: Iterable[tuple[str, Any]]) -> Exception | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,84 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from partita.config import suggest
-
-PerGroup = float | Sequence[float]
-"""One number for all param groups, or a list with one number for each."""
-
-
-class Schedule(LRScheduler):
-    """A torch scheduler whose learning rates are a pure function of the number of ``step()`` calls.
-
-    The state holds the position only: the shape comes from the configuration in effect, so that a run can be resumed
-    with a longer ``total_num_steps``. Loading it writes the learning rates of that position into the optimizer.
-
-    ``last_batch_iteration`` (every subclass) is DeepSpeed's: -1 starts the schedule, ``n`` continues one that has been
-    stepped ``n + 1`` times, for which the param groups must hold ``initial_lr``, as torch demands for ``last_epoch``.
-    """
-
-    def lr_at(self, step: int) -> list[float]:
-        """The learning rate of each param group after ``step`` calls of ``step()``."""
-        raise NotImplementedError
-
-    def get_lr(self) -> list[float | torch.Tensor]:
-        return [*self.lr_at(self.last_epoch)]
-
-    def step(self, epoch: int | None = None) -> None:
-        """Go to the next position, or to ``epoch``, and write its values into the optimizer."""
-        # torch's own step() warns unless it saw the optimizer's step() called; a sharded optimizer steps in its place.
-        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
-        self._write()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"last_epoch": self.last_epoch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if "last_epoch" not in state_dict:
-            raise ValueError(f"{type(self).__name__}: the state has no 'last_epoch', only {sorted(state_dict)}")
-        self.last_epoch = state_dict["last_epoch"]
-        self._write()
-
-    def _write(self) -> None:
-        for group, lr in zip(self.optimizer.param_groups, self.lr_at(self.last_epoch), strict=True):
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-        self._last_lr = self.get_lr()
-
-    # Checks of what the user wrote; each returns the value in the type that the formulas use.
-
-    def _error(self, name: str, rule: str, value: object) -> ValueError:
-        return ValueError(f"{type(self).__name__}: {name} must be {rule}, got {value!r}")
-
-    def _number(self, name: str, value: object, below: float = math.inf) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
-            raise self._error(name, f"a number from 0 to {below:g}, exclusive", value)
-        return float(value)
-
-    def _ratio(self, name: str, value: object) -> float:
-        ratio = self._number(name, value)
-        if ratio > 1:
-            raise self._error(name, "a ratio from 0 to 1", value)
-        return ratio
-
-    def _count(self, name: str, value: object, low: int = 1) -> int:
-        number = int(value) if isinstance(value, float) and value.is_integer() else value  # JSON writes 1000 as 1e3 too
-        if isinstance(number, bool) or not isinstance(number, int) or number < low:
-            raise self._error(name, f"an integer >= {low}", value)
-        return number
-
-    def _per_group(self, name: str, value: object, optimizer: Optimizer, below: float = math.inf) -> list[float]:
-        groups = len(optimizer.param_groups)
-        values = list(value) if isinstance(value, list | tuple) else [value] * groups
-        if len(values) != groups:
-            raise self._error(name, f"one number or a list of {groups}, one for each param group", value)
-        return [self._number(name, each, below) for each in values]
-
-    def _ordered(self, low_name: str, lows: list[float], high_name: str, highs: list[float]) -> None:
-        for group, (low, high) in enumerate(zip(lows, highs, strict=True)):
-            if low > high:
-                raise self._error(low_name, f"at most {high_name} ({high!r} in param group {group})", low)
+from partita.optim.schedule import PerGroup, Schedule
 
 
 def _initial_lrs(optimizer: Optimizer) -> list[float]:
@@ -222,10 +145,16 @@ class WarmupCosineLR(_Warmup):
         super().__init__(optimizer, self._count("last_batch_iteration", last_batch_iteration, low=-1))
 
     def lr_at(self, step: int) -> list[float]:
-        ratio = self._ratio_at(step - 1) if step > 0 else 0.0
+        ratio = self._ratio_at(step - 1)
         return [lr * ratio for lr in self.max_lrs]
 
+    def get_lr_ratio(self) -> float:
+        """What each group's own ``lr`` is multiplied by at this position."""
+        return self._ratio_at(self.last_batch_iteration)
+
     def _ratio_at(self, iteration: int) -> float:
+        if iteration < 0:
+            return 0.0
         if iteration < self.warmup_num_steps:
             return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * self._warmup_factor(iteration)
         decay_steps = max(1, self.total_num_steps - self.warmup_num_steps)
@@ -299,6 +228,13 @@ class OneCycle(Schedule):
             for low, high in zip(self.min_moms, self.max_moms, strict=True)
         ]
 
+    def get_mom(self) -> list[tuple[float, ...]] | None:
+        """The betas of each param group at this position; None when ``cycle_momentum`` is off."""
+        if not self.cycle_momentum:
+            return None
+        groups = zip(self.optimizer.param_groups, self.momentum_at(self.last_epoch), strict=True)
+        return [(beta1, *group["betas"][1:]) for group, beta1 in groups]
+
     def _height(self, step: int) -> float:
         """Where the triangle stands: 0 at its foot and after it, 1 at its top."""
         if step <= self.first_size:
@@ -315,9 +251,8 @@ class OneCycle(Schedule):
 
     def _write(self) -> None:
         super()._write()
-        if self.cycle_momentum:
-            for group, beta1 in zip(self.optimizer.param_groups, self.momentum_at(self.last_epoch), strict=True):
-                group["betas"] = (beta1, *group["betas"][1:])
+        for group, betas in zip(self.optimizer.param_groups, self.get_mom() or [], strict=False):
+            group["betas"] = betas
 
 
 class LRRangeTest(Schedule):

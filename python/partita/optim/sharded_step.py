@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from partita.comm import ProcessGrid
-from partita.device import kernels
+from partita.device import HOST, kernels
 from partita.optim.fused_adam import is_native
 from partita.optim.step_control import StepController
 from partita.optim.updates import NativeAdam, ShardUpdate, TorchUpdate
@@ -54,13 +54,13 @@ class ShardedStep:
             mean: what a stored gradient is multiplied by to be the mean over micro-batches and ranks.
             clip: the largest norm of the mean gradient; 0: no clipping.
         """
-        total = self._controller.sum_of_squares.zero_()
+        total = self._controller.begin()
         kernels.sum_of_squares(total, self._norm_parts)
         if self._host_norm_parts:
-            on_host = torch.zeros(1, dtype=torch.float64)
+            on_host = torch.zeros(1, dtype=torch.float64, device=HOST)
             kernels.sum_of_squares(on_host, self._host_norm_parts)
             total += on_host.to(total.device, non_blocking=True)
-        self._grid.world.all_reduce(total).wait()
+        self._grid.world.all_reduce(self._controller.sums).wait()
         self._controller.decide(mean=mean, clip=clip)
         self.update.begin()
         gathered = self._policy.shards_states and self._grid.data.world_size > 1

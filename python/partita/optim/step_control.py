@@ -1,4 +1,4 @@
-"""The memory in which a step decides: gradient norm, loss scale, skip flag, clip factor, step number."""
+"""The memory in which a step decides: gradient norm, loss scale, skip flag, clip factor, step number; and its loss."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ LOSS_SCALE_FIELDS = (
     "consecutive_skips",
     "at_minimum",
 )
+SUMS_BEGIN = _core.StepControl.nbytes + _core.LossScaleState.nbytes  # a multiple of 8
 CONTROL_FIELDS = ("grad_norm", "grad_scale", "skip", "step")
 
 
@@ -31,6 +32,7 @@ class StepOutcome:
 
     control: _core.StepControl
     loss_scale: _core.LossScaleState
+    loss: float | None  # mean over the micro-batches and ranks that told theirs; None: nobody did
 
 
 class PendingOutcome:
@@ -43,24 +45,52 @@ class PendingOutcome:
         """The outcome, once the step is done."""
         memory = self._memory.wait()
         state = memory[_core.StepControl.nbytes :]
-        return StepOutcome(_core.StepControl.read(memory.data_ptr()), _core.LossScaleState.read(state.data_ptr()))
+        _, loss, count = memory[SUMS_BEGIN:].view(torch.float64).tolist()
+        return StepOutcome(
+            _core.StepControl.read(kernels.address(memory)),
+            _core.LossScaleState.read(kernels.address(state)),
+            loss / count if count else None,
+        )
 
 
 class StepController:
     """Owns the loss scale and the control block that the update reads.
 
     Everything lives in tensors, so that on a GPU deciding needs no host; the properties wait for the GPU.
+
+    Attributes:
+        sums: over the ranks, added up by one all-reduce: the squares of the gradients, the losses, their number.
+        sum_of_squares: the first of them.
     """
 
     def __init__(self, scaler: _core.LossScaler, streams: Streams) -> None:
         self.scaler = scaler
-        self.sum_of_squares = torch.zeros(1, dtype=torch.float64, device=streams.device)
-        memory = torch.zeros(_core.StepControl.nbytes + _core.LossScaleState.nbytes, dtype=torch.uint8)
-        scaler.initial().write(memory[_core.StepControl.nbytes :].data_ptr())
+        memory = torch.zeros(SUMS_BEGIN + 3 * torch.float64.itemsize, dtype=torch.uint8, device=HOST)
+        scaler.initial().write(kernels.address(memory[_core.StepControl.nbytes :]))
         self._memory = memory.to(streams.device)  # together, so that one copy brings both to the host
         self.control: Tensor = self._memory[: _core.StepControl.nbytes]
-        self._state: Tensor = self._memory[_core.StepControl.nbytes :]
+        self._state: Tensor = self._memory[_core.StepControl.nbytes : SUMS_BEGIN]
+        self.sums: Tensor = self._memory[SUMS_BEGIN:].view(torch.float64)
+        self.sum_of_squares: Tensor = self.sums[:1]
+        self._loss, self._loss_count = self.sums[1:2], self.sums[2:]
+        self._losses = 0  # told since the last step
         self._streams = streams
+
+    def add_loss(self, loss: Tensor) -> None:
+        """A micro-batch's loss, a scalar, for the report of the step. Nobody waits for it."""
+        if loss.device == self._loss.device:
+            self._loss.add_(loss.detach().reshape(1))
+            self._losses += 1
+
+    def forget_losses(self) -> None:
+        """The next step begins."""
+        self._loss.zero_()
+        self._losses = 0
+
+    def begin(self) -> Tensor:
+        """`sum_of_squares` is zero, and `sums` has this rank's losses."""
+        self._loss_count.fill_(self._losses)
+        return self.sum_of_squares.zero_()
 
     def decide(self, *, mean: float, clip: float) -> None:
         """Fills the control block from `sum_of_squares` (see `loss_scale_update` in loss_scale.h)."""
@@ -76,9 +106,9 @@ class StepController:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The reverse of `state_dict`."""
-        memory = torch.empty_like(self._memory, device=HOST)
-        _core.StepControl(**state["last_step"]).write(memory.data_ptr())
-        _core.LossScaleState(**state["loss_scale"]).write(memory[_core.StepControl.nbytes :].data_ptr())
+        memory = torch.zeros_like(self._memory, device=HOST)
+        _core.StepControl(**state["last_step"]).write(kernels.address(memory))
+        _core.LossScaleState(**state["loss_scale"]).write(kernels.address(memory[_core.StepControl.nbytes :]))
         self._memory.copy_(memory)
 
     def outcome(self) -> PendingOutcome:

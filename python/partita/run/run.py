@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from partita.comm import ProcessGrid, backend_for, init_distributed, world_communicator
-from partita.config import BatchSizes, ConfigSource, load_config, resolve_batch_sizes
+from partita.config import BatchSizes, ConfigError, ConfigSource, load_config, resolve_batch_sizes
 from partita.device import Streams, streams_of
 from partita.run.precision import Precision, precision_of
 from partita.units import StagePolicy, stage_policy
@@ -76,13 +76,16 @@ class Run:
         return self.config.bf16.master_weights == "split"
 
 
-def begin_run(source: ConfigSource, device: torch.device, exits: ExitStack) -> Run:
+def begin_run(
+    source: ConfigSource, device: torch.device, exits: ExitStack, *, loader_batch_size: int | None = None
+) -> Run:
     """Reads the config and joins the ranks of the job. A collective.
 
     Args:
         source: the config, see `load_config`.
         device: where the model is.
         exits: closes what was made here.
+        loader_batch_size: of the program's DataLoader, which is the micro-batch; None: there is none.
 
     Raises:
         ConfigError: the config does not make sense, for this number of ranks.
@@ -99,12 +102,7 @@ def begin_run(source: ConfigSource, device: torch.device, exits: ExitStack) -> R
     _show_log_on(grid.world.rank)
     if grid.world.rank == 0:
         _list_ignored(config)
-    batch = resolve_batch_sizes(
-        train=config.train_batch_size,
-        micro=config.train_micro_batch_size_per_gpu,
-        accumulation=config.gradient_accumulation_steps,
-        world_size=grid.data.world_size,
-    )
+    batch = _batch_sizes(config, grid.data.world_size, loader_batch_size)
     filled = {
         "train_batch_size": batch.train,
         "train_micro_batch_size_per_gpu": batch.micro,
@@ -129,6 +127,26 @@ def _list_ignored(config: Config) -> None:
     for note in config.ignored:
         if note.warns:
             logger.warning("config: %s", note)
+
+
+def _batch_sizes(config: Config, world_size: int, loader_batch_size: int | None) -> BatchSizes:
+    micro = config.train_micro_batch_size_per_gpu
+    given = f"training_data is a DataLoader with batch_size = {loader_batch_size}, which is that of a micro-batch"
+    if None not in (micro, loader_batch_size) and micro != loader_batch_size:
+        raise ConfigError(
+            f"{given}, and the config has train_micro_batch_size_per_gpu = {micro}: leave one out, or make them equal"
+        )
+    try:
+        return resolve_batch_sizes(
+            train=config.train_batch_size,
+            micro=loader_batch_size if micro is None else micro,
+            accumulation=config.gradient_accumulation_steps,
+            world_size=world_size,
+        )
+    except ConfigError as error:
+        if loader_batch_size is None:
+            raise
+        raise ConfigError(f"{given}, which the config contradicts:\n{error}") from None
 
 
 def _show_log_on(rank: int) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from partita.monitor import StepReport, StepReporter
 from partita.optim import PendingOutcome
+from partita.step.schedule import WatchedSchedule
 from partita.step.skips import Finiteness, SkipGuard
 
 
@@ -26,14 +26,22 @@ class StepOutcomes:
     of the next update, when the GPU has a whole forward and backward to do, and the host waits for what is long done.
 
     Args:
-        scheduler: has step(); None: the learning rate stays.
+        schedule: None: the learning rate stays.
         learning_rates: of each param group, as they are now.
+        scales_loss: whether there is a loss scale to report.
     """
 
     def __init__(
-        self, scheduler: Any, learning_rates: Callable[[], list[float]], reporter: StepReporter, skips: SkipGuard
+        self,
+        schedule: WatchedSchedule | None,
+        learning_rates: Callable[[], list[float]],
+        reporter: StepReporter,
+        skips: SkipGuard,
+        *,
+        scales_loss: bool,
     ) -> None:
-        self._scheduler = scheduler
+        self._schedule = schedule
+        self._scales_loss = scales_loss
         self._learning_rates = learning_rates
         self._reporter = reporter
         self._skips = skips
@@ -50,14 +58,15 @@ class StepOutcomes:
         self._last.is_known = True
         outcome = self._last.outcome.wait()
         control, state = outcome.control, outcome.loss_scale
-        if self._scheduler is not None and not control.skip:
-            self._scheduler.step()
+        if self._schedule is not None and not control.skip:
+            self._schedule.step()
         self._reporter.report(
             StepReport(
                 step=self._last.step,
+                loss=outcome.loss,
                 lr=self._learning_rates(),
                 grad_norm=control.grad_norm,
-                loss_scale=state.scale,
+                loss_scale=state.scale if self._scales_loss else None,
                 skipped_steps=state.skipped_steps,
                 skipped=control.skip,
             )
@@ -72,7 +81,7 @@ class StepOutcomes:
         try:
             self.learn()
         finally:
-            self._scheduler = self._last = None
+            self._schedule = self._last = None
 
     def settle(self) -> None:
         """The last step is done with. All ranks call this at the same place of a step.

@@ -134,7 +134,7 @@ def _asked_of_world_communicator(comm: dict[str, Any]) -> tuple[str, timedelta, 
 @pytest.mark.parametrize(
     ("comm", "expected"),
     [
-        ({}, ("auto", timedelta(seconds=30), None)),
+        ({}, ("auto", timedelta(minutes=10), None)),
         ({"transport": "torch", "timeout_seconds": 7.5}, ("torch", timedelta(seconds=7.5), "TorchCommunicator")),
         (
             {"transport": "shared_memory", "timeout_seconds": 90},

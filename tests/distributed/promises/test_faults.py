@@ -84,8 +84,8 @@ def _survivors_give_up(job: Job, at_fault: int) -> tuple[list[float], list[str]]
 @pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_killed_rank_is_noticed_at_once(victim, stage):
-    """SIGKILL with a timeout of 30 s: the others raise within 2 s, naming the rank, its process and the collective."""
-    with Job(3, _train, stage, 30.0, -1, _behave) as job:
+    """SIGKILL, the default timeout: the others raise within 2 s, naming the rank, its process and the collective."""
+    with Job(3, _train, stage, 600.0, -1, _behave) as job:
         for rank in range(3):
             assert job.report(rank) == "training"
         time.sleep(0.2)
@@ -141,7 +141,7 @@ def test_groups_of_one_engine_fail_together():
 
 def test_a_rank_that_raises_is_noticed_at_once():
     """An exception in a forward, which ends the program of that rank."""
-    with Job(3, _train, 1, 30.0, 1, _raise) as job:
+    with Job(3, _train, 1, 600.0, 1, _raise) as job:
         for rank in range(3):
             assert job.report(rank) == "training"
         job.processes[1].join(START_S)
