@@ -105,6 +105,20 @@ def test_a_loss_that_is_not_finite_while_gradients_are_is_told_and_not_too_often
     assert [line for line in told if "every tenth" in line] == [told[4]]
 
 
+# -- the end
+
+
+@pytest.mark.parametrize("micro_batches", [3, 4])
+def test_a_run_that_ends_within_a_step_is_told_what_it_has_lost(lines, micro_batches):
+    engine = partita.Engine(seeded(), config=config(gradient_accumulation_steps=2))
+    for step in range(micro_batches):
+        engine.backward(engine(inputs(step)))
+        engine.step()
+    engine.destroy()
+    told = [line for line in lines if "the run ends 1 micro-batch into a step of 2" in line]
+    assert len(told) == micro_batches % 2
+
+
 # -- skipped steps
 
 

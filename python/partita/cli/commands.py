@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from partita.config import Answer, ConfigError, Finding, answers_to, clean_form, load_config
+from partita.files import file_to_write
 from partita.optim import require_buildable
 
 app = typer.Typer(help="Tools for Partita.", no_args_is_help=True, add_completion=False)
@@ -62,9 +63,9 @@ def convert(
         typer.echo(text)
         return
     try:
-        output.write_text(text + "\n", encoding="utf-8")
+        file_to_write(output).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        _fail(f"{output}: cannot be written: {error.strerror}")
+        _fail(f"{output}: cannot be written: {error.strerror or error}")
 
 
 def _or_exit(file: str) -> list[Finding]:

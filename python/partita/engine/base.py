@@ -232,6 +232,12 @@ class EngineBase(AsModule):
         if self._is_destroyed:
             return
         self._is_destroyed = True
+        unfinished = max(part.accumulation.unfinished for part in self._parts)
+        if unfinished and self._run.is_first:
+            logger.warning(
+                f"the run ends {_count(unfinished, 'micro-batch')} into a step of {self._run.batch.accumulation} "
+                "(gradient_accumulation_steps), whose gradients are in no update: give each step all its micro-batches"
+            )
         try:
             self._exits.close()
         finally:

@@ -34,11 +34,11 @@ def require(call: str, phase: Phase, *allowed: Phase, hint: str = "") -> None:
     """Raises LifecycleError, naming the call, both phases and the way out, unless `phase` is one of `allowed`.
 
     Args:
-        hint: what else is known about the call; stands before the general way out.
+        hint: the way out, where more is known about the call; "": the general one.
     """
     if phase in allowed:
         return
-    say = "; ".join(part for part in (hint, _WAYS_OUT.get((call, phase), "")) if part)
+    say = hint or _WAYS_OUT.get((call, phase), "")
     needed = " or ".join(p.name for p in allowed)
     raise LifecycleError(
         f"engine.{call} was called in phase {phase.name} ({phase.value}); it needs phase {needed} "

@@ -32,6 +32,11 @@ class Accumulation:
         return (self.micro_steps + 1) % self._micro_batches == 0
 
     @property
+    def unfinished(self) -> int:
+        """Micro-batches of a step that has not come to its boundary; 0 where the program decides by hand."""
+        return 0 if self.boundary is not None else self.micro_steps % self._micro_batches
+
+    @property
     def reduces(self) -> bool:
         """Whether the backward of this micro-batch reduces the gradients over ranks, or accumulates them here."""
         return self.is_boundary and not self._is_deferred

@@ -81,8 +81,8 @@ class StepReporter:
             f"grad norm {report.grad_norm:.4g}",
             None if report.loss_scale is None else f"loss scale {report.loss_scale:g}",
             f"skipped {report.skipped_steps}",
-            f"{rate:,.0f} samples/s" if rate >= 100 else f"{rate:.3g} samples/s",
             f"{seconds * 1e3:.1f} ms/step" + (f" ({', '.join(phases)} ms)" if phases else ""),
+            f"{rate:,.0f} samples/s" if rate >= 100 else f"{rate:.3g} samples/s",
         ]
         logger.info("  ".join(item for item in items if item is not None))
 

@@ -108,7 +108,7 @@ def choose_optimizer(
         try:
             return make_optimizer(config.optimizer.type, config.optimizer.params, parameters)
         except ValueError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(str(error)) from None
     made = source(parameters) if callable(source) else source
     if not isinstance(made, Optimizer):
         raise TypeError(
@@ -130,7 +130,7 @@ def choose_scheduler(source: Any, optimizer: Optimizer | None, config: Config) -
         try:
             source = make_scheduler(config.scheduler.type, config.scheduler.params, optimizer)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"scheduler: {error}") from error
+            raise ConfigError(f"scheduler: {error}") from None
     elif source is not None and not hasattr(source, "step") and callable(source):
         source = source(optimizer)
     if isinstance(source, ReduceLROnPlateau):

@@ -17,6 +17,8 @@ from partita.device.memory import FreedMemory
 from partita.units import holders_of
 from partita.zero.gathered import GatheredParameters
 
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
 WeightSource = Mapping[str, Tensor] | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
@@ -34,8 +36,8 @@ def load_weights(model: nn.Module, source: WeightSource, *, strict: bool = True,
         Names of the model that the source does not have.
 
     Raises:
-        ValueError: names are missing or unknown (`strict`), or a shape differs; on all ranks, before anything is
-            written.
+        ValueError: names are missing or unknown (`strict`), a shape differs, or a file is a pickle, which is never
+            opened; on all ranks, before anything is written.
     """
     state: dict[str, Any] = model.state_dict(keep_vars=True)
     tensors: dict[str, Any] = {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -80,6 +82,7 @@ def load_weights(model: nn.Module, source: WeightSource, *, strict: bool = True,
 def _open(source: WeightSource, files: ExitStack) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
     """Shapes by name, and how a tensor is read."""
     if isinstance(source, Mapping):
+        _require_tensors(source)
         tensors = {name: value for name, value in source.items() if isinstance(value, Tensor)}
         unreadable = next(((name, why) for name, value in tensors.items() if (why := _why_unreadable(value))), None)
         if unreadable is not None:
@@ -92,14 +95,18 @@ def _open(source: WeightSource, files: ExitStack) -> tuple[dict[str, tuple[int, 
         folder = paths[0]
         paths = sorted(folder.glob("*.safetensors"))
         if not paths:
-            raise ValueError(f"there is no *.safetensors file in '{folder}'")
+            pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+            why = f"; {_why_no_pickle(pickles[0])}" if pickles else ""
+            raise ValueError(f"there is no *.safetensors file in '{folder}'{why}")
     file_of: dict[str, Any] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
+        if _is_pickle(path):
+            raise ValueError(_why_no_pickle(path))
         try:
             file = files.enter_context(safe_open(str(path), framework="pt"))
         except Exception as error:  # safetensors' own types, and those of the system
-            raise ValueError(f"'{path}' cannot be read as safetensors: {error}") from error
+            raise ValueError(f"'{path}' cannot be read as safetensors: {error}") from None
         for name in file.keys():  # noqa: SIM118 (no mapping)
             file_of[name] = file
             shapes[name] = tuple(file.get_slice(name).get_shape())
@@ -111,6 +118,34 @@ def _why_unreadable(tensor: Tensor) -> str | None:
     if (reason := why_no_memory(tensor)) is not None:
         return reason
     return "has no memory" if tensor.numel() and not tensor.untyped_storage().nbytes() else None
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether this is what torch.save() writes (a zip archive; a pickle before torch 1.6), whatever it is called."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4).startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
+    except OSError:
+        return False  # its reader says what is wrong
+
+
+def _why_no_pickle(path: Path) -> str:
+    return (
+        f"'{path}' is a pickle, as torch.save() writes it, and is not opened here: a pickle can run any program. Give "
+        f"what torch.load('{path}', map_location='cpu', weights_only=True) returns, or a safetensors file"
+    )
+
+
+def _require_tensors(source: Mapping[str, Any]) -> None:
+    """Raises ValueError if the state dict is one of several things in a checkpoint; says where it may be."""
+    if any(isinstance(value, Tensor) for value in source.values()):
+        return
+    nested = [name for name, value in source.items() if isinstance(value, Mapping)]
+    if nested:
+        raise ValueError(
+            "there is no tensor in this state dict, it is a checkpoint of several things: give the state dict in it, "
+            f"which is under one of {', '.join(repr(name) for name in nested)}"
+        )
 
 
 def _require_fit(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], strict: bool) -> None:
