@@ -115,6 +115,45 @@ def test_the_engine_imports_its_parts_by_their_packages():
         assert name.count(".") == 1 or name.split(".")[1] not in packages - {"engine"}, name
 
 
+# -- tensors of our own
+
+# What takes device and dtype from torch's defaults, which are the program's. `*_like` takes both from a tensor.
+FACTORIES = {"empty", "zeros", "ones", "full", "tensor", "arange", "randn", "rand", "randint", "randperm", "eye"}
+FACTORIES |= {"as_tensor", "asarray", "scalar_tensor", "linspace", "empty_strided", "normal", "tril", "triu"}
+
+
+def leaves_to_defaults(text: str) -> list[str]:
+    """Calls of torch's factories that name no device or no dtype, and addresses that nobody has checked."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        called, given = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
+        if called in {f"torch.{name}" for name in FACTORIES} and not given >= {"device", "dtype"}:
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_tensors_name_their_device_and_dtype(path):
+    """F21: torch.set_default_device() and torch.set_default_dtype() are the program's."""
+    assert leaves_to_defaults(path.read_text()) == []
+
+
+def test_tensors_that_name_neither_are_found():
+    """The rule above finds what it forbids."""
+    wrong = ["torch.zeros(3)", "torch.tensor(1.0, device=d)", "torch.empty(n, dtype=t)", "f(torch.randn(3, out=x))"]
+    assert all(leaves_to_defaults(text) for text in wrong)
+    assert not leaves_to_defaults("torch.zeros(3, dtype=t, device=d); torch.empty_like(x); x.new_zeros(3)")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_addresses_of_tensors_are_taken_in_one_place(path):
+    """F20: `kernels.address` looks whether there is memory. What compares addresses only is named here."""
+    if dotted(path) not in ("partita.device.kernels", "partita.units.residence.always"):
+        assert ".data_ptr(" not in path.read_text()
+
+
 # -- the inside of an engine
 
 INSIDE = ROOT / "tests" / "harness" / "inside.py"

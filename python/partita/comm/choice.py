@@ -17,6 +17,7 @@ from partita.comm.hierarchical import HierarchicalCommunicator
 from partita.comm.hosts import Contact, exchange_contacts, no_host, ranks_by_host, this_host
 from partita.comm.shared_memory import SharedMemoryCommunicator
 from partita.comm.torch_transport import TorchCommunicator
+from partita.device.memory import HOST
 
 logger = logging.getLogger("partita")
 
@@ -58,11 +59,11 @@ class Meeting:
 
 
 class _UnavailableError(Exception):
-    """Raised on all ranks together."""
+    """Shared memory is not for these ranks. Raised on all ranks together."""
 
-    def __init__(self, reason: str, *, is_a_failure: bool) -> None:
-        super().__init__(reason)
-        self.is_a_failure = is_a_failure
+
+class _FailedError(_UnavailableError):
+    """Shared memory is for these ranks, and does not work."""
 
 
 def connect(group: dist.ProcessGroup, wish: Wish, own: OwnGroups, part: Meeting | None = None) -> Communicator:
@@ -90,13 +91,14 @@ def _choose(group: dist.ProcessGroup, wish: Wish, own: OwnGroups, part: Meeting 
         return TorchCommunicator(group, wish.device, own)
     try:
         if not wish.tries_shared_memory:
-            raise _UnavailableError(f"the ranks compute on '{wish.device.type}'", is_a_failure=False)
+            raise _UnavailableError(f"the ranks compute on '{wish.device.type}'")
         return _over_shared_memory(group, wish, own, part)
     except _UnavailableError as error:
-        alone_on_hosts = part is not None and not error.is_a_failure
+        failed = isinstance(error, _FailedError)
+        alone_on_hosts = part is not None and not failed
         if wish.transport == "shared_memory" and not alone_on_hosts:
             raise RuntimeError(f'comm.transport is "shared_memory", but {error}') from error
-        if error.is_a_failure:
+        if failed:
             logger.warning("%s; going on over torch.distributed", error)
         return TorchCommunicator(group, wish.device, own)
 
@@ -110,12 +112,12 @@ def _over_shared_memory(
     contacts = exchange_contacts(group, meeting.host, listener.address if listener else b"")
     hosts = ranks_by_host(contacts)
     if len(hosts) == len(contacts):
-        raise _UnavailableError("no two ranks share a host", is_a_failure=False)
+        raise _UnavailableError("no two ranks share a host")
     ranks = next(ranks for ranks in hosts if rank in ranks)
     if len(hosts) > 1:
         if part is None and dist.get_world_size(group) < dist.get_world_size():
             # The group of the hosts' first ranks must be made by all ranks of the job.
-            raise _UnavailableError("a part of the job's ranks is on several hosts", is_a_failure=False)
+            raise _UnavailableError("a part of the job's ranks is on several hosts")
         timeout += GROUP_TIMEOUT  # the leader of a host may be waiting for another host
     inside = _join(group, listener, ranks.index(rank), [contacts[r] for r in ranks], timeout)
     if len(hosts) == 1:
@@ -145,8 +147,8 @@ def _join(
         reason = f"shared memory between processes does not work here: {error}"
         if listener is not None:
             listener.close()  # so that no rank waits for this one
-    everywhere = torch.tensor(int(made is not None))
+    everywhere = torch.tensor(int(made is not None), dtype=torch.int64, device=HOST)
     dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=group)
     if made is None or not everywhere.item():
-        raise _UnavailableError(reason, is_a_failure=True)
+        raise _FailedError(reason)
     return SharedMemoryCommunicator(made)

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from partita.data.sampler import ShardedSampler, Sharding
+from partita.device import HOST
 
 
 class ShardedLoader:
@@ -165,7 +166,7 @@ class ShardedLoader:
     def _next_epoch(self) -> None:
         self.epoch, self.samples = self.epoch + 1, 0
 
-    def _batches(self) -> Iterable[Any]:
+    def _batches(self) -> Iterator[Any]:
         # A generator of its own: torch would draw the workers' seed from the global one, which the model uses too.
         place = [self.sharding.seed, self.epoch, self.samples, self.sharding.rank]
         words = np.random.SeedSequence(place).generate_state(1)
@@ -173,13 +174,16 @@ class ShardedLoader:
             "collate_fn": self.collate_fn,
             "num_workers": self.num_workers,
             **self.options,
-            "generator": torch.Generator().manual_seed(int(words[0])),
+            "generator": torch.Generator(HOST).manual_seed(int(words[0])),
         }
         if self.sampler is not None:
             batches = self.sampler.batches(self.epoch, self.samples)
-            return DataLoader(self.dataset, batch_sampler=batches, **common)  # type: ignore[arg-type]
-        shard = _StreamShard(self.dataset, self.sharding, self.samples)
-        return DataLoader(shard, batch_size=None, **common)
+            loader = DataLoader(self.dataset, batch_sampler=batches, **common)  # type: ignore[arg-type]
+        else:
+            shard = _StreamShard(self.dataset, self.sharding, self.samples)
+            loader = DataLoader(shard, batch_size=None, **common)
+        with torch.device(HOST):  # torch draws a number from the generator here, on the program's default device
+            return iter(loader)
 
 
 class _StreamShard(IterableDataset[list[Any]]):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -72,7 +73,7 @@ def _compute_of(model: nn.Module) -> str | None:
     """The 16-bit type of most of a model's elements; None: most have another."""
     elements: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if not is_lazy(parameter) and parameter.is_floating_point():
             elements[parameter.dtype] += parameter.numel()
     return _SHORT_NAMES.get(elements.most_common(1)[0][0]) if elements else None
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from partita import _core
 from partita._core import AdamGroup, AdamPart
-from partita.device import kernels
+from partita.device import HOST, kernels
 
 # Options of torch.optim.Adam that change the arithmetic; the native update has none of them.
 UNSUPPORTED_OPTIONS = ("amsgrad", "maximize", "capturable", "differentiable")
@@ -122,8 +122,8 @@ class FusedAdam(Optimizer):
 
 def _control_of(device: torch.device, step: int) -> Tensor:
     """The control block of an update whose gradients are what they are."""
-    control = torch.zeros(_core.StepControl.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    _core.StepControl(grad_norm=0.0, grad_scale=1.0, skip=False, step=step).write(control.data_ptr())
+    control = torch.zeros(_core.StepControl.nbytes, dtype=torch.uint8, device=HOST, pin_memory=device.type == "cuda")
+    _core.StepControl(grad_norm=0.0, grad_scale=1.0, skip=False, step=step).write(kernels.address(control))
     return control.to(device, non_blocking=True)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from partita.comm import ProcessGrid
-from partita.device import kernels
+from partita.device import HOST, kernels
 from partita.optim.fused_adam import is_native
 from partita.optim.step_control import StepController
 from partita.optim.updates import NativeAdam, ShardUpdate, TorchUpdate
@@ -57,7 +57,7 @@ class ShardedStep:
         total = self._controller.begin()
         kernels.sum_of_squares(total, self._norm_parts)
         if self._host_norm_parts:
-            on_host = torch.zeros(1, dtype=torch.float64)
+            on_host = torch.zeros(1, dtype=torch.float64, device=HOST)
             kernels.sum_of_squares(on_host, self._host_norm_parts)
             total += on_host.to(total.device, non_blocking=True)
         self._grid.world.all_reduce(self._controller.sums).wait()

@@ -47,8 +47,8 @@ class PendingOutcome:
         state = memory[_core.StepControl.nbytes :]
         _, loss, count = memory[SUMS_BEGIN:].view(torch.float64).tolist()
         return StepOutcome(
-            _core.StepControl.read(memory.data_ptr()),
-            _core.LossScaleState.read(state.data_ptr()),
+            _core.StepControl.read(kernels.address(memory)),
+            _core.LossScaleState.read(kernels.address(state)),
             loss / count if count else None,
         )
 
@@ -65,8 +65,8 @@ class StepController:
 
     def __init__(self, scaler: _core.LossScaler, streams: Streams) -> None:
         self.scaler = scaler
-        memory = torch.zeros(SUMS_BEGIN + 3 * torch.float64.itemsize, dtype=torch.uint8)
-        scaler.initial().write(memory[_core.StepControl.nbytes :].data_ptr())
+        memory = torch.zeros(SUMS_BEGIN + 3 * torch.float64.itemsize, dtype=torch.uint8, device=HOST)
+        scaler.initial().write(kernels.address(memory[_core.StepControl.nbytes :]))
         self._memory = memory.to(streams.device)  # together, so that one copy brings both to the host
         self.control: Tensor = self._memory[: _core.StepControl.nbytes]
         self._state: Tensor = self._memory[_core.StepControl.nbytes : SUMS_BEGIN]
@@ -107,8 +107,8 @@ class StepController:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The reverse of `state_dict`."""
         memory = torch.zeros_like(self._memory, device=HOST)
-        _core.StepControl(**state["last_step"]).write(memory.data_ptr())
-        _core.LossScaleState(**state["loss_scale"]).write(memory[_core.StepControl.nbytes :].data_ptr())
+        _core.StepControl(**state["last_step"]).write(kernels.address(memory))
+        _core.LossScaleState(**state["loss_scale"]).write(kernels.address(memory[_core.StepControl.nbytes :]))
         self._memory.copy_(memory)
 
     def outcome(self) -> PendingOutcome:

@@ -13,7 +13,7 @@ from partita.units.absent import (
     make_present,
     take_back,
 )
-from partita.units.blocks import find_blocks
+from partita.units.blocks import LEAF, find_blocks, is_leaf
 from partita.units.build import (
     ModelUnits,
     NamedParameter,
@@ -36,6 +36,7 @@ from partita.units.unit import GradState, Unit
 
 __all__ = [
     "DESCRIBING",
+    "LEAF",
     "AbsentParameter",
     "AbsentParameterError",
     "Always",
@@ -77,6 +78,7 @@ __all__ = [
     "has_reducer",
     "holder_of",
     "holders_of",
+    "is_leaf",
     "lifetime_of",
     "make_absent",
     "make_layout",

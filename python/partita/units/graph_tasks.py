@@ -10,10 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_autograd: Any = torch._C._autograd
+_LAST = 1 << 63  # accumulations into parameters have greater numbers
+
 
 def in_backward() -> bool:
     """Whether autograd runs a backward, of which this code is a part."""
     return torch._C._current_graph_task_id() != -1
+
+
+def next_operation() -> int:
+    """The number of the next operation that autograd records. A backward runs operations against these numbers."""
+    return int(_autograd._get_sequence_nr())
+
+
+def current_operation() -> int:
+    """The number of the operation whose backward runs; -1 for none, and for what has no place in the order."""
+    node = torch._C._current_autograd_node()
+    number = -1 if node is None else int(node._sequence_nr())
+    return number if number < _LAST else -1
 
 
 def accumulates(parameters: Iterable[Tensor]) -> bool:
@@ -49,6 +64,11 @@ class GraphTasks:
         if task not in self._seen:
             self._seen.append(task)
             torch.autograd.Variable._execution_engine.queue_callback(partial(_end, weakref.ref(self), task))
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether the backward under way is part of another one."""
+        return len(self._seen) > 1
 
     def forget(self) -> None:
         """No backward is under way."""

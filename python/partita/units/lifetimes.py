@@ -3,7 +3,8 @@
 [Note: lifetimes]
 A group is what one module needs. The group's parameters arrive before the module's forward and are released after the
 forward. The root is the model without its blocks. The root's parameters stay from the beginning of a forward to the end
-of backward, whether the model is called or only one of its modules.
+of backward, whether the model is called or only one of its modules. Where parameters are mapped, all are in the root:
+nothing is gained when they go, and so nothing watches what autograd saves of them.
 
 Whether parameters are there in a backward does not depend on what modules return: what autograd saved asks for them,
 see [Note: saved parameters] in `saved_tensors.py`. So does an absent parameter that is used while the model computes,
@@ -17,7 +18,8 @@ operation ask for more: one operation may need several blocks.
 In a recomputed forward (activation checkpointing) nothing is released: the backward of the same module follows at once.
 
 A backward that is recorded (`create_graph=True`) saves tensors of its own, which no hook sees. So parameters that are
-released there leave their memory to these tensors. It goes when the graph goes.
+released there leave their memory to these tensors. It goes when the graph goes. One thing cannot be helped: a Function
+that keeps a parameter on its context, and not with `save_for_backward()`, cannot be differentiated twice.
 
 [Note: order of gathers]
 Where parameters are gathered by collectives, all ranks must issue the same collectives in the same order, whatever each
@@ -55,7 +57,7 @@ from partita.comm import CommunicationError, Communicator, ranks_that_differ
 from partita.units.blocks import watched_modules
 from partita.units.build import ParameterGroup
 from partita.units.gather_pass import GatherPass
-from partita.units.graph_tasks import GraphTasks, in_backward
+from partita.units.graph_tasks import GraphTasks, current_operation, in_backward, next_operation
 from partita.units.module_hooks import OwnHook, tensors_in
 from partita.units.parameters import FlatParameters
 from partita.units.residence import Residency
@@ -106,14 +108,12 @@ class ParameterLifetimes:
         self._live: set[int] = set()  # groups that have been sent for and not released
         self._running: list[int] = []  # groups whose forward runs, the innermost last
         self._is_whole = False  # whether that is a forward of the whole model
-        # A clock that tells which use of a block came first. It ticks at every forward and at every use of a block.
-        self._uses = 0
-        self._old_uses = 0  # what the clock showed when this micro-batch began
-        self._first_use: dict[int, int] = {}  # block -> when this micro-batch used it first
-        self._counts_uses = False  # whether a backward may follow the forward under way
+        # Autograd numbers the operations in the order of their forward: that tells which block was used first.
+        self._began = 0  # the next operation when this micro-batch began
+        self._first_use: dict[int, int] = {}  # block -> the next operation when this micro-batch used it first
         self._tasks = GraphTasks(partial(_backward_over, own))
-        self._is_recorded = False  # the backward under way has a graph of its own
-        self._node = -1  # the operation whose saved tensors asked last
+        self._is_recorded: bool | None = None  # whether the backward under way has a graph of its own; None: unknown
+        self._operation = -1  # whose saved tensors asked last
         self._asked: set[int] = set()  # groups that saved tensors have asked for since the operation before that
         # By number: each unit with its group.
         self._units = [(i, unit) for i, group in enumerate(groups) for unit in group.units]
@@ -169,7 +169,7 @@ class ParameterLifetimes:
 
     def forget_forwards(self) -> None:
         """A new micro-batch begins."""
-        self._old_uses = self._uses
+        self._began = next_operation()
         self._first_use.clear()
 
     def release_all(self) -> None:
@@ -180,7 +180,7 @@ class ParameterLifetimes:
         self._pass = None
         self._running.clear()
         self._release(range(len(self.groups)))
-        self._is_recorded = False
+        self._is_recorded = None
 
     def close(self) -> None:
         """Removes the hooks from the model and releases all parameters."""
@@ -212,9 +212,10 @@ class ParameterLifetimes:
         self._release(skipped)  # after the wait: the skipped ones came before, so releasing them waits for nothing
 
     def _release(self, indices: Iterable[int]) -> None:
+        gives_away = in_backward() if self._is_recorded is None else self._is_recorded
         for i in list(indices):
             for unit in self.groups[i].units:
-                unit.residence.release(gives_away=self._is_recorded)
+                unit.residence.release(gives_away=gives_away)
             self._live.discard(i)
 
     def _end_pass(self, stays: set[int]) -> None:
@@ -224,7 +225,7 @@ class ParameterLifetimes:
             for i in self._pass.rest():
                 self._release([i])
             self._pass = None
-        self._is_recorded = False
+        self._is_recorded = None
 
     # -- forward
 
@@ -240,8 +241,6 @@ class ParameterLifetimes:
                 self._tasks.forget()
                 self._is_whole = len(blocks) == self._root
                 self._pass = GatherPass((i for i in self._order if i in blocks), self.groups)
-                self._counts_uses = torch.is_grad_enabled()
-                self._uses += 1
             self._running.append(index)
             self._note_use(index)
         if self._root not in self._live:
@@ -252,9 +251,8 @@ class ParameterLifetimes:
     def _note_use(self, index: int) -> None:
         if index == self._root:
             return
-        if self._counts_uses:
-            self._uses += 1
-            self._first_use.setdefault(index, self._uses)
+        if torch.is_grad_enabled():
+            self._first_use.setdefault(index, next_operation())
         if self._used is not None and index not in self._used:
             self._used.append(index)
 
@@ -266,8 +264,9 @@ class ParameterLifetimes:
             self._running.pop()
         is_outermost = not is_recomputed and not self._running
         if torch.is_grad_enabled() and (is_outermost or index != self._root):
-            # The time 0 is before any micro-batch: a recomputed forward tells nothing of what comes later in backward.
-            hook = partial(_before_backward, weakref.ref(self), index, 0 if is_recomputed else self._uses)
+            # A recomputed forward tells nothing of what comes later in backward.
+            made_by = -1 if is_recomputed else next_operation() - 1
+            hook = partial(_before_backward, weakref.ref(self), index, made_by)
             for output in tensors_in(outputs):
                 # A tensor that a module passes on unchanged was made by the module before, which has its hook there.
                 # One that a module changes in place is a new one.
@@ -275,7 +274,8 @@ class ParameterLifetimes:
                     output._partita_made = output._version  # type: ignore[attr-defined]
                     output.register_hook(hook)  # type: ignore[no-untyped-call]
         if is_outermost:
-            self._end_pass(stays={self._root} if is_training and torch.is_grad_enabled() else set())
+            stays = torch.is_grad_enabled() and (is_training or self._saved is None)
+            self._end_pass({self._root} if stays else set())
             if self._is_whole:
                 self._settle_order()
         elif index != self._root and not is_recomputed and index not in self._running:
@@ -295,22 +295,26 @@ class ParameterLifetimes:
 
     # -- backward
 
-    def _before_backward(self, index: int, use: int) -> None:
-        """The gradient of an output of a group's module is there; the output was made at the time `use`."""
+    def _before_backward(self, index: int, made_by: int) -> None:
+        """The gradient of an output of a group's module is there; no later operation than `made_by` made the output."""
         self._see_backward()
         if not self._running:
             self.begin_backward()
-        if self._communicator is not None and use > self._old_uses:  # rule 4 of [Note: order of gathers]
-            done = [i for i in range(self._root) if self._first_use.get(i, use + 1) > use]
-            self._conductor.past([unit for i in done for unit in self.groups[i].units])
+        self._reached(made_by)
         if index != self._root:
             self._release(self._live - {index, self._root, *self._running})
             self._need(index)
 
+    def _reached(self, operation: int) -> None:
+        """Autograd is done with all operations after this one: rule 4 of [Note: order of gathers]."""
+        if self._communicator is not None and operation >= self._began:
+            done = [i for i in range(self._root) if self._first_use.get(i, operation + 1) > operation]
+            self._conductor.past([unit for i in done for unit in self.groups[i].units])
+
     def _see_backward(self) -> None:
         """Called by autograd itself, for which gradients are enabled where the backward is recorded."""
         self._tasks.see()
-        self._is_recorded |= torch.is_grad_enabled()
+        self._is_recorded = self._is_recorded or torch.is_grad_enabled()
 
     def saved_asked(self, number: int) -> None:
         """Autograd is about to use what it saved of a unit."""
@@ -338,21 +342,22 @@ class ParameterLifetimes:
         """An operation of the backward under way uses a group, and perhaps others with it."""
         if not self._running:
             self.begin_backward()
-        node = torch._C._current_autograd_node()
-        number = -1 if node is None else node._sequence_nr()
-        if number != self._node:
+        operation = current_operation()
+        if operation != self._operation:
+            if not self._tasks.is_nested:  # else the operation is part of a recomputed forward
+                self._reached(operation)
             self._release(self._live - self._asked - {index, self._root, *self._running})
-            self._node, self._asked = number, set()
+            self._operation, self._asked = operation, set()
         self._need(index)
 
     def backward_over(self) -> None:
         """The backward under way is over, whether it trained or not."""
-        self._node, self._asked = -1, set()
+        self._operation, self._asked = -1, set()
         if self._running:  # a gradient that is part of a forward, whose pass goes on
             self._release(self._live - {self._root, *self._running})
-            self._is_recorded = False
+            self._is_recorded = None
         elif not self._conductor.is_training:
-            self._end_pass(stays=set())
+            self._end_pass(stays={self._root} if self._saved is None else set())
 
 
 # The hooks. They are functions over a weak reference: a bound method would keep the lifetimes, and with them the units.
@@ -372,9 +377,9 @@ def _after_forward(
         lifetimes._after_forward(index, module.training, outputs)
 
 
-def _before_backward(own: weakref.ref[ParameterLifetimes], index: int, use: int, _grad: Tensor) -> None:
+def _before_backward(own: weakref.ref[ParameterLifetimes], index: int, made_by: int, _grad: Tensor) -> None:
     if (lifetimes := own()) is not None:
-        lifetimes._before_backward(index, use)
+        lifetimes._before_backward(index, made_by)
 
 
 def _saved_asked(own: weakref.ref[ParameterLifetimes], number: int) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from partita.comm import SingleProcess, any_rank_each, raise_together
+from partita.device.kernels import why_no_memory
 from partita.device.memory import FreedMemory
 from partita.units import holders_of
 from partita.zero.gathered import GatheredParameters
@@ -83,6 +84,9 @@ def _open(source: WeightSource, files: ExitStack) -> tuple[dict[str, tuple[int, 
     if isinstance(source, Mapping):
         _require_tensors(source)
         tensors = {name: value for name, value in source.items() if isinstance(value, Tensor)}
+        unreadable = next(((name, why) for name, value in tensors.items() if (why := _why_unreadable(value))), None)
+        if unreadable is not None:
+            raise ValueError(f"'{unreadable[0]}' in the weights {unreadable[1]}: give plain tensors with values")
         return {name: tuple(value.shape) for name, value in tensors.items()}, tensors.__getitem__
     from safetensors import safe_open
 
@@ -107,6 +111,13 @@ def _open(source: WeightSource, files: ExitStack) -> tuple[dict[str, tuple[int, 
             file_of[name] = file
             shapes[name] = tuple(file.get_slice(name).get_shape())
     return shapes, lambda name: file_of[name].get_tensor(name)
+
+
+def _why_unreadable(tensor: Tensor) -> str | None:
+    """Why the values of a tensor of a state dict cannot be read on one rank alone."""
+    if (reason := why_no_memory(tensor)) is not None:
+        return reason
+    return "has no memory" if tensor.numel() and not tensor.untyped_storage().nbytes() else None
 
 
 def _is_pickle(path: Path) -> bool:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from partita.comm import (
@@ -148,7 +147,7 @@ class Partitioner:
     def _can_have(self, parameter: nn.Parameter) -> bool:
         """Whether this is a parameter that nobody has, and whose memory can be partitioned."""
         with torch._C.DisableTorchFunction():
-            if is_lazy(parameter) or holder_of(parameter) is not None or why_no_address(parameter) is not None:
+            if holder_of(parameter) is not None or why_no_address(parameter) is not None:
                 return False
             return self.communicator(parameter.device).world_size > 1
 
