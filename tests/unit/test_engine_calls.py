@@ -325,6 +325,13 @@ def test_a_saved_config_is_the_config_with_batch_sizes_filled_in(tmp_path, engin
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "saved.json").read_bytes()
 
 
+def test_a_config_is_saved_without_a_path_too(tmp_path, engine, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = engine.save_config()
+    assert Engine(seeded(), config=path).config == engine.config
+    assert [path.name] == [found.name for found in tmp_path.iterdir()] == ["partita_config.json"]
+
+
 def test_optimizer_step_and_state_dict_point_to_the_engine(engine):
     """Promise 7: the calls of a plain loop that would silently do the wrong thing."""
     after_backward(engine)

@@ -128,6 +128,7 @@ _ADAM = {
     "lr": Parameter(_NUMBER, 0.001, "learning rate"),
     "betas": Parameter(_BETAS, [0.9, 0.999], "decay rates of the two moments"),
     "eps": Parameter(_NUMBER, 1e-8, "added to the denominator"),
+    "bias_correction": Parameter(_SWITCH, True, "false: moments, which start at zero, are used as they are"),
     "weight_decay": Parameter(_NUMBER, 0.0, "zero as in DeepSpeed; torch's AdamW has 0.01"),
 }
 

@@ -25,6 +25,9 @@ OPEN: dict[str, str] = {
 }
 """Keys whose "auto" is decided when there are a model and an optimizer -> what is said until then."""
 
+_SAID = {"gradient_clipping": "is 0.0, the default: gradients are not clipped"}
+"""Keys whose default needs a word when it takes the place of "auto"."""
+
 
 @dataclass
 class SortedConfig:
@@ -113,7 +116,8 @@ class _Sorter:
     def _auto(self, dotted: str, default: Any) -> None:
         if dotted in OPEN:
             self.result.open.add(dotted)
-        self._find(dotted, AUTO, Answer.NOTED, OPEN.get(dotted, f"is {default!r}, the default"))
+        reason = OPEN.get(dotted) or _SAID.get(dotted) or f"is {default!r}, the default"
+        self._find(dotted, AUTO, Answer.NOTED, reason)
 
     def _factory(self, dotted: str, section: Mapping[Any, Any]) -> None:
         """The section of an optimizer or a schedule, whose params depend on its type."""

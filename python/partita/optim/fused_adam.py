@@ -30,6 +30,7 @@ class FusedAdam(Optimizer):
         eps: added to the denominator, at least 0.
         weight_decay: at least 0; joins the gradient (L2), or shrinks the weight when decoupled.
         decoupled_weight_decay: False: Adam; True: AdamW.
+        bias_correction: False: the moments, which start at zero, are used as they are.
 
     Raises:
         ValueError: a value outside its range.
@@ -43,6 +44,7 @@ class FusedAdam(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        bias_correction: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -50,6 +52,7 @@ class FusedAdam(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "bias_correction": bias_correction,
         }
         super().__init__(params, defaults)
         self._versions: dict[Tensor, int] = {}  # of 16-bit parameters when last seen
@@ -157,4 +160,5 @@ def adam_group(group: dict[str, Any]) -> AdamGroup:
         float(group["eps"]),
         float(group["weight_decay"]),
         bool(group["decoupled_weight_decay"]),
+        bool(group.get("bias_correction", True)),  # torch's have no such key
     )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -214,3 +217,32 @@ def test_a_constructor_means_what_it_means_without_init(ranks, name):
     for path in TRANSPORTS:
         ranks(2).run(_builds, path, name)
     ranks(3).run(_builds, TRANSPORTS[0], name)
+
+
+def _copies_in_turn(transport: str) -> None:
+    held: list[int] = []
+
+    with zero.Init(config=config_for(3, transport)):
+        layer = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        copies = []
+        for _ in range(4):
+            copies.append(copy.deepcopy(layer))
+            held.append(sum(p.untyped_storage().nbytes() for c in (layer, *copies) for p in c.parameters()))
+        copies.append(pickle.loads(pickle.dumps(layer)))
+        model = nn.ModuleList(copies)
+        dropped = nn.Linear(64, 64)
+        dropped_weight = weakref.ref(dropped.weight)
+        del dropped
+    # The memory of two weights: of one that is copied, and of its copy.
+    assert max(held) <= 2 * 4 * 65 * 64, held
+    with GatheredParameters(model.parameters()):
+        first, *others = [[p.detach().clone() for p in c.parameters()] for c in copies]
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    gc.collect()
+    assert dropped_weight() is None
+
+
+@pytest.mark.parametrize("path", TRANSPORTS)
+def test_copies_are_partitioned_as_they_are_made(ranks, path):
+    """A list of layers may be as large as the model. What a constructor drops is gone when the block ends."""
+    ranks(2).run(_copies_in_turn, path)
