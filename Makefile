@@ -9,14 +9,15 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: help setup train test test-python test-cpp test-all lint format docs bench clean
+.PHONY: help setup train test test-python test-cpp test-all lint format docs bench bench-quick clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train      train a language model on $(RANKS) ranks (ARGS='--help' lists its options)"
 	@echo "make test       all tests of a change; make test-all adds the long ones"
 	@echo "make lint       ruff, mypy --strict, clang-format; make format repairs what can be"
-	@echo "make bench      speed against the floors and the peers, with DeepSpeed installed for it"
+	@echo "make bench      speed against the floors and the peers, with DeepSpeed installed for it;"
+	@echo "                make bench-quick does a part of it in about five minutes"
 	@echo "make docs       rewrites docs/config.md and docs/config.schema.json"
 
 setup: .venv/installed
@@ -68,6 +69,9 @@ docs: .venv/installed
 
 bench: .venv/bench
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh bench/run.sh
+
+bench-quick: .venv/bench
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh bench/run.sh quick
 
 clean:
 	rm -rf .venv build dist

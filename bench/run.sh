@@ -1,28 +1,76 @@
 #!/bin/sh
 # Every benchmark of this machine, one after the other; JSON goes to bench/results/.
-set -eu
-cd "$(dirname "$0")/.."
+#
+#   bench/run.sh          all of them
+#   bench/run.sh quick    a part, with few rounds: about five minutes; JSON goes to build/bench-quick/
+#
+# A benchmark that fails is named at the end, and the others run.
+set -u
+cd "$(dirname "$0")/.." || exit 1
 export OMP_NUM_THREADS=1
-results=bench/results
-mkdir -p "$results"
-ranks="torchrun --nproc-per-node 2"
+failed=
+trap 'exit 130' INT
 
-python -m pytest -q -o addopts= bench/micro --benchmark-json "$results/micro.json"
-for dtype in fp32 bf16 fp16; do
-  python bench/peers/optimizer_step.py --dtype "$dtype" --json "$results/optimizer_step_$dtype.json"
-done
-$ranks bench/peers/collectives.py --json "$results/collectives.json"
-for dtype in fp32 bf16; do
-  $ranks bench/peers/step_time.py --dtype "$dtype" --json "$results/step_time_$dtype.json"
-done
-$ranks bench/peers/step_time.py --model tiny --json "$results/tiny_2_ranks.json"
-python bench/peers/step_time.py --model tiny --engines alone,partita0,partita2 --json "$results/tiny_1_rank.json"
-python bench/peers/step_time.py --engines alone,partita0,partita2 --json "$results/step_time_1_rank.json"
-python bench/peers/step_time.py --memory --json "$results/memory.json"
-python bench/peers/import_time.py --json "$results/import_time.json"
-for ranks_of_run in 2 4; do
-  torchrun --nproc-per-node $ranks_of_run bench/peers/model_states.py --json "$results/model_states_$ranks_of_run.json"
-done
-$ranks bench/peers/model_states.py --transport torch --json "$results/model_states_gloo.json"
-$ranks bench/peers/bytes_sent.py --json "$results/bytes_sent.json"
-python bench/gpu/offload.py --device cpu --width 512 --layers 6 --json "$results/offload_cpu.json"
+# run NAME COMMAND...: its figures go to NAME.json
+run() {
+  name=$1
+  shift
+  printf '\n== %s\n' "$name"
+  "$@" || failed="$failed $name"
+}
+
+# The same with --json, for the benchmarks beside peers. `on N` is torchrun with N ranks.
+peers() {
+  name=$1
+  shift
+  run "$name" "$@" --json "$results/$name.json"
+}
+
+on() {
+  ranks=$1
+  shift
+  torchrun --nproc-per-node "$ranks" "$@"
+}
+
+all() {
+  run micro python -m pytest -q -o addopts= bench/micro --benchmark-json "$results/micro.json"
+  for dtype in fp32 bf16 fp16; do
+    peers optimizer_step_$dtype python bench/peers/optimizer_step.py --dtype $dtype
+  done
+  peers collectives on 2 bench/peers/collectives.py
+  for dtype in fp32 bf16; do
+    peers step_time_$dtype on 2 bench/peers/step_time.py --dtype $dtype
+  done
+  peers tiny_2_ranks on 2 bench/peers/step_time.py --model tiny
+  peers tiny_1_rank python bench/peers/step_time.py --model tiny --engines alone,partita0,partita2
+  peers step_time_1_rank python bench/peers/step_time.py --engines alone,partita0,partita2
+  peers memory python bench/peers/step_time.py --memory
+  peers import_time python bench/peers/import_time.py
+  for number in 2 4; do
+    peers model_states_$number on $number bench/peers/model_states.py
+  done
+  peers model_states_gloo on 2 bench/peers/model_states.py --transport torch
+  peers bytes_sent on 2 bench/peers/bytes_sent.py
+  peers offload_cpu python bench/gpu/offload.py --device cpu --width 512 --layers 6
+}
+
+quick() {
+  few="--rounds 3 --steps 3 --warm-up 3"
+  engines=alone,ddp,fsdp2,deepspeed2,partita0,partita2,partita3
+  for dtype in fp32 bf16; do
+    peers step_time_$dtype on 2 bench/peers/step_time.py --dtype $dtype --engines $engines $few
+  done
+  peers tiny_2_ranks on 2 bench/peers/step_time.py --model tiny --engines $engines --rounds 5
+  peers optimizer_step_bf16 python bench/peers/optimizer_step.py --dtype bf16 --engines deepspeed0,partita0 $few
+  peers collectives on 2 bench/peers/collectives.py --dtypes f32 --sizes-kib 64,4096,32768 --rounds 5
+  peers import_time python bench/peers/import_time.py
+}
+
+case ${1:-all} in
+  all) results=bench/results ;;
+  quick) results=build/bench-quick ;;
+  *) echo "usage: bench/run.sh [quick]" >&2; exit 2 ;;
+esac
+mkdir -p "$results" || exit 1
+"${1:-all}"
+[ -z "$failed" ] || { printf '\nfailed:%s\n' "$failed" >&2; exit 1; }

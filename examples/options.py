@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-SPEAKER_SECONDS = 10.0  # that the other ranks give rank 0 to say what is wrong
+
+class JobError(Exception):
+    """Ends the program; the message is one line that says what to do.
+
+    Attributes:
+        code: the exit status.
+    """
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(" ".join(message.split()), code)
+        self.code = code
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Parser(argparse.ArgumentParser):
     """An error is one line."""
 
     def error(self, message: str) -> NoReturn:
-        fail(message)
+        raise JobError(message)
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
-    """What the user asks for; a bad value ends the program in one line."""
+    """What the user asks for; a bad value is a `JobError`."""
     parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     count, rate = number(int, 1), number(float, 0.0, open_end=True)
     data = parser.add_argument_group("text")
@@ -41,7 +51,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     run.add_argument("--batch-size", type=count, default=8, help="windows in a micro-batch of one rank")
     run.add_argument("--accumulate", type=count, default=1, help="micro-batches of each rank in one optimizer step")
     run.add_argument("--lr", type=rate, default=3e-3, help="highest learning rate of AdamW")
-    run.add_argument("--stage", type=int, choices=(0, 1, 2), default=1, help="ZeRO stage: what ranks share out")
+    run.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=1, help="ZeRO stage: what ranks share out")
     run.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the parameters")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     run.add_argument("--device", choices=("cpu", "cuda"), default=best, help="what computes")
@@ -77,12 +87,3 @@ def number(kind: Callable[[str], float], low: float, *, open_end: bool = False) 
         return value
 
     return parse
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Ends all ranks, of which rank 0 says why in one line."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"pretrain_lm.py: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(SPEAKER_SECONDS)  # torchrun ends all ranks when the first one exits, and rank 0 may be slower
-    sys.exit(code)

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 examples/pretrain_lm.py
     python examples/pretrain_lm.py --text book.txt --stage 1 --precision bf16
 
-Writes into --out: model.safetensors, config.json (the engine's), metrics.csv, loss.png, sample.txt.
+Writes into --out: model.safetensors, model.json (its sizes), config.json (the engine's), metrics.csv, loss.png,
+sample.txt.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ import partita
 import torch
 import torch.distributed as dist
 from models import GPT, LSTM, ModelConfig
-from options import fail, parse_arguments
-from report import MetricsFile, Row, plot_losses, save_weights
+from options import JobError, parse_arguments
+from partita.files import file_to_write
+from report import MetricsFile, Row, plot_losses
 from text import Corpus, TextError, Windows, read_text, split, standard_library_text
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import default_collate
 from tqdm import tqdm  # type: ignore[import-untyped]
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
@@ -37,6 +40,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-un
 MODELS = {"gpt": GPT, "lstm": LSTM}
 BAR = "{percentage:3.0f}% {bar:10} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 WARMUP = 0.05  # of all steps
+FILES = ("model.safetensors", "model.json", "config.json", "metrics.csv", "loss.png", "sample.txt")
+SPEAKER_SECONDS = 10.0  # that the other ranks give rank 0 to say what is wrong
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 
 
@@ -72,11 +77,11 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        fail(f"cannot read the config {file}: {error.strerror}")
+        raise JobError(f"cannot read the config {file}: {error.strerror}") from None
     except ValueError as error:
-        fail(f"the config {file} is not JSON: {error}")
+        raise JobError(f"the config {file} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        fail(f"the config {file} holds a {type(value).__name__}, not an object")
+        raise JobError(f"the config {file} holds a {type(value).__name__}, not an object")
     return value
 
 
@@ -103,7 +108,7 @@ def make_engine(args: argparse.Namespace, train: Windows) -> tuple[partita.Engin
     try:
         engine, _, loader, _ = partita.initialize(model, training_data=train, config=engine_config(args))
     except ValueError as error:  # a ConfigError, or what the config asks for does not fit the model or the data
-        fail(str(error))
+        raise JobError(str(error)) from None
     assert loader is not None  # there is training data
     return engine, loader.repeat()
 
@@ -128,7 +133,7 @@ def train(
     held_out: Windows,
     args: argparse.Namespace,
     metrics: MetricsFile,
-    bar: Any,
+    progress: Progress,
 ) -> bool:
     """Trains for `args.steps` steps and adds rows to `metrics`; True if Ctrl-C ended it earlier."""
     interrupts = Interrupts()
@@ -142,7 +147,7 @@ def train(
             engine.backward(loss)
             engine.step()
             total += loss.detach()
-        bar.update()
+        progress.step()
         if step % args.log_every and step % args.eval_every and step != args.steps:
             continue
         # Only here does the host look at numbers: in between, an accelerator would run on without waiting.
@@ -152,7 +157,7 @@ def train(
         last = step == args.steps or stop > 0
         val_loss = validate(engine, held_out, args.eval_windows) if last or step % args.eval_every == 0 else None
         metrics.add(measure(engine, loss=loss_mean, val_loss=val_loss, tokens_per_s=steps * step_tokens / seconds))
-        show(bar, metrics.rows)
+        progress.show(metrics.rows)
         if stop:
             return True
         total, first, started = torch.zeros_like(total), step, time.perf_counter()
@@ -196,12 +201,36 @@ def sum_over_ranks(engine: partita.Engine, *values: float) -> list[float]:
     return [float(value) for value in total]
 
 
-def show(bar: Any, rows: list[Row]) -> None:
-    row, held_out = rows[-1], [row.val_loss for row in rows if row.val_loss is not None]
-    bar.set_postfix_str(
-        f"loss {row.loss:.3f} val {held_out[-1]:.3f} {row.tokens_per_s:,.0f} tokens/s lr {row.lr:.2g} "
-        f"norm {row.grad_norm:.2f} scale {row.loss_scale:g} skipped {row.skipped_steps}"
-    )
+class Progress:
+    """On a terminal a bar, elsewhere (a log, a job's output) a plain line for each row of metrics."""
+
+    def __init__(self, steps: int, *, speaks: bool) -> None:
+        has_bar = speaks and sys.stderr.isatty()
+        self._prints = speaks and not has_bar
+        self._steps = steps
+        self._bar = tqdm(total=steps, disable=not has_bar, dynamic_ncols=True, bar_format=BAR)
+        self._logging = logging_redirect_tqdm([logging.getLogger("partita")]) if has_bar else contextlib.nullcontext()
+
+    def __enter__(self) -> Progress:
+        self._logging.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._logging.__exit__(*error)
+        self._bar.close()
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def show(self, rows: list[Row]) -> None:
+        row, held_out = rows[-1], [row.val_loss for row in rows if row.val_loss is not None]
+        text = (
+            f"loss {row.loss:.3f} val {held_out[-1]:.3f} {row.tokens_per_s:,.0f} tokens/s lr {row.lr:.2g} "
+            f"norm {row.grad_norm:.2f} scale {row.loss_scale:g} skipped {row.skipped_steps}"
+        )
+        self._bar.set_postfix_str(text)
+        if self._prints:
+            print(f"step {row.step}/{self._steps} {text}", file=sys.stderr, flush=True)
 
 
 # -- what it learned
@@ -224,9 +253,9 @@ def generate(
 
 
 def write_results(engine: partita.Engine, args: argparse.Namespace, rows: list[Row], sample: str) -> str:
-    """Everything but the metrics; returns a line that sums the run up."""
-    description = {"architecture": args.model, "sizes": json.dumps(asdict(model_config(args)))}
-    save_weights(engine.module_state_dict(), args.out / "model.safetensors", description)
+    """Everything but the weights and metrics; returns a line that sums the run up."""
+    description = {"architecture": args.model, "sizes": asdict(model_config(args))}
+    (args.out / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     engine.save_config(args.out / "config.json")
     (args.out / "sample.txt").write_text(sample, encoding="utf-8")
     millions = sum(p.numel() for p in engine.module.parameters()) / 1e6
@@ -247,12 +276,14 @@ def run(args: argparse.Namespace) -> bool:
     """The whole job; True if Ctrl-C cut it short."""
     corpus = load_corpus(args)
     args.out.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        file_to_write(args.out / name)
     engine, batches = make_engine(args, corpus.train)
     speaks = engine.global_rank == 0
-    bar = tqdm(total=args.steps, disable=not speaks, dynamic_ncols=True, bar_format=BAR)
     with MetricsFile(args.out / "metrics.csv" if speaks else None) as metrics:
-        with bar, logging_redirect_tqdm([logging.getLogger("partita")]):
-            interrupted = train(engine, batches, corpus.held_out, args, metrics, bar)
+        with Progress(args.steps, speaks=speaks) as progress:
+            interrupted = train(engine, batches, corpus.held_out, args, metrics, progress)
+        engine.save_model(args.out / "model.safetensors")
         sample = generate(
             engine,
             args.prompt.encode(),
@@ -277,19 +308,33 @@ def process_group(device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def main() -> int:
+@record
+def job() -> bool:
+    """What torchrun reports the errors of, at the end of its output; True if Ctrl-C cut it short."""
     args = parse_arguments((__doc__ or "").split("\n\n")[0])
     try:
         with process_group(args.device):
-            return INTERRUPTED if run(args) else 0
+            return run(args)
     except TextError as error:
-        fail(str(error))
+        raise JobError(str(error)) from None
     except OSError as error:
-        fail(f"cannot write {error.filename or args.out}: {error.strerror or error}")
+        what = f"{error.filename or args.out}: {error.strerror}" if error.strerror else str(error)
+        raise JobError(f"cannot write {what}") from None
     except FloatingPointError as error:  # the engine gave up: no step has finite gradients
-        fail(str(error), code=1)
+        raise JobError(str(error), code=1) from None
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return True
+
+
+def main() -> int:
+    try:
+        return INTERRUPTED if job() else 0
+    except JobError as failure:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"pretrain_lm.py: error: {failure}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(SPEAKER_SECONDS)  # torchrun ends all ranks when the first one exits, and rank 0 may be slower
+        return failure.code
 
 
 if __name__ == "__main__":

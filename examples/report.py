@@ -1,10 +1,9 @@
-"""What a training run leaves behind: a table of metrics, a picture of the losses, the weights."""
+"""What a training run leaves behind beside the weights: a table of metrics, a picture of the losses."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -12,8 +11,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from safetensors.torch import save_file
-from torch import Tensor
 
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9541e", "#5f6368"
 
@@ -56,21 +53,6 @@ class MetricsFile:
         if self._stream and self._writer:
             self._writer.writerow(asdict(row))
             self._stream.flush()
-
-
-def save_weights(state: Mapping[str, Tensor], file: Path, description: Mapping[str, str]) -> None:
-    """A state dict as safetensors; of tensors that share memory (tied weights) the first name is kept.
-
-    `safetensors.torch.load_model(model, file)` loads it strictly: a model with the same ties needs one of the names.
-    The other names and `description` go into the file's metadata.
-    """
-    kept: dict[int, str] = {}
-    tied = {}
-    for name, tensor in state.items():
-        first = kept.setdefault(tensor.data_ptr(), name)
-        if first != name:
-            tied[name] = first
-    save_file({name: state[name] for name in kept.values()}, file, {"format": "pt", **description, **tied})
 
 
 def to_bits(nats: Any) -> Any:

@@ -58,7 +58,7 @@ def main() -> None:
         rows = [[name, f"{nbytes / 1e6:.1f}", f"{nbytes / floor:.3f}"] for name, nbytes in sent.items()]
         print_table(["engine", "MB per rank and step", "x floor"], rows)
         write_json(arguments.json, {"arguments": settings_of(arguments), "floor_bytes": floor, "sent_bytes": sent})
-    ranks.close()
+    ranks.finish()
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def main() -> None:
             {"arguments": settings_of(arguments), "ranks": ranks.world_size, "latency_us": fast, "us": results},
         )
     shared.close()
-    ranks.close()
+    ranks.finish()
 
 
 if __name__ == "__main__":

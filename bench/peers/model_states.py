@@ -181,7 +181,7 @@ def main() -> None:
         measured["computing_mib"] = computing
         write_json(arguments.json, {"arguments": settings_of(arguments), **measured})
     engine.destroy()
-    ranks.close()
+    ranks.finish()
 
 
 if __name__ == "__main__":

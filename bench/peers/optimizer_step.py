@@ -113,7 +113,7 @@ def main() -> None:
         result = {"arguments": settings_of(arguments), "parameters": task.numel, "ranks": ranks.world_size}
         result |= {"ms": timings.times, "losses": timings.losses, "missing": timings.missing}
         write_json(arguments.json, result | {"copy_bytes_per_ms": timer.bandwidths})
-    ranks.close()
+    ranks.finish()
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def measure(arguments: argparse.Namespace) -> None:
         result |= {"ms": timings.times, "losses": timings.losses, "missing": timings.missing}
         result |= {"reference_loss": expected, "peak_mib": peak_mib}
         write_json(arguments.json, result)
-    ranks.close()
+    ranks.finish()
 
 
 def main() -> None:

@@ -62,7 +62,14 @@ class AdamGroup:
     """Hyper-parameters of one optimizer group."""
 
     def __init__(
-        self, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool
+        self,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        decoupled: bool,
+        bias_correction: bool = True,
     ) -> None: ...
 
 class LossScaleState:

@@ -1,7 +1,7 @@
-"""Whole parameters, gradients and optimizer states by parameter, in every ZeRO stage.
+"""Whole parameters, gradients and optimizer states by parameter, in every ZeRO stage; leaf modules of stage 3.
 
-All of these are collectives: every rank calls them for the same parameters in the same order, between steps (gradients:
-between `engine.backward()` and `engine.step()`). What they return is a copy.
+What gets or sets values is a collective: every rank calls it for the same parameters in the same order, between steps
+(gradients: between `engine.backward()` and `engine.step()`). What it returns is a copy.
 """
 
 from __future__ import annotations
@@ -16,15 +16,33 @@ from torch import Tensor, nn
 from partita.data import RepeatingLoader
 from partita.model import ParameterAccess, access_of
 from partita.units import Unit
+from partita.zero import (
+    get_z3_leaf_modules,
+    set_z3_leaf_module,
+    set_z3_leaf_modules,
+    set_z3_leaf_modules_by_name,
+    set_z3_leaf_modules_by_suffix,
+    unset_z3_leaf_modules,
+    z3_leaf_module,
+    z3_leaf_parameter,
+)
 
 __all__ = [
     "RepeatingLoader",
+    "get_z3_leaf_modules",
     "safe_get_full_fp32_param",
     "safe_get_full_grad",
     "safe_get_full_optimizer_state",
     "safe_set_full_fp32_param",
     "safe_set_full_grad",
     "safe_set_full_optimizer_state",
+    "set_z3_leaf_module",
+    "set_z3_leaf_modules",
+    "set_z3_leaf_modules_by_name",
+    "set_z3_leaf_modules_by_suffix",
+    "unset_z3_leaf_modules",
+    "z3_leaf_module",
+    "z3_leaf_parameter",
 ]
 
 

@@ -12,9 +12,11 @@ namespace {
 
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 
-// Adam with L2, AdamW, and one whose large eps shows where it is added.
-const std::vector<AdamGroup> groups = {
-    {0.05, 0.9, 0.999, 1e-8, 0.1, false}, {0.02, 0.8, 0.95, 1e-6, 0.2, true}, {0.1, 0.0, 0.5, 0.25, 0.0, true}};
+// Adam with L2, AdamW, one whose large eps shows where it is added, and one without bias correction.
+const std::vector<AdamGroup> groups = {{0.05, 0.9, 0.999, 1e-8, 0.1, false},
+                                       {0.02, 0.8, 0.95, 1e-6, 0.2, true},
+                                       {0.1, 0.0, 0.5, 0.25, 0.0, true},
+                                       {0.05, 0.9, 0.99, 1e-6, 0.1, true, false}};
 
 // Segments of all kinds of sizes, with and without padding between them, groups in turn.
 std::vector<Segment> layout(std::initializer_list<std::int64_t> sizes) {
@@ -22,7 +24,7 @@ std::vector<Segment> layout(std::initializer_list<std::int64_t> sizes) {
     std::int64_t offset = 2;
     for (const std::int64_t numel : sizes) {
         const auto i = static_cast<std::int64_t>(rows.size());
-        rows.push_back({offset, numel, static_cast<std::int32_t>(i % 3)});
+        rows.push_back({offset, numel, static_cast<std::int32_t>(i % 4)});
         offset += numel + i % 4;
     }
     return rows;
@@ -99,8 +101,11 @@ struct PlainAdam {
         if (!g.decoupled) grad += g.weight_decay * weight;
         m = g.beta1 * m + (1 - g.beta1) * grad;
         v = g.beta2 * v + (1 - g.beta2) * grad * grad;
-        const double m_hat = m / (1 - std::pow(g.beta1, static_cast<double>(step)));
-        const double v_hat = v / (1 - std::pow(g.beta2, static_cast<double>(step)));
+        const auto correction = [&](double beta) {
+            return g.bias_correction ? 1 - std::pow(beta, static_cast<double>(step)) : 1.0;
+        };
+        const double m_hat = m / correction(g.beta1);
+        const double v_hat = v / correction(g.beta2);
         if (g.decoupled) weight -= g.lr * g.weight_decay * weight;
         weight -= g.lr * m_hat / (std::sqrt(v_hat) + g.eps);
     }

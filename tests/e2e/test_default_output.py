@@ -41,6 +41,7 @@ run("every second", 4, steps_per_print=2)
 run("timed", 2, steps_per_print=2, wall_clock_breakdown=True)
 run("dumped", 1, dump_state=True)
 run("overflow", 1, steps_per_print=0, fp16={"enabled": True, "loss_scale": 1e30})
+run("fp16", 1, steps_per_print=1, fp16={"enabled": True, "loss_scale": 8})
 """
 
 
@@ -95,13 +96,24 @@ def test_a_second_engine_in_the_process_prints_its_lines_once(outputs):
 
 
 def test_steps_per_print_says_when_and_what(outputs):
-    """steps_per_print: learning rate, norm, loss scale, skipped steps, time."""
+    """steps_per_print: loss, learning rate, norm, skipped steps, samples per second, time; outside fp16 no scale."""
     lines = [line for line in lines_of(outputs, "every second") if "ms/step" in line]
     assert len(lines) == 2
     for line, step in zip(lines, (2, 4), strict=True):
-        for word in (f"step {step} ", "lr ", "grad norm ", "loss scale 1 ", "skipped 0"):
+        for word in (f"step {step} ", "lr ", "grad norm ", "skipped 0"):
             assert word in line, word
         assert "forward" not in line
+        assert "loss scale" not in line
+        assert re.search(r"  loss -?\d+\.\d{4}  ", line)
+        rate, ms = (
+            float(re.search(rf"([\d.,]+) {unit}", line).group(1).replace(",", "")) for unit in ("samples/s", "ms/step")
+        )
+        assert rate * ms / 1e3 == pytest.approx(4, abs=(0.06 * rate + 0.6 * ms) / 1e3)  # both are rounded
+
+
+def test_the_loss_scale_is_reported_where_there_is_one(outputs):
+    (line,) = (line for line in lines_of(outputs, "fp16") if "ms/step" in line)
+    assert "loss scale 8 " in line
 
 
 def test_wall_clock_breakdown_adds_the_phases(outputs):

@@ -166,7 +166,7 @@ def test_its_own_checkpointing_and_ours_train_as_in_stage_0(ranks, kind, over):
 def _builds_and_saves(kind: str, over: str, folder: str) -> None:
     config = config_for(3, over)
     plain = build(kind).state_dict()
-    with partita.zero.Init(config):
+    with partita.zero.Init(config=config):
         model = build(kind)
     engine, *_ = partita.initialize(model, config=config)
     assert_same_weights(engine.module_state_dict(), plain)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -18,8 +20,7 @@ import pytest
 import torch
 from models import GPT, LSTM, ModelConfig
 from partita.config import load_config
-from safetensors import safe_open
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file
 from text import split, standard_library_text
 
 SCRIPT = Path(pretrain_lm.__file__)
@@ -30,19 +31,19 @@ TINY = [
     *("--steps", STEPS, "--batch-size", 8, "--lr", 1e-2, "--megabytes", MEGABYTES),
     *("--log-every", 2, "--eval-every", 10, "--eval-windows", EVAL_WINDOWS, "--sample-bytes", 20),
 ]
-FILES = {"model.safetensors", "config.json", "metrics.csv", "loss.png", "sample.txt"}
-RUNS = {"gpt-0": ("gpt", 0), "gpt-1": ("gpt", 1), "gpt-2": ("gpt", 2), "lstm-2": ("lstm", 2)}
+FILES = {"model.safetensors", "model.json", "config.json", "metrics.csv", "loss.png", "sample.txt"}
+RUNS = {"gpt-0": ("gpt", 0), "gpt-1": ("gpt", 1), "gpt-2": ("gpt", 2), "gpt-3": ("gpt", 3), "lstm-3": ("lstm", 3)}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    """The folder and the standard output of each of RUNS on two ranks."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str, str]]:
+    """The folder, the standard output and the standard error of each of RUNS on two ranks."""
     results = {}
     for name, (model, stage) in RUNS.items():
         out = tmp_path_factory.mktemp(name)
         done = run(*TORCHRUN, SCRIPT, *TINY, "--model", model, "--stage", stage, "--out", out)
         assert done.returncode == 0, done.stderr
-        results[name] = out, done.stdout
+        results[name] = out, done.stdout, done.stderr
     return results
 
 
@@ -57,7 +58,7 @@ def metrics(folder: Path) -> list[dict[str, float | None]]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_writes_its_results(runs, name):
-    folder, output = runs[name]
+    folder, output, _ = runs[name]
     assert {file.name for file in folder.iterdir()} == FILES
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert (folder / "sample.txt").read_text().startswith("def ")
@@ -84,12 +85,11 @@ def test_learns(runs, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_saved_weights_give_the_reported_validation_loss(runs, name):
-    """Loaded strictly, by safetensors' own function, into a fresh model in one process."""
-    folder, _ = runs[name]
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        description = file.metadata()
-    model = {"gpt": GPT, "lstm": LSTM}[description["architecture"]](ModelConfig(**json.loads(description["sizes"])))
-    load_model(model, folder / "model.safetensors")
+    """Loaded strictly into a fresh model in one process."""
+    folder, _, _ = runs[name]
+    description = json.loads((folder / "model.json").read_text())
+    model = {"gpt": GPT, "lstm": LSTM}[description["architecture"]](ModelConfig(**description["sizes"]))
+    model.load_state_dict(load_file(folder / "model.safetensors"))
     text = standard_library_text(int(MEGABYTES * 1e6))
     held_out = split(text, 32, train_windows=1, held_out_windows=1).held_out
     samples = [held_out[i] for i in held_out.spread(EVAL_WINDOWS)]
@@ -98,11 +98,29 @@ def test_saved_weights_give_the_reported_validation_loss(runs, name):
     assert loss.item() == pytest.approx(metrics(folder)[-1]["val_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_without_a_terminal_progress_is_plain_lines(runs, name):
+    """No control characters, one line per row of metrics with its loss."""
+    stderr = runs[name][2]
+    lines = [line for line in stderr.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == [f"{step}/{STEPS}" for step in range(2, STEPS + 1, 2)]
+    for line, row in zip(lines, metrics(runs[name][0])[1:], strict=True):
+        assert f"loss {row['loss']:.3f} " in line
+    assert not re.search(r"[\r\x1b]|it/s|%", stderr)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_files_can_be_read_by_whom_the_user_lets(runs, name):
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in runs[name][0].iterdir()} == {0o666 & ~umask}
+
+
 def test_stages_give_the_same_bits(runs):
     def without_time(folder: Path) -> list[dict[str, float | None]]:
         return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in metrics(folder)]
 
-    first, *others = (runs[f"gpt-{stage}"][0] for stage in (0, 1, 2))
+    first, *others = (runs[f"gpt-{stage}"][0] for stage in (0, 1, 2, 3))
     for other in others:
         assert without_time(other) == without_time(first)
         assert (other / "sample.txt").read_bytes() == (first / "sample.txt").read_bytes()
@@ -127,12 +145,14 @@ def test_interrupt_stops_cleanly_with_results(tmp_path):
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in stderr
+    assert not [line for line in stderr.splitlines() if not line.startswith(("step ", "[partita] ZeRO"))]
     assert {file.name for file in out.iterdir()} == FILES
     assert metrics(out)[-1]["val_loss"] is not None
     saved = load_config(out / "config.json")
     assert (saved.gradient_clipping, saved.gradient_accumulation_steps, saved.train_batch_size) == (0.25, 2, 16)
 
 
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # torch's record, without a real stderr
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -148,9 +168,7 @@ def test_interrupt_stops_cleanly_with_results(tmp_path):
 )
 def test_bad_values_are_one_line(monkeypatch, capsys, arguments, complaint):
     monkeypatch.setattr(sys, "argv", ["pretrain_lm.py", *arguments.split()])
-    with pytest.raises(SystemExit) as stop:
-        pretrain_lm.main()
-    assert stop.value.code == 2
+    assert pretrain_lm.main() == 2
     output = capsys.readouterr()
     assert output.out == ""
     (line,) = output.err.splitlines()
@@ -174,3 +192,16 @@ def test_files_that_cannot_be_used_are_one_line(tmp_path):
     assert len(lines) == 1, done.stderr
     assert "the text is too short: 9 bytes" in lines[0]
     assert re.search(r"rank +: 0 .*\n.*exitcode +: 2 ", done.stderr)
+    end = "\n".join(done.stderr.splitlines()[-10:])
+    assert "the text is too short: 9 bytes" in end and "give a longer text" in end, end
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_result_that_would_replace_a_pipe_is_refused_before_training(tmp_path, name):
+    """F61."""
+    os.mkfifo(tmp_path / name)
+    done = run(sys.executable, SCRIPT, *TINY, "--out", tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"{name}' is a pipe" in line
+    assert stat.S_ISFIFO((tmp_path / name).stat().st_mode)

@@ -27,6 +27,9 @@ class Here:
     def name_of(self, _parameter: nn.Parameter) -> str:
         return "layer.weight"
 
+    def bring(self) -> bool:
+        return False
+
 
 def absent_parameter(*, empty: bool = True) -> nn.Parameter:
     parameter = nn.Parameter(torch.arange(6.0).reshape(2, 3))

@@ -31,6 +31,7 @@ LAYERS = (
     "step",
     "engine",
     "utils",
+    "cli",
     "__init__",
 )
 CONFIG_MAY_NOT_IMPORT = ("torch", "numpy", "partita._core", "partita.device.kernels")
@@ -112,6 +113,45 @@ def test_the_engine_imports_its_parts_by_their_packages():
     packages = {p.name for p in PACKAGE.iterdir() if p.is_dir()}
     for name in own_imports(PACKAGE / "engine" / "engine.py"):
         assert name.count(".") == 1 or name.split(".")[1] not in packages - {"engine"}, name
+
+
+# -- tensors of our own
+
+# What takes device and dtype from torch's defaults, which are the program's. `*_like` takes both from a tensor.
+FACTORIES = {"empty", "zeros", "ones", "full", "tensor", "arange", "randn", "rand", "randint", "randperm", "eye"}
+FACTORIES |= {"as_tensor", "asarray", "scalar_tensor", "linspace", "empty_strided", "normal", "tril", "triu"}
+
+
+def leaves_to_defaults(text: str) -> list[str]:
+    """Calls of torch's factories that name no device or no dtype, and addresses that nobody has checked."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        called, given = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
+        if called in {f"torch.{name}" for name in FACTORIES} and not given >= {"device", "dtype"}:
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_tensors_name_their_device_and_dtype(path):
+    """F21: torch.set_default_device() and torch.set_default_dtype() are the program's."""
+    assert leaves_to_defaults(path.read_text()) == []
+
+
+def test_tensors_that_name_neither_are_found():
+    """The rule above finds what it forbids."""
+    wrong = ["torch.zeros(3)", "torch.tensor(1.0, device=d)", "torch.empty(n, dtype=t)", "f(torch.randn(3, out=x))"]
+    assert all(leaves_to_defaults(text) for text in wrong)
+    assert not leaves_to_defaults("torch.zeros(3, dtype=t, device=d); torch.empty_like(x); x.new_zeros(3)")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_addresses_of_tensors_are_taken_in_one_place(path):
+    """F20: `kernels.address` looks whether there is memory. What compares addresses only is named here."""
+    if dotted(path) not in ("partita.device.kernels", "partita.units.residence.always"):
+        assert ".data_ptr(" not in path.read_text()
 
 
 # -- the inside of an engine
@@ -225,8 +265,8 @@ def test_both_forms_of_the_cuda_switch_define_the_same_functions():
 # -- budgets
 
 MAX_FILE, MAX_CLASS, MAX_FUNCTION, MAX_CONSTRUCTOR, MAX_PARAMETERS = 400, 300, 60, 45, 8
-# DeepSpeed's names, all of them: a config that has them must find them.
-WIDE_CONSTRUCTORS = {"OneCycle"}
+# DeepSpeed's names, all of them: a config or a call that has them must find them.
+WIDE_CONSTRUCTORS = {"OneCycle", "Init"}
 
 
 def over_budget(path: Path) -> Iterator[str]:

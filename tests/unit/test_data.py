@@ -116,7 +116,10 @@ def test_the_order_depends_on_epoch_and_seed_and_is_frozen() -> None:
     ("arguments", "words"),
     [
         ({"length": 0}, "at least one sample, got length 0"),
-        ({"length": 11}, r"11 samples, fewer than one global batch of 12 \(3 ranks x micro_batch_size 4\)"),
+        (
+            {"length": 11},
+            r"11 samples, fewer than one global batch of 12 \(3 ranks x train_micro_batch_size_per_gpu 4\)",
+        ),
         ({"world_size": 0}, "world_size must be an integer >= 1, got 0"),
         ({"rank": 3}, r"rank must be below world_size \(3\), got 3"),
         ({"rank": -1}, "rank must be an integer >= 0, got -1"),

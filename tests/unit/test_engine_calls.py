@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -117,6 +118,51 @@ def test_forwards_without_gradients_begin_no_micro_batch(engine):
     engine.train()
     with pytest.raises(LifecycleError, match="READY"):
         engine.backward(LOSS)
+
+
+def no_grad_loss(engine: Engine) -> Tensor:
+    with torch.no_grad():
+        return engine(inputs())
+
+
+MISTAKES: dict[str, tuple[Callable[[Engine], Any], list[str]]] = {
+    # what a new user writes: (the calls, what the message must say)
+    "evaluation mode": (lambda e: e.backward(e.eval()(inputs())), ["evaluation mode", "engine.train()"]),
+    "no_grad": (lambda e: e.backward(no_grad_loss(e)), ["no_grad()", "loss = engine(batch)"]),
+    "inference_mode": (
+        lambda e: e.backward(torch.inference_mode()(e)(inputs())),
+        ["inference_mode()", "loss = engine(batch)"],
+    ),
+    "detached": (lambda e: e.backward(e(inputs()).detach()), ["detached", "engine.backward()"]),
+    "item": (lambda e: e.backward(e(inputs()).item()), ["not a float", "engine.backward(loss)", "loss.item()"]),
+    "the model itself": (lambda e: e.backward(e.module(inputs())), ["model(batch)", "engine(batch)"]),
+    "step alone": (lambda e: e.step(), ["no gradients", "engine.backward(loss)"]),
+    "no backward": (lambda e: (e(inputs()), e.step()), ["no backward", "engine.backward(loss)"]),
+    "destroyed": (lambda e: (e.destroy(), e(inputs())), ["destroy()", "initialize()"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_a_new_user_forgets_is_named_with_the_way_out(engine, mistake):
+    """Promise 7; the step that follows is as if nothing had been."""
+    calls, says = MISTAKES[mistake]
+    with pytest.raises((LifecycleError, ValueError)) as raised:
+        calls(engine)
+    assert [words for words in says if words not in str(raised.value)] == [], raised.value
+    if mistake != "destroyed":
+        engine.train()
+        engine.zero_grad()
+        other = Engine(seeded(), config=config())
+        engine.train_batch(inputs())
+        other.train_batch(inputs())
+        assert_same_weights(weights(engine.module), weights(other.module))
+
+
+def test_a_lifecycle_error_pickles(engine):
+    """F24: a parent process that gets it from a pool would hang."""
+    with pytest.raises(LifecycleError) as raised:
+        engine.step()
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
 
 
 # -- exceptions and what comes after them
@@ -279,6 +325,13 @@ def test_a_saved_config_is_the_config_with_batch_sizes_filled_in(tmp_path, engin
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "saved.json").read_bytes()
 
 
+def test_a_config_is_saved_without_a_path_too(tmp_path, engine, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = engine.save_config()
+    assert Engine(seeded(), config=path).config == engine.config
+    assert [path.name] == [found.name for found in tmp_path.iterdir()] == ["partita_config.json"]
+
+
 def test_optimizer_step_and_state_dict_point_to_the_engine(engine):
     """Promise 7: the calls of a plain loop that would silently do the wrong thing."""
     after_backward(engine)
@@ -292,9 +345,9 @@ def test_optimizer_step_and_state_dict_point_to_the_engine(engine):
 def test_a_step_after_a_backward_that_failed_is_refused():
     """The gradients of those before it are not those of the micro-batch."""
     engine = partita.Engine(seeded(), config=config())
-    engine.backward(engine(inputs()))
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        engine.backward(torch.ones(()))
+    loss = engine.backward(engine(inputs()))
+    with pytest.raises(RuntimeError, match="second time"):
+        engine.backward(loss)
     with pytest.raises(LifecycleError, match=r"step\(\) was called in phase FORWARD"):
         engine.step()
     engine.zero_grad()

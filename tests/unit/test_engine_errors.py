@@ -118,7 +118,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "value out of range": (
         lambda: initialize(config(optimizer={"type": "AdamW", "params": {"lr": -1}})),
         ConfigError,
-        ["optimizer.params", "lr is -1"],
+        ["optimizer.params", "optimizer.params.lr = -1"],
     ),
     "foreign parameters": (lambda: initialize(optimizer=foreign()), ValueError, ["group 0", "(3, 7)", "initialize()"]),
     "foreign model_parameters": (

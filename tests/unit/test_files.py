@@ -11,9 +11,11 @@ from pathlib import Path
 
 import partita
 import pytest
+from partita.cli.commands import app
 from partita.config import document
 from partita.files import file_to_write
 from small_models import config, inputs, seeded
+from typer.testing import CliRunner
 
 PACKAGE = Path(partita.__file__).parent
 Make = Callable[[Path], object]
@@ -77,6 +79,13 @@ def test_the_place_of_an_unfinished_file_is_looked_at_too(engine, tmp_path):
     with pytest.raises(OSError, match=r"model\.partial' is a pipe"):
         engine.save_model(tmp_path / "model")
     assert stat.S_ISFIFO((tmp_path / "model.partial").stat().st_mode)
+
+
+def test_the_command_line_does_not_write_into_a_pipe_either(tmp_path):
+    (tmp_path / "ds.json").write_text("{}")
+    os.mkfifo(tmp_path / "out.json")
+    done = CliRunner().invoke(app, ["config", "convert", str(tmp_path / "ds.json"), "-o", str(tmp_path / "out.json")])
+    assert done.exit_code != 0 and "is a pipe" in done.output.replace("\n", " ")
 
 
 def test_documents_are_not_written_into_a_pipe(tmp_path):

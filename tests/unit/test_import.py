@@ -9,7 +9,7 @@ import partita
 import partita.config
 import pytest
 
-LEFT_TO_FIRST_USE = ("pydantic", "pydantic_core", "annotated_types", "safetensors")
+LEFT_TO_FIRST_USE = ("pydantic", "pydantic_core", "annotated_types", "safetensors", "yaml", "typer", "rich")
 
 WITHOUT_A_CONFIG = """
 from partita.config import BatchSizes, ConfigError, default_config, load_config, resolve_batch_sizes, save_config

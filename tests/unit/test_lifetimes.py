@@ -7,36 +7,8 @@ import weakref
 
 import pytest
 import torch
-from partita.comm import SingleProcess
-from partita.units import (
-    AbsentParameterError,
-    Offload,
-    ParameterLifetimes,
-    UnitSettings,
-    build_units,
-    holder_of,
-    stage_policy,
-)
-from torch import nn
-
-
-def gathered(model: nn.Module) -> ParameterLifetimes:
-    """The lifetimes of a model whose parameters are gathered: with shards on the host, one rank gathers, too."""
-    communicator = SingleProcess()
-    units = build_units(
-        model,
-        [(name, p, 0) for name, p in model.named_parameters()],
-        {},
-        UnitSettings(1000, offload=Offload(states=1.0, params=True)),
-        communicator=communicator,
-        gathering=communicator,
-        policy=stage_policy(3),
-    )
-    return ParameterLifetimes(units.groups, communicator, 0, 10**6, no_more_gradients=lambda _units: None)
-
-
-def two_blocks() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+from gathered_alone import gathered, two_blocks
+from partita.units import AbsentParameterError, holder_of
 
 
 def test_hooks_bring_a_block_for_its_forward_and_its_backward():

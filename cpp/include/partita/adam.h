@@ -18,6 +18,7 @@ struct AdamGroup {
     double eps = 1e-8;
     double weight_decay = 0.0;
     bool decoupled = false;  // false: Adam, decay joins the gradient (L2); true: AdamW, decay shrinks the weight
+    bool bias_correction = true;  // false: the moments are used as they are, too small in the first steps
 };
 
 // Flat buffers of one shard, all of the same number of elements.

@@ -59,11 +59,11 @@ class Meeting:
 
 
 class _UnavailableError(Exception):
-    """Raised on all ranks together."""
+    """Shared memory is not for these ranks. Raised on all ranks together."""
 
-    def __init__(self, reason: str, *, is_a_failure: bool) -> None:
-        super().__init__(reason)
-        self.is_a_failure = is_a_failure
+
+class _FailedError(_UnavailableError):
+    """Shared memory is for these ranks, and does not work."""
 
 
 def connect(group: dist.ProcessGroup, wish: Wish, own: OwnGroups, part: Meeting | None = None) -> Communicator:
@@ -91,13 +91,14 @@ def _choose(group: dist.ProcessGroup, wish: Wish, own: OwnGroups, part: Meeting 
         return TorchCommunicator(group, wish.device, own)
     try:
         if not wish.tries_shared_memory:
-            raise _UnavailableError(f"the ranks compute on '{wish.device.type}'", is_a_failure=False)
+            raise _UnavailableError(f"the ranks compute on '{wish.device.type}'")
         return _over_shared_memory(group, wish, own, part)
     except _UnavailableError as error:
-        alone_on_hosts = part is not None and not error.is_a_failure
+        failed = isinstance(error, _FailedError)
+        alone_on_hosts = part is not None and not failed
         if wish.transport == "shared_memory" and not alone_on_hosts:
             raise RuntimeError(f'comm.transport is "shared_memory", but {error}') from error
-        if error.is_a_failure:
+        if failed:
             logger.warning("%s; going on over torch.distributed", error)
         return TorchCommunicator(group, wish.device, own)
 
@@ -112,12 +113,12 @@ def _over_shared_memory(
     contacts = exchange_contacts(everyone, meeting.host, listener.address if listener else b"")
     hosts = ranks_by_host(contacts)
     if len(hosts) == len(contacts):
-        raise _UnavailableError("no two ranks share a host", is_a_failure=False)
+        raise _UnavailableError("no two ranks share a host")
     ranks = next(ranks for ranks in hosts if rank in ranks)
     if len(hosts) > 1:
         if part is None and dist.get_world_size(group) < dist.get_world_size():
             # The group of the hosts' first ranks must be made by all ranks of the job.
-            raise _UnavailableError("a part of the job's ranks is on several hosts", is_a_failure=False)
+            raise _UnavailableError("a part of the job's ranks is on several hosts")
         timeout += GROUP_TIMEOUT  # the leader of a host may be waiting for another host
     inside = _join(everyone, listener, ranks.index(rank), [contacts[r] for r in ranks], timeout)
     if len(hosts) == 1:
@@ -148,5 +149,5 @@ def _join(
         if listener is not None:
             listener.close()  # so that no rank waits for this one
     if any_rank(everyone, made is None) or made is None:
-        raise _UnavailableError(reason, is_a_failure=True)
+        raise _FailedError(reason)
     return SharedMemoryCommunicator(made)

@@ -57,7 +57,7 @@ class Contact:
 def exchange_contacts(everyone: Communicator, host: str, address: bytes) -> list[Contact]:
     """Every rank's contact, by rank. A collective."""
     own = Contact(hashlib.sha256(host.encode()).digest(), address, secrets.token_bytes(TOKEN_BYTES)).pack()
-    gathered = torch.zeros(everyone.world_size * own.numel(), dtype=torch.uint8)
+    gathered = torch.zeros(everyone.world_size * own.numel(), dtype=torch.uint8, device=everyone.device)
     everyone.slice_of(gathered).copy_(own)
     everyone.all_gather(gathered).wait()
     return [Contact.unpack(packed) for packed in everyone.slices(gathered)]

@@ -71,7 +71,7 @@ class SharedMemoryCommunicator(Communicator):
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         if numel == 0:
-            return torch.empty(0, dtype=dtype)
+            return torch.empty(0, dtype=dtype, device=self.device)
         return torch.frombuffer(self._group.allocate(numel * dtype.itemsize), dtype=dtype)
 
     def mapped(self, numel: int, dtype: torch.dtype) -> Tensor:
@@ -82,7 +82,7 @@ class SharedMemoryCommunicator(Communicator):
                 f"of {dtype}, a slice has a multiple of {multiple} elements"
             )
         if numel == 0:
-            return torch.empty(0, dtype=dtype)
+            return torch.empty(0, dtype=dtype, device=self.device)
         return torch.frombuffer(self._group.map_slices(numel // self.world_size * dtype.itemsize), dtype=dtype)
 
     def mapped_multiple(self, dtype: torch.dtype) -> int:

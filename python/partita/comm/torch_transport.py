@@ -159,7 +159,11 @@ class TorchCommunicator(Communicator):
     def barrier(self) -> None:
         on_gpu = self.device.type == "cuda"
         ids = [self.device.index] if on_gpu else None
-        self._launch("barrier", torch.empty(0), [self._asynchronous(dist.barrier, device_ids=ids)]).wait()
+        self._launch(
+            "barrier",
+            torch.empty(0, dtype=torch.uint8, device=HOST),
+            [self._asynchronous(dist.barrier, device_ids=ids)],
+        ).wait()
 
     def close(self) -> None:
         """Ends the process groups that were made for this communicator."""

@@ -1,159 +1,201 @@
-"""Keys that DeepSpeed reads and Partita does not, with what to do instead (an empty hint: only removing it).
-
-A section that is missing here as a whole stands under its own name; its keys need no entry.
-"""
+"""The answers to the keys of DeepSpeed's config that are no keys of `models`; zero_optimization has its own file."""
 
 from __future__ import annotations
 
-_STAGE_3 = "stage 3 does not need it"
-_OFFLOAD = "use zero_optimization.offload_optimizer and offload_param"
-_NVME = "there is no NVMe offload, only device cpu"
-_SAVE = "engine.save_16bit_model() gathers the weights, and nothing else does"
-_QUANTIZED = "quantized communication is not in this version; communication_data_type can halve the traffic"
+from partita.config.answers import (
+    ANY,
+    EMPTY,
+    OFF,
+    Rule,
+    Values,
+    noted,
+    numbers,
+    only,
+    refused,
+    written_as,
+)
+from partita.config.deepspeed_zero_keys import ZERO_RULES
 
-_TOP_LEVEL = {
-    "aio": "there is no NVMe offload",
-    "allgather_size": "use zero_optimization.allgather_bucket_size",
-    "amp": "use fp16, bf16 or torch_autocast",
-    "autotuning": "set the batch sizes yourself",
-    "bfloat16": "use bf16",
-    "checkpoint": "",
-    "comet": "",
-    "comms_logger": "",
-    "compile": "pass a model that torch.compile returned",
-    "compression_training": "",
-    "csv_monitor": "",
-    "curriculum_learning": "",
-    "data_efficiency": "",
-    "dataloader_drop_last": "set drop_last where the data loader is made",
-    "datastates_ckpt": "",
-    "disable_allgather": "",
-    "disable_python_gc": "call gc.disable() in the training script",
-    "eigenvalue": "",
-    "elasticity": "set train_batch_size; the other sizes follow from the number of ranks",
-    "expert_parallel": "",
-    "flops_profiler": "",
-    "fp32_allreduce": 'set communication_data_type to "fp32"',
-    "gradient_allreduce_op": "gradients are always averaged; scale the loss to get their sum",
-    "graph_harvesting": "",
-    "hybrid_engine": "",
-    "log_level": "set it with Python's logging module",
-    "managed_gradient_accumulation": "set gradient_accumulation_steps",
-    "memory_breakdown": "read torch.cuda.memory_stats() in the training script",
-    "nebula": "",
-    "pipeline": "",
-    "progressive_layer_drop": "",
-    "quantize_training": "",
-    "seq_parallel_communication_data_type": "use communication_data_type",
-    "sequence_parallel_size": "",
-    "sparse_attention": "",
-    "sparse_gradients": "",
-    "tensor_parallel": "",
-    "tensorboard": "",
-    "timers": "use wall_clock_breakdown",
-    "use_data_before_expert_parallelism": "",
-    "vocabulary_size": "it only served a warning",
-    "wandb": "",
-    "weight_quantization": "",
-    "zero_allow_untested_optimizer": "an optimizer that cannot be sharded is refused by name",
-    "zero_force_ds_cpu_optimizer": "the update on the host is native, and runs any element-wise optimizer",
-}
+_NOTHING = "asks for nothing"
+_ALWAYS = "what Partita does anyway"
+_REMOVED = "DeepSpeed 0.19 has removed it too; remove it"
+_FP32 = "master weights, gradients of them and moments are fp32 here: remove it"
+_MONITOR = "metrics are not written yet: write the loss and engine.get_lr() yourself, and set enabled to false"
+_CHECKPOINTED = "activation_checkpointing.enabled chooses the layers and what they keep"
 
-_SECTIONS: dict[str, dict[str, str]] = {
-    "optimizer": {"legacy_fusion": ""},
-    "fp16": {
-        "auto_cast": "cast the inputs in the training script",
-        "fp16_master_weights_and_grads": "master weights are always fp32",
-    },
-    "bf16": {
-        "bf16_master_weights_and_grads": "master weights are always fp32",
-        "bf16_optimizer_states": "optimizer state is always fp32",
-        "check_grad_overflow": "gradients are always checked",
-        "check_overflow": "gradients are always checked",
-        "immediate_grad_update": "",
-    },
-    "torch_autocast": {"lower_precision_safe_modules": "torch.autocast chooses by operation"},
-    "data_types": {
-        "keep_in_fp32_modules": "buffers keep their type unless data_types.buffer_dtype is set",
-        "param_dtype": "enable fp16 or bf16",
-    },
-    "zero_optimization": {
-        "allgather_partitions": "updated parameters are always gathered by all-gather",
-        "compute_grad_norm": "the norm is a by-product of the overflow check",
-        "cpu_offload": _OFFLOAD,
-        "cpu_offload_param": _OFFLOAD,
-        "cpu_offload_params": _OFFLOAD,
-        "cpu_offload_use_pin_memory": _OFFLOAD,
-        "elastic_checkpoint": "",
-        "gather_16bit_weights_on_model_save": _SAVE,
-        "enable_sanity_checks": "",
-        "ignore_unused_parameters": "a parameter without gradient counts as zero",
-        "legacy_stage1": "",
-        "load_from_fp32_weights": "",
-        "memory_efficient_linear": _STAGE_3,
-        "mics_hierarchical_params_gather": _STAGE_3,
-        "mics_shard_size": _STAGE_3,
-        "override_module_apply": _STAGE_3,
-        "parameter_alignment": "parameters always start on a 128-byte boundary",
-        "pipeline_loading_checkpoint": "",
-        "round_robin_gradients": "it served offloading",
-        "save_muon_momentum_buffer_in_memory": "",
-        "stage3_gather_16bit_weights_on_model_save": _SAVE,
-        "stage3_gather_fp16_weights_on_model_save": _SAVE,
-        "use_multi_rank_bucket_allreduce": "",
-        "zenflow": "",
-        "zero_hpz_partition_size": _STAGE_3,
-        "zero_quantized_gradients": _QUANTIZED,
-        "zero_quantized_nontrainable_weights": _QUANTIZED,
-        "zero_quantized_weights": _QUANTIZED,
-        "zeropp_loco_param": _QUANTIZED,
-        **dict.fromkeys(
-            [
-                "allgather_sequential",
-                "leaf_module",
-                "log_trace_cache_warnings",
-                "max_live_parameters",
-                "max_reuse_distance",
-                "model_persistence_threshold",
-                "module_granularity_threshold",
-                "param_persistence_threshold",
-                "prefetch_bucket_size",
-                "stage3_allgather_sequential",
-                "stage3_max_reuse_distance",
-                "stage3_model_persistence_threshold",
-                "stage3_module_granularity_threshold",
-                "stage3_use_all_reduce_for_fetch_params",
-                "sub_group_size",
-                "use_all_reduce_for_fetch_params",
-            ],
-            _STAGE_3,
+
+def _off(remedy: str, off: Values = OFF) -> Rule:
+    """A section that is noted while it is off."""
+    return noted(_NOTHING, off), refused(remedy)
+
+
+_AMP_O1 = Values(
+    '`enabled: true` with `opt_level` "O1" or none',
+    lambda value: isinstance(value, dict) and value.get("enabled") is True and value.get("opt_level", "O1") == "O1",
+    ({"enabled": True}, {"enabled": True, "opt_level": "O1"}),
+)
+_ONE_WAY = Values(
+    "`autotp_size` and `tp.tp_size` of at most 1",
+    lambda value: (
+        not value
+        or (
+            isinstance(value, dict)
+            and value.get("autotp_size", 0) in (0, 1)
+            and all((value.get(name) or {}).get("tp_size", 1) == 1 for name in ("tp", "tensor_parallel"))
+        )
+    ),
+    ({}, {"autotp_size": 1}, {"autotp_size": 0, "tp": {"tp_size": 1}}),
+)
+_AT_MOST_1 = numbers("at most `1`", lambda value: value <= 1, 0, 1)
+
+_TOP_LEVEL: dict[str, Rule] = {
+    "aio": (noted("it tunes NVMe offload, which is not there"),),
+    "allgather_size": (noted("DeepSpeed reads it for `zero_optimization: true` only; see allgather_bucket_size"),),
+    "amp": (
+        noted(_NOTHING, OFF),
+        noted(
+            "Apex's O1 is torch.autocast in float16 now, with fp16's loss scale: torch_autocast is enabled",
+            _AMP_O1,
+            "torch_autocast",
+            lambda _: {"enabled": True, "dtype": "float16"},
         ),
-    },
-    "activation_checkpointing": {
-        "contiguous_memory_optimization": "",
-        "number_checkpoints": "name the layers in activation_checkpointing.classes",
-        "partition_activations": "",
-        "profile": "",
-        "synchronize_checkpoint_boundary": "",
-    },
-    "zero_optimization.offload_optimizer": {
-        "buffer_count": _NVME,
-        "fast_init": _NVME,
-        "nvme_path": _NVME,
-        "pipeline_read": _NVME,
-        "pipeline_write": _NVME,
-        "super_offload": "",
-        "cpuadam_cores_perc": "set OMP_NUM_THREADS",
-    },
-    "zero_optimization.offload_param": {
-        "buffer_count": _NVME,
-        "buffer_size": _NVME,
-        "max_in_cpu": _NVME,
-        "nvme_path": _NVME,
-    },
+        refused("use fp16 for Apex's O2, torch_autocast for O1, and neither for O0"),
+    ),
+    "autotuning": _off("set the batch sizes yourself and remove it"),
+    "bfloat16": (written_as("bf16", Values("as there", lambda value: True, ({"enabled": True}, {"enabled": "auto"}))),),
+    "comet": _off(_MONITOR),
+    "comms_config": (noted("DeepSpeed does not read it either"),),
+    "comms_logger": (noted("it reports about DeepSpeed's communication"),),
+    "compile": (noted("pass a model that torch.compile() returned; DeepSpeed too compiles in engine.compile() only"),),
+    "compression_training": _off(_REMOVED, EMPTY),
+    "csv_monitor": _off(_MONITOR),
+    "curriculum_learning": _off(_REMOVED),
+    "data_efficiency": _off("order, select or crop the samples in the training script, and remove it"),
+    "dataloader_drop_last": (
+        noted("an incomplete last batch is always dropped", only(True, None)),
+        refused("an incomplete last batch is always dropped: set it to true, or loop over a loader of your own"),
+    ),
+    "datastates_ckpt": _off("remove it", EMPTY),
+    "ddp_bf16": (noted("DeepSpeed does not read it either"),),
+    "disable_allgather": (noted("updated parameters are always gathered"),),
+    "disable_python_gc": (noted("call gc.disable() in the training script"),),
+    "eigenvalue": _off(_REMOVED),
+    "elasticity": _off("set train_batch_size, the other sizes follow from the number of ranks; " + _REMOVED),
+    "expert_parallel": _off("there is no expert parallelism; remove it to train all experts on every rank"),
+    "flops_profiler": (noted("profile with torch.profiler"),),
+    "fp32_allreduce": (noted(_NOTHING, only(False, None)), written_as("communication_data_type", only(True), "fp32")),
+    "fp8": _off("there is no fp8 training: use bf16, and remove it"),
+    "gradient_allreduce_op": (
+        noted("gradients are always averaged", only("mean", "MEAN", "Mean", None)),
+        refused("gradients are always averaged: multiply the loss by the number of ranks for their sum, and remove it"),
+    ),
+    "graph_harvesting": (noted("it tunes DeepSpeed's use of CUDA graphs"),),
+    "hybrid_engine": _off("generate outside of the engine, and remove it"),
+    "log": (noted("DeepSpeed does not read it either; steps_per_print stands at the top level"),),
+    "log_level": (noted("set it with Python's logging, for the logger 'partita'"),),
+    "managed_gradient_accumulation": (
+        noted(_ALWAYS, only(True, None)),
+        refused("decide with engine.set_gradient_accumulation_boundary() which steps update, and remove it"),
+    ),
+    "memory_breakdown": (noted("read torch.cuda.memory_stats() in the training script"),),
+    "monitor_config": (noted("DeepSpeed does not read it either"),),
+    "nebula": _off(_REMOVED, EMPTY),
+    "pipeline": (noted("it is read for pipeline models only, which are not there"),),
+    "progressive_layer_drop": _off(_REMOVED),
+    "quantize_training": _off(_REMOVED, EMPTY),
+    "seq_parallel_communication_data_type": (noted("there is no sequence parallelism that would use it"),),
+    "sequence_parallel_size": (
+        noted(_NOTHING, _AT_MOST_1),
+        refused("there is no sequence parallelism: set it to 1 and shorten or checkpoint the sequences"),
+    ),
+    "sparse_attention": _off("use an attention that is sparse in the model; " + _REMOVED, EMPTY),
+    "sparse_gradients": (noted("gradients travel whole, which gives the same sums"),),
+    "tensor_parallel": (
+        noted(_NOTHING, _ONE_WAY),
+        refused("there is no tensor parallelism: set autotp_size to 1, and let stage 3 divide the parameters"),
+    ),
+    "tensorboard": _off(_MONITOR),
+    "timers": (noted("use wall_clock_breakdown"),),
+    "use_data_before_expert_parallelism": (noted("there is no expert parallelism that would use it"),),
+    "vocabulary_size": (noted("it only serves a warning in DeepSpeed"),),
+    "wandb": _off(_MONITOR),
+    "weight_quantization": _off("weights are not quantized: remove it", EMPTY),
+    "zero_allow_untested_optimizer": (noted("an optimizer that cannot be sharded is refused by name"),),
+    "zero_force_ds_cpu_optimizer": (noted("any element-wise optimizer runs on the host"),),
 }
 
-DEEPSPEED_ONLY_KEYS: dict[str, str] = _TOP_LEVEL | {
-    f"{section}.{key}": hint for section, keys in _SECTIONS.items() for key, hint in keys.items()
+_OTHER_SECTIONS: dict[str, Rule] = {
+    "activation_checkpointing.contiguous_memory_optimization": (noted(_CHECKPOINTED),),
+    "activation_checkpointing.number_checkpoints": (noted(_CHECKPOINTED),),
+    "activation_checkpointing.partition_activations": (noted(_CHECKPOINTED),),
+    "activation_checkpointing.profile": (noted(_CHECKPOINTED),),
+    "activation_checkpointing.synchronize_checkpoint_boundary": (noted(_CHECKPOINTED),),
+    "bf16.bf16_master_weights_and_grads": (noted(_NOTHING, only(False, None)), refused(_FP32)),
+    "bf16.bf16_optimizer_states": (noted(_NOTHING, only(False, None)), refused(_FP32)),
+    "bf16.check_grad_overflow": (noted("gradients are always checked, and a step that is not finite is skipped"),),
+    "bf16.check_overflow": (noted("gradients are always checked, and a step that is not finite is skipped"),),
+    "bf16.immediate_grad_update": (noted("it says when DeepSpeed copies gradients"),),
+    "checkpoint.checkpoint_serialization": (noted("it tunes DeepSpeed's writer"),),
+    "checkpoint.load_universal": (
+        noted(_NOTHING, only(False, None)),
+        refused("DeepSpeed's checkpoints cannot be loaded: give the weights to engine.load_module_state_dict()"),
+    ),
+    "checkpoint.parallel_write": (noted("it tunes DeepSpeed's writer"),),
+    "checkpoint.tag_validation": (noted("it checks names of DeepSpeed's checkpoints"),),
+    "checkpoint.use_node_local_storage": (
+        noted(_NOTHING, only(False, None)),
+        refused("rank 0 writes what is saved: give a path that it can reach, and remove the key"),
+    ),
+    "checkpoint.writer": (noted("it tunes DeepSpeed's writer"),),
+    "data_types.keep_in_fp32_modules": (
+        noted("buffers keep their type unless data_types.buffer_dtype is set", only("auto", None)),
+        refused("buffers keep their type unless data_types.buffer_dtype is set: remove it"),
+    ),
+    "data_types.param_dtype": (noted(_NOTHING, only(None)), refused("enable fp16 or bf16, and remove it")),
+    "fp16.auto_cast": (
+        noted(_NOTHING, only(False, None)),
+        noted("inputs are not cast: floating-point inputs have to be float16, others need nothing", only(True)),
+    ),
+    "fp16.fp16_master_weights_and_grads": (noted(_NOTHING, only(False, None)), refused(_FP32)),
+    "fp16.initial_scale_power": (
+        noted(
+            "the loss scale starts at 2 to the power 24, its largest value",
+            numbers("above `24`", lambda value: 24 < value < 1000 and value == int(value), 25, 32),
+            "fp16.initial_scale_power",
+            lambda _: 24,
+        ),
+    ),
+    "optimizer.legacy_fusion": (noted("it tunes DeepSpeed's fp16 optimizer"),),
+    "steps_per_print": (
+        noted(
+            "no progress line is printed",
+            Values("infinity", lambda value: value == float("inf"), (float("inf"),)),
+            "steps_per_print",
+            lambda _: None,
+        ),
+    ),
+    "torch_autocast.lower_precision_safe_modules": (
+        noted(_NOTHING, only(None)),
+        refused("torch.autocast chooses by operation: remove it"),
+    ),
 }
-"""Dotted key -> hint."""
+
+RULES: dict[str, Rule] = _TOP_LEVEL | _OTHER_SECTIONS | ZERO_RULES
+"""Dotted key -> its cases. A key of a section that stands here as a whole has none of its own."""
+
+COMMENT = noted("a comment", ANY)
+"""What keys get that only hold text for people, see `is_comment`."""
+
+
+def is_comment(key: str) -> bool:
+    """Whether a key is one of those that people write comments into."""
+    return key.startswith(("_", "//", "#", "$")) or key.lower() in ("comment", "comments", "description")
+
+
+def rule_of(key: str) -> Rule:
+    """The cases of a dotted key, or of the section that it is in; none: DeepSpeed 0.19 has no such key."""
+    while key:
+        if key in RULES:
+            return RULES[key]
+        key = key.rpartition(".")[0]
+    return ()

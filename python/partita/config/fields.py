@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic.fields import FieldInfo
 
 _SHORT_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _LONG_HALF_NAMES = {"fp16": "float16", "bf16": "bfloat16"}
@@ -34,6 +36,11 @@ class OwnKey:
 @dataclass(frozen=True)
 class RankLocal:
     """Marks a key that may differ between ranks. All others must be the same on all ranks."""
+
+
+def takes_auto(field: FieldInfo) -> bool:
+    """Whether "auto" is a value like others for this key."""
+    return "auto" in typing.get_args(field.annotation)
 
 
 def _renamed(names: dict[str, str]) -> Callable[[Any], Any]:
@@ -80,13 +87,11 @@ MasterWeights = Literal["fp32", "split"]
 TransportName = Literal["auto", "shared_memory", "torch"]
 """What carries the bytes between ranks."""
 
-ElementCount = Annotated[int, Field(ge=1), BeforeValidator(_whole_number)]
-"""A number of tensor elements; 5e8 is as good as 500000000."""
+WHOLE = BeforeValidator(_whole_number)
+"""For integers: 5e8 is as good as 500000000."""
 
-ElementLimit = Annotated[int, Field(ge=0), BeforeValidator(_whole_number)]
-"""A number of tensor elements, or none."""
+PositiveInt = Annotated[int, Field(ge=1), WHOLE]
+NaturalInt = Annotated[int, Field(ge=0), WHOLE]
 
 Params = Annotated[dict[str, Any], BeforeValidator(_plain_json)]
 """Keyword arguments. Who builds the optimizer or the schedule checks them; here they only have to be JSON."""
-
-PositiveInt = Annotated[int, Field(ge=1)]

@@ -1,4 +1,4 @@
-"""From a dict, a file or nothing to a `Config`.
+"""From a dict, a file, a string or nothing to a `Config`.
 
 [Note: pydantic when a config is needed] Importing pydantic takes longer than importing the rest of the package. So the
 models, and what imports the models, are imported inside the functions that need a `Config`. Other modules name `Config`
@@ -11,13 +11,15 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from partita.config.answers import Finding
 from partita.config.errors import ConfigError
-from partita.config.json_file import read_json_object
+from partita.config.text_file import read_object
 
 if TYPE_CHECKING:
     from partita.config.models import Config
 
-ConfigSource: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str] | Config | None"
+FileOrDict: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str]"
+ConfigSource: TypeAlias = "FileOrDict | Config | None"
 """What a config is made from."""
 
 
@@ -25,7 +27,8 @@ def load_config(source: ConfigSource = None) -> Config:
     """Read and check a configuration.
 
     Args:
-        source: a dict, the path of a JSON file, a `Config` (returned as it is), or None for all defaults.
+        source: a dict, the path of a file (JSON, with comments if need be, or YAML), the JSON in base64, a `Config`
+            (returned as it is), or None for all defaults.
 
     Raises:
         ConfigError: lists every wrong key with its value and what is allowed instead.
@@ -37,8 +40,38 @@ def load_config(source: ConfigSource = None) -> Config:
         return source
     if source is None:
         return Config()
+    return validated(*_read(source))
+
+
+def answers_to(source: FileOrDict) -> list[Finding]:
+    """The answer to every key that a config has, in its order.
+
+    Raises:
+        ConfigError: the source cannot be read.
+    """
+    from partita.config.validate import answers_in
+
+    return answers_in(_read(source)[0])
+
+
+def clean_form(source: FileOrDict) -> dict[str, Any]:
+    """A config as a nested dict of Partita's own keys, without what has no effect. The caller owns the dict.
+
+    Raises:
+        ConfigError: lists every wrong key with its value and what is allowed instead.
+    """
+    from partita.config.validate import clean
+
+    return clean(*_read(source))
+
+
+def _read(source: Any) -> tuple[Mapping[Any, Any], str]:
+    """The keys of a config as they are written, and what an error message calls them."""
     if isinstance(source, Mapping):
-        return validated(dict(source), origin="the config")
+        return source, "the config"
     if isinstance(source, (str, os.PathLike)):
-        return validated(read_json_object(source), origin=os.fspath(source))
-    raise ConfigError(f"a config is a dict, the path of a JSON file, or a Config; got a {type(source).__name__}")
+        name = os.fspath(source)
+        return read_object(source), name if os.path.exists(name) else "the config in base64"
+    raise ConfigError(
+        f"a config is a dict, the path of a JSON or YAML file, or a Config; got a {type(source).__name__}"
+    )

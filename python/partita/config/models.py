@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from typing_extensions import Self
 
+from partita.config.answers import Ignored
 from partita.config.fields import (
+    WHOLE,
     AutocastName,
     DeepSpeedDefault,
-    ElementCount,
-    ElementLimit,
     FloatName,
     MasterWeights,
+    NaturalInt,
     OffloadDevice,
     OwnKey,
     Params,
@@ -24,27 +26,17 @@ from partita.config.fields import (
 )
 
 
-def _refuse_scattered_gradients(value: bool) -> bool:
-    if not value:
-        raise ValueError("gradients are always packed into flat buffers; remove the key or set it to true")
-    return value
-
-
 class OptimizerConfig(Section):
     """The optimizer that `initialize()` builds when it is given none."""
 
-    type: str = Field(min_length=1, description="Name of the optimizer, such as `AdamW`.")
-    params: Params = Field(
-        default={},
-        description="Its arguments, such as `lr`. `Adam` and `AdamW` take `lr` (0.001), `betas` (0.9, 0.999), "
-        "`eps` (1e-8) and `weight_decay` (0, as in DeepSpeed).",
-    )
+    type: str = Field(min_length=1, description="Name of an optimizer, such as `AdamW`: see [Optimizers](#optimizers).")
+    params: Params = Field(default={}, description="Its arguments, such as `lr`.")
 
 
 class SchedulerConfig(Section):
     """The learning-rate schedule, advanced once per optimizer step that was not skipped."""
 
-    type: str = Field(min_length=1, description="Name of the schedule, such as `WarmupLR`.")
+    type: str = Field(min_length=1, description="Name of a schedule, such as `WarmupLR`: see [Schedules](#schedules).")
     params: Params = Field(default={}, description="Its arguments, such as `warmup_num_steps`.")
 
 
@@ -55,7 +47,7 @@ class Fp16Config(Section):
     loss_scale: Annotated[float, Field(ge=0)] = Field(
         0.0, description="A fixed loss scale; 0 adjusts the scale to the overflows that occur."
     )
-    initial_scale_power: Annotated[int, Field(ge=0, le=24)] = Field(
+    initial_scale_power: Annotated[int, Field(ge=0, le=24), WHOLE] = Field(
         16, description="A dynamic scale starts at 2 to this power."
     )
     loss_scale_window: PositiveInt = Field(
@@ -133,7 +125,7 @@ class OffloadParamConfig(Section):
 class ZeroConfig(Section):
     """What is partitioned over the data-parallel ranks, and how it travels."""
 
-    stage: Annotated[int, Field(ge=0, le=3)] = Field(
+    stage: Annotated[int, Field(ge=0, le=3), WHOLE] = Field(
         0,
         description="0: nothing is partitioned; 1: optimizer state; 2: optimizer state and gradients; 3: parameters "
         "too, which are there only while they compute.",
@@ -143,21 +135,22 @@ class ZeroConfig(Section):
         description="Stage 3: names of the module classes whose parameters are gathered together; null finds the "
         "repeated layers of the model. Between CPU processes of one host nothing is gathered.",
     )
-    stage3_prefetch_bucket_size: Annotated[ElementLimit, DeepSpeedDefault("50000000")] = Field(
+    stage3_prefetch_bucket_size: Annotated[NaturalInt, DeepSpeedDefault("50000000")] = Field(
         8_388_608,
         description="Stage 3: the next layer is gathered while one computes, and further ones while they have at most "
         "this many elements together.",
     )
-    stage3_param_persistence_threshold: Annotated[ElementLimit, DeepSpeedDefault("100000")] = Field(
+    stage3_param_persistence_threshold: Annotated[NaturalInt, DeepSpeedDefault("100000")] = Field(
         10_000, description="Stage 3: parameters of at most this many elements stay on every rank."
     )
-    stage3_max_live_parameters: ElementCount = Field(
-        1_000_000_000, description="Stage 3: elements of gathered parameters above which nothing is gathered ahead."
+    stage3_max_live_parameters: NaturalInt = Field(
+        1_000_000_000,
+        description="Stage 3: elements of gathered parameters above which nothing is gathered ahead; 0: never.",
     )
-    reduce_bucket_size: Annotated[ElementCount, DeepSpeedDefault("500000000")] = Field(
+    reduce_bucket_size: Annotated[PositiveInt, DeepSpeedDefault("500000000")] = Field(
         8_388_608, description="Elements per gradient collective. Smaller ones start sooner, larger ones cost less."
     )
-    allgather_bucket_size: Annotated[ElementCount, DeepSpeedDefault("500000000")] = Field(
+    allgather_bucket_size: Annotated[PositiveInt, DeepSpeedDefault("500000000")] = Field(
         8_388_608, description="Elements per collective that gathers the updated parameters."
     )
     overlap_comm: Annotated[bool, DeepSpeedDefault("true in stage 3, else false")] = Field(
@@ -178,9 +171,7 @@ class ZeroConfig(Section):
     offload_param: OffloadParamConfig = Field(
         OffloadParamConfig(), description="See [offload_param](#zero_optimizationoffload_param)."
     )
-    contiguous_gradients: Annotated[bool, AfterValidator(_refuse_scattered_gradients)] = Field(
-        True, description="Always true: gradients are packed into flat buffers."
-    )
+    contiguous_gradients: bool = Field(True, description="Always true: gradients are packed into flat buffers.")
 
     @model_validator(mode="after")
     def _offload_has_an_object(self) -> Self:
@@ -190,10 +181,7 @@ class ZeroConfig(Section):
             raise ValueError("offload_param works on partitioned parameters: use stage 3")
         optimizer = self.offload_optimizer
         if self.offload_param.device != "none" and (optimizer.device == "none" or optimizer.ratio < 1):
-            raise ValueError(
-                'offload_param keeps parameters where they are updated: set offload_optimizer.device to "cpu" too, '
-                "with ratio 1"
-            )
+            raise ValueError("offload_param keeps parameters where they are updated: set offload_optimizer.ratio to 1")
         return self
 
 
@@ -208,8 +196,8 @@ class ActivationCheckpointingConfig(Section):
 
     @model_validator(mode="after")
     def _is_used(self) -> Self:
-        if not self.enabled and (self.cpu_checkpointing or self.classes is not None):
-            raise ValueError("the other keys have no effect while enabled is false; set enabled to true")
+        if not self.enabled and self.classes is not None:
+            raise ValueError("classes has no effect while enabled is false; set enabled to true")
         return self
 
 
@@ -245,6 +233,25 @@ class DataTypesConfig(Section):
 class Config(Section):
     """The whole configuration."""
 
+    _ignored: tuple[Ignored, ...] = PrivateAttr(())
+    _open: frozenset[str] = PrivateAttr(frozenset())
+
+    @property
+    def ignored(self) -> tuple[Ignored, ...]:
+        """Keys that were accepted and have no effect of their own, and what each "auto" became."""
+        return self._ignored
+
+    @property
+    def open_keys(self) -> frozenset[str]:
+        """Dotted keys whose "auto" waits for a model and an optimizer, see `resolve_auto`."""
+        return self._open
+
+    def with_notes(self, ignored: Iterable[Ignored], open_keys: Iterable[str] = ()) -> Self:
+        """A copy with other notes."""
+        copy = self.model_copy()
+        copy._ignored, copy._open = tuple(ignored), frozenset(open_keys)
+        return copy
+
     train_batch_size: PositiveInt | None = Field(
         None, description="Samples per optimizer step over all ranks: micro-batch x accumulation x ranks."
     )
@@ -279,14 +286,14 @@ class Config(Section):
     gradient_predivide_factor: Annotated[float, Field(gt=0)] = Field(
         1.0, description="With prescale_gradients: this part of the division comes first, the rest after the sum."
     )
-    steps_per_print: Annotated[Annotated[int, Field(ge=0)] | None, DeepSpeedDefault("null"), RankLocal()] = Field(
+    steps_per_print: Annotated[NaturalInt | None, DeepSpeedDefault("null"), RankLocal()] = Field(
         10, description="Optimizer steps between two progress lines; 0 or null prints none."
     )
     wall_clock_breakdown: Annotated[bool, RankLocal()] = Field(
         False, description="Time forward, backward and step, and report them."
     )
     dump_state: Annotated[bool, RankLocal()] = Field(False, description="Print the resolved configuration at start.")
-    seed: Annotated[int, Field(ge=0), OwnKey()] = Field(1234, description="Seed of the order of the data.")
+    seed: Annotated[NaturalInt, OwnKey()] = Field(1234, description="Seed of the order of the data.")
     max_consecutive_skipped_steps: Annotated[PositiveInt, OwnKey()] = Field(
         100, description="After this many skipped steps in a row training stops with an error."
     )

@@ -23,6 +23,11 @@ def all_sections(section: type[Section] = Config, path: str = "") -> Iterator[tu
         yield from all_sections(model, join(path, key))
 
 
+def may_be_null(annotation: object) -> bool:
+    """Whether null is a value of a field with this annotation."""
+    return types.NoneType in typing.get_args(annotation)
+
+
 def join(path: str, key: object) -> str:
     """The dotted key of `key` inside the section at `path`."""
     return f"{path}.{key}" if path else str(key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from partita.data.sampler import ShardedSampler, Sharding
+from partita.device import HOST
 
 
 class ShardedLoader:
@@ -35,6 +36,7 @@ class ShardedLoader:
         num_workers: processes that load ahead; 0 loads in this one. What they prefetched does not count as consumed.
         shuffle: None shuffles a dataset with a length and leaves a stream as it is.
         drop_last: as in ``ShardedSampler``; a stream cannot have False.
+        options: further arguments for torch's ``DataLoader``: ``pin_memory``, ``worker_init_fn``, ...
 
     Raises:
         ValueError: an argument out of range; a dataset, or a whole epoch of a stream, smaller than one global batch.
@@ -51,11 +53,13 @@ class ShardedLoader:
         num_workers: int = 0,
         shuffle: bool | None = None,
         drop_last: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.dataset = dataset
         self.sharding = sharding
         self.collate_fn = default_collate if collate_fn is None else collate_fn
         self.num_workers = num_workers
+        self.options = dict(options or {})
         self.sampler: ShardedSampler | None = None  # None for a stream
         self.epoch = 0
         self.samples = 0  # of this epoch's order, consumed by all ranks together
@@ -152,7 +156,7 @@ class ShardedLoader:
             if fresh:
                 raise ValueError(
                     f"the stream ended before one global batch of {self.sharding.global_batch_size} samples "
-                    f"({self.sharding.world_size} ranks x micro_batch_size {self.sharding.micro_batch_size})"
+                    f"({self.sharding.in_words}); give more samples, or lower train_micro_batch_size_per_gpu"
                 )
 
     def _check_newest(self, iteration: int) -> None:
@@ -162,20 +166,24 @@ class ShardedLoader:
     def _next_epoch(self) -> None:
         self.epoch, self.samples = self.epoch + 1, 0
 
-    def _batches(self) -> Iterable[Any]:
+    def _batches(self) -> Iterator[Any]:
         # A generator of its own: torch would draw the workers' seed from the global one, which the model uses too.
         place = [self.sharding.seed, self.epoch, self.samples, self.sharding.rank]
         words = np.random.SeedSequence(place).generate_state(1)
         common: dict[str, Any] = {
             "collate_fn": self.collate_fn,
             "num_workers": self.num_workers,
-            "generator": torch.Generator().manual_seed(int(words[0])),
+            **self.options,
+            "generator": torch.Generator(HOST).manual_seed(int(words[0])),
         }
         if self.sampler is not None:
             batches = self.sampler.batches(self.epoch, self.samples)
-            return DataLoader(self.dataset, batch_sampler=batches, **common)  # type: ignore[arg-type]
-        shard = _StreamShard(self.dataset, self.sharding, self.samples)
-        return DataLoader(shard, batch_size=None, **common)
+            loader = DataLoader(self.dataset, batch_sampler=batches, **common)  # type: ignore[arg-type]
+        else:
+            shard = _StreamShard(self.dataset, self.sharding, self.samples)
+            loader = DataLoader(shard, batch_size=None, **common)
+        with torch.device(HOST):  # torch draws a number from the generator here, on the program's default device
+            return iter(loader)
 
 
 class _StreamShard(IterableDataset[list[Any]]):

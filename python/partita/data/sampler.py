@@ -40,6 +40,11 @@ class Sharding:
         """Samples that all ranks consume together in one batch."""
         return self.world_size * self.micro_batch_size
 
+    @property
+    def in_words(self) -> str:
+        """Where the size of a global batch comes from, for an error."""
+        return f"{self.world_size} ranks x train_micro_batch_size_per_gpu {self.micro_batch_size}"
+
 
 @dataclass(frozen=True)
 class ShardedSampler:
@@ -74,8 +79,8 @@ class ShardedSampler:
         if self.drop_last and self.length < self.global_batch_size:
             raise ValueError(
                 f"the dataset has {self.length} samples, fewer than one global batch of {self.global_batch_size} "
-                f"({self.sharding.world_size} ranks x micro_batch_size {self.sharding.micro_batch_size}); "
-                "lower micro_batch_size, or set drop_last=False to repeat samples"
+                f"({self.sharding.in_words}); lower train_micro_batch_size_per_gpu (or train_batch_size) in the "
+                "config, or give a DataLoader with drop_last=False, which repeats samples"
             )
 
     @property

@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from partita import _core
 from partita._core import AdamGroup, AdamPart, LossScaler, NormPart, Reduction, Segments, Span, Stream
@@ -21,7 +22,7 @@ def span(tensor: Tensor, name: str = "tensor") -> Span:
 
     Raises:
         TypeError: another dtype.
-        ValueError: a device without kernels, or not contiguous.
+        ValueError: as for `address`.
     """
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None:
@@ -33,15 +34,58 @@ def address(tensor: Tensor, name: str = "tensor") -> int:
     """Where a contiguous tensor begins; `name` is for the errors.
 
     Raises:
-        ValueError: a device without kernels, or not contiguous.
+        ValueError: a device without kernels, not contiguous, or no memory with the values: see `why_no_address`.
     """
     if not (tensor.is_cpu or tensor.is_cuda):
         raise ValueError(
             f"{name} is on device '{tensor.device}': the native core computes on the CPU and on CUDA devices"
         )
-    if not tensor.is_contiguous():
+    is_strided = tensor.layout is torch.strided
+    if is_strided and not tensor.is_contiguous():
         raise ValueError(f"{name} of shape {tuple(tensor.shape)}, strides {tensor.stride()} is not contiguous")
-    return tensor.data_ptr()
+    pointer = tensor.data_ptr() if is_strided and not _is_made_of_others(tensor) else 0
+    # Where a storage has no memory, the address is that of the tensor in it, counted from 0. The rest of what
+    # `why_no_address` finds has the address 0: gradients pass here in every step, so they are looked at briefly.
+    nowhere = pointer == tensor.storage_offset() * tensor.element_size()
+    if (nowhere and tensor.numel()) or tensor.is_neg() or tensor.is_nested:
+        reason = why_no_address(tensor) or f"of shape {tuple(tensor.shape)} has no memory: its values are elsewhere"
+        raise ValueError(f"{name} {reason}; the native core needs a tensor with memory of its own")
+    return pointer
+
+
+def why_no_address(tensor: Tensor) -> str | None:
+    """Why the memory at a tensor's address is not its values, as the end of a sentence; None if it is, or would be if
+    its storage had memory."""
+    if (reason := why_no_memory(tensor)) is not None:
+        return reason
+    return (
+        "has memory with other values (a lazy negation or conjugate)" if tensor.is_neg() or tensor.is_conj() else None
+    )
+
+
+def why_no_memory(tensor: Tensor) -> str | None:
+    """Why a tensor has no memory of its own, as the end of a sentence; None if it has, or would have if its storage
+    had.
+
+    A DTensor, a FakeTensor and the like have a shape and a device as plain tensors have, and the address 0.
+    """
+    if is_lazy(tensor):
+        return "has no shape yet, as its module waits for a first forward"
+    if _is_made_of_others(tensor):
+        return f"is a {type(tensor).__name__}, which is made of other tensors"
+    with torch._C.DisableTorchFunctionSubclass():  # an absent parameter's class would refuse some of these questions
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            return f"has the layout {'nested' if tensor.is_nested else tensor.layout}"
+        if tensor.is_meta:
+            return "is on the meta device"
+        if torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return "is a tensor of a transformation (torch.func)"
+        return "is a lazy zero" if tensor._is_zerotensor() else None
+
+
+def _is_made_of_others(tensor: Tensor) -> bool:
+    """Whether the tensor's class computes with other tensors in place of the memory of this one."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def _where(**tensors: Tensor | None) -> int | Stream:
@@ -126,7 +170,7 @@ def sum_of_squares(total: Tensor, parts: list[Part[NormPart]]) -> None:
     if isinstance(where, Stream):
         blocks = sum(part.blocks for part in native)
         scratch = torch.empty(blocks, dtype=torch.float64, device=total.device)
-        _core.norm(address_of_total, native, scratch.data_ptr(), where)
+        _core.norm(address_of_total, native, address(scratch, "scratch"), where)
     else:
         _core.norm(address_of_total, native, where)
 

@@ -34,7 +34,7 @@ def host_buffer(numel: int, dtype: torch.dtype, pin: bool) -> Tensor:
     """A zero-filled flat tensor on the host; `pin`: where there is a GPU, in memory that it copies from and to by
     itself."""
     if pin and torch.cuda.is_available():
-        return torch.zeros(numel, dtype=dtype, pin_memory=True)
+        return torch.zeros(numel, dtype=dtype, device=HOST, pin_memory=True)
     return flat_buffer(numel, dtype)
 
 

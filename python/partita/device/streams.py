@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from partita import _core
+from partita.device.memory import HOST
 
 
 class HostCopy(Protocol):
@@ -125,7 +126,7 @@ class CudaStreams(Streams):
             tensor.record_stream(current)
 
     def copy_to_host(self, tensor: Tensor) -> HostCopy:
-        return self.copy_into(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True), tensor)
+        return self.copy_into(torch.empty(tensor.shape, dtype=tensor.dtype, device=HOST, pin_memory=True), tensor)
 
     def copy_into(self, destination: Tensor, source: Tensor) -> HostCopy:
         destination.copy_(source, non_blocking=True)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from partita.config import save_config
 from partita.data import ShardedLoader
-from partita.engine.ending import warn_of_unfinished
+from partita.engine.as_module import AsModule
 from partita.model import ModelPart, RandomState, Section, TrainState, clone_state_dict, save_weights
 from partita.optim import HyperParameters, ShardedOptimizer
 from partita.run import Run
@@ -25,7 +25,7 @@ from partita.zero import WeightSource, load_weights
 logger = logging.getLogger("partita")
 
 
-class EngineBase:
+class EngineBase(AsModule):
     """A model in training.
 
     An engine composes what others made; it has no arithmetic of its own. A subclass adds its calls and overrides
@@ -51,8 +51,8 @@ class EngineBase:
         dataloader: ShardedLoader | None,
         exits: ExitStack,
     ) -> None:
+        super().__init__(module)
         self.config = run.config
-        self.module = module
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.dataloader = dataloader
@@ -63,10 +63,6 @@ class EngineBase:
         self._is_destroyed = False
         self._announce()
         self._exits = exits.pop_all()  # the last thing that may fail is done
-        self._ending: weakref.finalize[Any, Any] | None = None
-        if run.is_first:
-            accumulations = [part.accumulation for part in parts]
-            self._ending = weakref.finalize(self, warn_of_unfinished, accumulations)
 
     # -- what a run is asked
 
@@ -94,6 +90,11 @@ class EngineBase:
     def global_steps(self) -> int:
         """Optimizer steps so far, the skipped ones too."""
         return self._step.global_steps
+
+    @property
+    def global_samples(self) -> int:
+        """Samples of these steps, over all ranks."""
+        return self._step.global_samples
 
     @property
     def loss_scale(self) -> float:
@@ -146,6 +147,37 @@ class EngineBase:
             self._wait_for_parameters()
             return load_weights(self.module, source, strict=strict, rank=rank)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The model's state dict as any module gives it, names with "module."; its tensors are the parameters.
+
+        Raises:
+            RuntimeError: parameters are partitioned (stage 3): `module_state_dict()` gathers them.
+        """
+        self._wait_for_parameters()
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Gives the model the weights of a dict with the names of `state_dict()`; a collective, rank 0's values count.
+
+        Raises:
+            ValueError: names or shapes do not fit, or `assign` is asked for.
+        """
+        if assign:
+            raise ValueError("load_state_dict(assign=True) would replace parameters that are trained: leave assign out")
+        bare = next((name for name in state_dict if not name.startswith("module.")), None)
+        if bare is not None:
+            raise ValueError(
+                f"'{bare}' does not begin with 'module.', as the names of engine.state_dict() do: give a state dict of "
+                "the model to engine.load_module_state_dict()"
+            )
+        state = {name.removeprefix("module."): value for name, value in state_dict.items()}
+        missing = self.load_module_state_dict(state, strict=strict)
+        unexpected = state.keys() - self.module.state_dict(keep_vars=True).keys()
+        return _IncompatibleKeys([f"module.{name}" for name in missing], [f"module.{name}" for name in unexpected])
+
     def save_model(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Writes the model's state dict to one safetensors file, which rank 0 writes and all ranks gather.
 
@@ -169,9 +201,10 @@ class EngineBase:
         with self._call_of_all("save_16bit_model()"):
             self.save_model(Path(save_dir) / save_filename)
 
-    def save_config(self, path: str | os.PathLike[str]) -> None:
-        """Writes the whole config as JSON, batch sizes resolved."""
+    def save_config(self, path: str | os.PathLike[str] = "partita_config.json") -> Path:
+        """Writes the whole config as JSON, batch sizes resolved; returns the path."""
         save_config(self.config, path)
+        return Path(path)
 
     def train_state(self) -> TrainState:
         """Everything that must survive a restart.
@@ -204,8 +237,12 @@ class EngineBase:
         if self._is_destroyed:
             return
         self._is_destroyed = True
-        if self._ending is not None:
-            self._ending()
+        unfinished = max(part.accumulation.unfinished for part in self._parts)
+        if unfinished and self._run.is_first:
+            logger.warning(
+                f"the run ends {_count(unfinished, 'micro-batch')} into a step of {self._run.batch.accumulation} "
+                "(gradient_accumulation_steps), whose gradients are in no update: give each step all its micro-batches"
+            )
         try:
             self._exits.close()
         finally:
@@ -228,23 +265,21 @@ class EngineBase:
         units = [unit for part in self._parts for unit in part.units]
         optimizer = "no optimizer" if self.optimizer is None else type(self.optimizer.inner).__name__
         batch = self._run.batch
+        over = f" over {self._run.grid.world.transport}" if self.world_size > 1 else ""
+        numel = sum(p.numel() for unit in units for p in unit.parameters)
+        trained = f"{_count(numel, 'parameter')} in {_count(len(units), 'unit')}" if numel else "nothing is trained"
         logger.info(
-            "ZeRO stage %d, %d ranks over %s, %s, %s on %s; %s parameters in %d units; "
-            "batch %d = %d x %d micro-batches x %d ranks",
-            self._run.policy.stage,
-            self.world_size,
-            self._run.grid.world.transport,
-            self._run.precision.name,
-            optimizer,
-            self._run.streams.name,
-            f"{sum(p.numel() for unit in units for p in unit.parameters):,}",
-            len(units),
-            batch.train,
-            batch.micro,
-            batch.accumulation,
-            self._run.grid.data.world_size,
+            f"ZeRO stage {self._run.policy.stage}, {_count(self.world_size, 'rank')}{over}, "
+            f"{self._run.precision.name}, {optimizer} on {self._run.streams.name}; {trained}; "
+            f"batch {batch.train} = {batch.micro} x {_count(batch.accumulation, 'micro-batch')} "
+            f"x {_count(self._run.grid.data.world_size, 'rank')}"
         )
         if self.device.type == "cpu" and torch.cuda.device_count():
             logger.warning("the model is on the CPU and trains there; for a GPU: model.to('cuda') before initialize()")
         if self.config.dump_state:
             logger.info("config: %s", self.config.model_dump_json(indent=2))
+
+
+def _count(number: int, thing: str) -> str:
+    plural = "" if number == 1 else "es" if thing.endswith("ch") else "s"
+    return f"{number:,} {thing}{plural}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -10,12 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from partita.comm import note_rank
+from partita.comm import backend_for, init_distributed, note_rank
 from partita.config import ConfigSource
-from partita.data import ShardedLoader, Sharding, call_with, loss_in, micro_batches, on_device
+from partita.data import (
+    Reading,
+    ShardedLoader,
+    call_with,
+    loading_of,
+    loss_in,
+    micro_batches,
+    on_device,
+    sharded_loader,
+)
 from partita.engine.agreement import shared_by_ranks
+from partita.engine.arguments import OWN_ORDER, check_arguments, config_of, model_of, named_arguments
 from partita.engine.base import EngineBase
-from partita.engine.phase import Phase, require
+from partita.engine.dtype_notes import explain_dtypes
+from partita.engine.phase import Phase, require, require_loss
 from partita.model import Accumulation, LossScaling, ModelPart, device_of, require_only_parameters_of
 from partita.optim import (
     OptimizerSource,
@@ -24,6 +35,7 @@ from partita.optim import (
     StepController,
     choose_optimizer,
     choose_scheduler,
+    decided_config,
     kept_groups,
     require_supported,
 )
@@ -45,10 +57,12 @@ class Engine(EngineBase):
         model: on the device to train on, the CPU or a GPU; its parameters are converted in place as the config says.
         optimizer: over the model's parameters (or a function that makes one from them); None: the config's.
         model_parameters: parameters or param groups for the config's optimizer; None: all that require gradients.
-        train_data: a dataset or an iterable of samples; `dataloader` then gives this rank's micro-batches.
+        train_data: a dataset or an iterable of samples, or a DataLoader, of which see `partita.data.loading_of`;
+            `dataloader` then gives this rank's micro-batches.
         lr_scheduler: over the optimizer (or a function that makes one from it), stepped after every update that was not
             skipped; None: the config's.
-        config: dict, path to a JSON file, or `Config`.
+        config: dict, path to a JSON file, or `Config`; `config_dict`, `config_dict_or_path` and `config_params` are
+            other names for it.
         collate_fn: makes a micro-batch from a list of samples.
 
     Raises:
@@ -65,27 +79,27 @@ class Engine(EngineBase):
         lr_scheduler: SchedulerSource = None,
         config: ConfigSource = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        **config_names: ConfigSource,
     ) -> None:
-        # What refuses comes first, while the model is as the program gave it. A later error undoes what was done.
-        # The ranks join when all is known that one rank alone can be wrong about.
+        # What refuses comes first, while model and ranks are as the program gave them. A later error undoes all.
         with ExitStack() as on_failure, ExitStack() as exits:
             on_failure.push(note_rank)
-            settings, device = checked_config(config), device_of(model)
+            model = model_of(model)
+            check_arguments(optimizer, model_parameters, train_data, lr_scheduler, config, collate_fn)
+            config = config_of(None, {"config": config, **config_names})
+            loading = loading_of(train_data, collate_fn)
+            decided = decided_config(config, model, optimizer, lr_scheduler, loading.batch_size)
+            settings, device = checked_config(decided, loading.batch_size), device_of(model)
             inner = choose_optimizer(optimizer, model, model_parameters, settings)
             if inner is not None:
                 require_only_parameters_of(model, inner)
                 require_supported(inner, policy_of(settings), splits_masters=splits_masters(settings))
-            outer = None if inner is None else ShardedOptimizer(inner)
-            if inner is not None:
                 on_failure.callback(kept_groups(inner))  # a schedule changes learning rates when it is made
+            outer = None if inner is None else ShardedOptimizer(inner)
             scheduler = choose_scheduler(lr_scheduler, outer, settings)
             shared = shared_by_ranks(settings, model, inner, scheduler, train_data)
-            run = begin_run(settings, device, exits, shared, on_failure=on_failure)
-            loader = None
-            if train_data is not None:
-                data = run.grid.data
-                sharding = Sharding(data.rank, data.world_size, run.batch.micro, run.config.seed)
-                loader = ShardedLoader(train_data, sharding, collate_fn=collate_fn)
+            run = begin_run(settings, device, exits, shared, loading.batch_size, on_failure)
+            loader = None if train_data is None else sharded_loader(loading, run)
             controller = StepController(loss_scaler_of(run.config, run.precision), run.streams, run.world_size)
             scaling = LossScaling(controller.scale if run.precision.scales_loss else None)
             accumulation = Accumulation(run.batch.accumulation, run.policy)
@@ -98,8 +112,9 @@ class Engine(EngineBase):
             on_failure.pop_all()
         self._scaling = scaling
         self._accumulation = accumulation
-        self._has_forward = False  # in this micro-batch
+        self._has_forward = self._was_at_boundary = False  # in this micro-batch; in the last step()
         self._backwards_before = 0  # backwards of the part before this micro-batch
+        self._reading = Reading()
 
     @classmethod
     def initialize(cls, *args: Any, **kwargs: Any) -> tuple[Engine, Optimizer | None, ShardedLoader | None, Any]:
@@ -108,29 +123,39 @@ class Engine(EngineBase):
 
     # -- one micro-batch
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model. In training mode with gradients enabled this begins a micro-batch."""
         require("__call__()", self._phase, Phase.READY, Phase.FORWARD, Phase.BACKWARD)
         with self._calls.inside("engine()"), self._step.timers.phase("forward"):
-            outputs = self._part.forward(*args, **kwargs)
+            try:
+                outputs = self._part.forward(*args, **kwargs)
+            except RuntimeError as error:
+                explain_dtypes(error, self.module, (args, kwargs))
+                raise
         if self.module.training and torch.is_grad_enabled():
             self._has_forward = True
         return outputs
 
-    def backward(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Adds the gradients of `loss` (a scalar, this micro-batch's mean) to this step's; returns the loss.
 
         The step's gradient is the mean over its micro-batches and ranks. float16 losses are scaled here.
+
+        Args:
+            retain_graph: keep the graph for another backward.
+            scale_wrt_gas: False: the sum over micro-batches takes the place of the mean, as the program has divided the
+                loss by `gradient_accumulation_steps` already.
         """
-        require("backward()", self._phase, Phase.FORWARD, Phase.BACKWARD)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"engine.backward() needs a scalar loss, not a {what}: reduce it with .mean() or .sum()")
+        if not self._is_destroyed:
+            require_loss(loss)
+        require("backward()", self._phase, Phase.FORWARD, Phase.BACKWARD, hint=self._why_no_forward())
         self._backwards_before = (
             self._part.ended_backwards
         )  # if this one fails, those before it are not enough for a step
         with self._calls.inside("backward()"), self._step.timers.phase("backward"):
-            self._part.backward([self.scale(loss)], retain_graph=retain_graph)
+            counted = loss if scale_wrt_gas else loss * self._run.batch.accumulation
+            self._part.backward([self.scale(counted)], retain_graph=retain_graph)
+        self._step.controller.add_loss(counted)
         return loss
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -147,28 +172,36 @@ class Engine(EngineBase):
             for part in self._parts:
                 part.finish_backward()
             require("step()", self._phase, Phase.BACKWARD)
+            self._was_at_boundary = False  # should the update fail
             at_boundary = self._accumulation.is_boundary
             self._accumulation.advance()
             self._part.forget()
             self._begin_micro_batch()
             if at_boundary:
                 self._step.update()
+            self._was_at_boundary = at_boundary
 
-    def train_batch(self, batch: Any = None) -> Tensor:
+    def was_step_applied(self) -> bool:
+        """Whether the last `step()` updated the parameters: at a boundary, and not skipped. On a GPU the host waits."""
+        return self._was_at_boundary and self._step.was_applied()
+
+    def train_batch(self, batch: Any = None, *, data_iter: Any = None) -> Tensor:
         """One whole optimizer step; returns the mean loss of this rank's micro-batches, detached.
 
         Args:
-            batch: an iterator over micro-batches, or one batch that is split along dimension 0 into
-                `gradient_accumulation_steps` parts; None: the engine's own `dataloader`. CPU tensors are copied to the
-                model's device. The model must return its loss.
+            batch: an iterator over micro-batches; a DataLoader, of which each call takes the next micro-batches, epoch
+                after epoch; or one batch that is split along dimension 0 into `gradient_accumulation_steps` parts.
+                None: the engine's own `dataloader`. CPU tensors are copied to the model's device. The model must return
+                its loss.
+            data_iter: an iterator or a DataLoader, under DeepSpeed's name.
         """
-        if batch is None:
+        if batch is None and data_iter is None:
             if self.dataloader is None:
                 raise ValueError("train_batch() needs a batch or an iterator: the engine was given no train_data")
-            batch = iter(self.dataloader.next_batch, object())  # nothing equals the object, so this never ends
+            batch = self.dataloader
         count = self._run.batch.accumulation
         total = torch.zeros((), dtype=torch.float32, device=self.device)
-        for micro_batch in micro_batches(batch, count):
+        for micro_batch in micro_batches(self._reading.source(batch, data_iter, "train_batch"), count):
             loss = loss_in(call_with(self, on_device(micro_batch, self.device)))
             self.backward(loss)
             self.step()
@@ -176,24 +209,26 @@ class Engine(EngineBase):
         return total / count
 
     @torch.no_grad()
-    def eval_batch(self, batch: Any) -> Any:
-        """The model's output for a batch in evaluation mode, without gradients."""
+    def eval_batch(self, batch: Any = None, *, data_iter: Any = None) -> Any:
+        """The model's output for a batch in evaluation mode, without gradients.
+
+        Of an iterator or a DataLoader (`data_iter` is DeepSpeed's name): the mean loss of this rank's next
+        `gradient_accumulation_steps` micro-batches. The model must return its loss then.
+        """
+        if batch is None and data_iter is None:
+            raise ValueError("eval_batch() needs a batch, or an iterator over micro-batches")
+        source = self._reading.source(batch, data_iter, "eval_batch")
         training = [module for module in self.module.modules() if module.training]
         self.module.eval()
         try:
-            return call_with(self, on_device(batch, self.device))
+            if not isinstance(source, Iterator):
+                return call_with(self, on_device(source, self.device))
+            batches = micro_batches(source, self._run.batch.accumulation)
+            losses = [loss_in(call_with(self, on_device(b, self.device))).float().reshape(()) for b in batches]
+            return torch.stack(losses).mean()
         finally:
             for module in training:
                 module.training = True
-
-    def train(self, mode: bool = True) -> Engine:
-        """Training mode, as `nn.Module.train`."""
-        self.module.train(mode)
-        return self
-
-    def eval(self) -> Engine:
-        """Evaluation mode, as `nn.Module.eval`."""
-        return self.train(False)
 
     # -- accumulation
 
@@ -221,10 +256,15 @@ class Engine(EngineBase):
         """
         self._accumulation.boundary = is_boundary
 
-    def zero_grad(self) -> None:
-        """Begins the step anew: drops the gradients since the last update, and what an interrupted backward left."""
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Begins the step anew: drops the gradients since the last update, and what an interrupted backward left.
+
+        Args:
+            set_to_none: of no consequence: `parameter.grad` is None in any case.
+        """
         for part in self._parts:
             part.give_up()
+        self._step.controller.forget_losses()
         self._accumulation.restart()
         self._begin_micro_batch()
 
@@ -264,24 +304,63 @@ class Engine(EngineBase):
             return Phase.BACKWARD
         return Phase.FORWARD if self._has_forward else Phase.READY
 
+    def _why_no_forward(self) -> str:
+        """Why a loss with a graph came, and no forward of this engine that could have made it."""
+        if not self.module.training:
+            return "the model is in evaluation mode, where no forward trains: call engine.train() before engine(batch)"
+        return "model(batch) and engine.module(batch) do not count: call engine(batch)"
+
     def _begin_micro_batch(self) -> None:
         self._has_forward = False
         self._backwards_before = sum(part.ended_backwards for part in self._parts)
 
 
 def initialize(
-    model: nn.Module,
+    *positional: Any,
+    args: Any = None,
+    model: nn.Module | None = None,
     optimizer: OptimizerSource = None,
     model_parameters: Iterable[Any] | None = None,
     training_data: Any = None,
     lr_scheduler: SchedulerSource = None,
-    config: ConfigSource = None,
+    distributed_port: int | None = None,
+    mpu: None = None,
+    dist_init_required: bool | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: ConfigSource = None,
+    mesh_param: None = None,
+    config_params: ConfigSource = None,
 ) -> tuple[Engine, Optimizer | None, ShardedLoader | None, Any]:
-    """Makes a model ready to train; see `Engine` for the arguments (`training_data` is its `train_data`).
+    """Makes a model ready to train; `Engine` has more on the arguments.
+
+    Args:
+        positional: model, optimizer, model_parameters, training_data, lr_scheduler, config, collate_fn, in this order.
+            If the first one is no model and the second one is, all are in DeepSpeed's order: that of the names below.
+        args: of a command line: its `deepspeed_config` is the config when no other is given.
+        model: a `torch.nn.Module` on the device to train on, without a wrapper.
+        optimizer: over the model's parameters, or a function that makes one from them; None: the config's.
+        model_parameters: parameters or param groups for the config's optimizer; None: all that require gradients.
+        training_data: a data set, an iterable of samples, or a DataLoader (its data, batch size and collate function).
+        lr_scheduler: over the optimizer, or a function that makes one from it; None: the config's.
+        distributed_port: the port of rank 0 where the launcher sets no MASTER_PORT.
+        mpu, mesh_param: None; there is no model or sequence parallelism.
+        dist_init_required: False: the process group must be there.
+        collate_fn: makes a micro-batch from a list of samples.
+        config: a dict, the path of a JSON file, or a `Config`; None: all defaults. config_params: the same.
 
     Returns:
         (engine, optimizer, dataloader, lr_scheduler); the last three are None where there is none.
+
+    Raises:
+        ConfigError, TypeError, ValueError: something cannot be used, or contradicts something else; names it.
     """
-    engine = Engine(model, optimizer, model_parameters, training_data, lr_scheduler, config, collate_fn)
+    named = dict(locals())
+    given = named_arguments(named.pop("positional"), named)
+    settings = config_of(given["args"], {name: given[name] for name in ("config", "config_params")})
+    if given["distributed_port"] is not None or given["dist_init_required"] is False:
+        backend = backend_for(device_of(model_of(given["model"])))
+        port, required = given["distributed_port"], given["dist_init_required"]
+        init_distributed(backend, distributed_port=port, dist_init_required=required)
+    own: list[Any] = [settings if name == "config" else given[name] for name in OWN_ORDER]
+    engine = Engine(*own)
     return engine, engine.optimizer, engine.dataloader, engine.lr_scheduler

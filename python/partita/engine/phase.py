@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
+
+from torch import Tensor
 
 
 class Phase(Enum):
@@ -17,15 +20,45 @@ class Phase(Enum):
 class LifecycleError(RuntimeError):
     """An engine method was called in a phase that does not allow it."""
 
-    def __init__(self, call: str, phase: Phase, allowed: tuple[Phase, ...]) -> None:
-        needed = " or ".join(p.name for p in allowed)
-        super().__init__(
-            f"engine.{call} was called in phase {phase.name} ({phase.value}); it needs phase {needed} "
-            f"({' or '.join(p.value for p in allowed)})"
+
+# What a program that made this call in this phase has to do.
+_WAYS_OUT = {
+    ("backward()", Phase.READY): "no forward has run in this micro-batch: call loss = engine(batch) before it",
+    ("step()", Phase.READY): "there are no gradients: call engine.backward(loss) before each step()",
+    ("step()", Phase.FORWARD): "the loss had no backward: call engine.backward(loss) before step()",
+    **{(call, Phase.DESTROYED): "initialize() makes another engine" for call in ("__call__()", "backward()", "step()")},
+}
+
+
+def require(call: str, phase: Phase, *allowed: Phase, hint: str = "") -> None:
+    """Raises LifecycleError, naming the call, both phases and the way out, unless `phase` is one of `allowed`.
+
+    Args:
+        hint: the way out, where more is known about the call; "": the general one.
+    """
+    if phase in allowed:
+        return
+    say = hint or _WAYS_OUT.get((call, phase), "")
+    needed = " or ".join(p.name for p in allowed)
+    raise LifecycleError(
+        f"engine.{call} was called in phase {phase.name} ({phase.value}); it needs phase {needed} "
+        f"({' or '.join(p.value for p in allowed)}){': ' + say if say else ''}"
+    )
+
+
+def require_loss(loss: Any) -> None:
+    """Raises ValueError, saying what to do, unless a backward can begin at `loss`."""
+    if isinstance(loss, int | float):
+        raise ValueError(
+            f"engine.backward() needs the loss as the model returned it, not a {type(loss).__name__}, which gradients "
+            "cannot flow through: call engine.backward(loss), and loss.item() only to print it"
         )
-
-
-def require(call: str, phase: Phase, *allowed: Phase) -> None:
-    """Raises LifecycleError, naming both phases, unless `phase` is one of `allowed`."""
-    if phase not in allowed:
-        raise LifecycleError(call, phase, allowed)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"engine.backward() needs a scalar loss, not a {what}: reduce it with .mean() or .sum()")
+    if not loss.requires_grad:
+        raise ValueError(
+            "engine.backward(): no gradient can flow through this loss. It was computed under torch.no_grad() or "
+            "inference_mode(), detached, or made anew (torch.tensor(loss)): call loss = engine(batch) with gradients "
+            "enabled and give that loss to engine.backward()"
+        )

@@ -20,7 +20,7 @@ class Accumulation:
     def __init__(self, micro_batches: int, policy: StagePolicy) -> None:
         self.micro_steps = 0
         self.boundary: bool | None = None  # said by hand; None: every `micro_batches`
-        self.micro_batches = micro_batches
+        self._micro_batches = micro_batches
         self._policy = policy
         self._is_deferred = False
 
@@ -29,12 +29,12 @@ class Accumulation:
         """Whether the micro-batch under way is the last one of its step."""
         if self.boundary is not None:
             return self.boundary
-        return (self.micro_steps + 1) % self.micro_batches == 0
+        return (self.micro_steps + 1) % self._micro_batches == 0
 
     @property
     def unfinished(self) -> int:
-        """Micro-batches since the last update, where updates come after every `micro_batches`; otherwise 0."""
-        return self.micro_steps % self.micro_batches if self.boundary is None else 0
+        """Micro-batches of a step that has not come to its boundary; 0 where the program decides by hand."""
+        return 0 if self.boundary is not None else self.micro_steps % self._micro_batches
 
     @property
     def reduces(self) -> bool:
@@ -65,7 +65,7 @@ class Accumulation:
 
     def restart(self) -> None:
         """The step begins anew."""
-        self.micro_steps -= self.micro_steps % self.micro_batches
+        self.micro_steps -= self.micro_steps % self._micro_batches
 
     def state_dict(self) -> dict[str, Any]:
         """Micro-batches so far."""

@@ -6,13 +6,14 @@
 | the first gradient of a parameter arrives          | the reducer                | `begins()`                        |
 | all gradients of a unit are there                  | the reducer                | `reducing(unit)`                  |
 | autograd reaches a block, and is past others       | the parameters' lifetimes  | `past(units)`                     |
+| autograd is done, and trained nothing              | the parameters' lifetimes  | nothing, see `is_training`        |
 | autograd is done, and the engine did not start it  | a hook on the outputs      | `finish()`, and with it `ended()` |
 | autograd is done, and the engine started it        | `run()`                    | `finish()`, and with it `ended()` |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -32,11 +33,16 @@ from partita.units import (
     ParameterLifetimes,
     ReductionSettings,
     Unit,
+    accumulates,
 )
 
 
 class Backward:
-    """Conducts the backwards of one model part, see [Note: a backward]. It is the reducer's `BackwardListener`.
+    """Conducts the backwards of one model part, see [Note: a backward]. It is the reducer's `BackwardListener`, and the
+    `BackwardConductor` of the lifetimes.
+
+    A program may ask for gradients that train nothing: `autograd.grad(outputs, inputs)`. Parameters are brought for
+    such a backward, but it begins none of ours, which all ranks would have to end.
 
     Backwards of different parts may be interleaved. Two backwards of the same part may not: the second begins when the
     first has ended.
@@ -61,12 +67,13 @@ class Backward:
         self._accumulation = accumulation
         self._overlaps = zero.overlap_comm
         self._end_is_queued = False
+        self._is_running = False
         self.lifetimes = ParameterLifetimes(
             units.groups,
             gathering,
             prefetch_numel=zero.stage3_prefetch_bucket_size,
             max_live_numel=zero.stage3_max_live_parameters,
-            no_more_gradients=self.past,
+            conductor=self,
         )
         exits.callback(self.lifetimes.close)
         self.reducer = GradientReducer(
@@ -94,11 +101,15 @@ class Backward:
     def run(self, roots: Sequence[Tensor], grads: Sequence[Tensor] | None, retain_graph: bool) -> None:
         """See `ModelPart.backward`."""
         before = self.ended_count
-        with self._scaling.scaled():
-            torch.autograd.backward(roots, grads, retain_graph=retain_graph)
-            self.reducer.finish_backward()
-            if self.ended_count == before:  # no gradient reached a parameter here, but some may on other ranks
-                self.reducer.reduce_zeros()
+        self._is_running = True
+        try:
+            with self._scaling.scaled():
+                torch.autograd.backward(roots, grads, retain_graph=retain_graph)
+                self.reducer.finish_backward()
+                if self.ended_count == before:  # no gradient reached a parameter here, but some may on other ranks
+                    self.reducer.reduce_zeros()
+        finally:
+            self._is_running = False
         self._end_is_queued = False
 
     def finish(self) -> None:
@@ -125,9 +136,16 @@ class Backward:
         else:
             self.lifetimes.gather_rest(unit)
 
-    def past(self, units: Iterable[FlatParameters]) -> None:
-        """These units get no gradient any more in this backward."""
-        self.reducer.no_more_gradients(units)
+    @property
+    def is_training(self) -> bool:
+        """Whether the backward under way has brought gradients to parameters, or the engine started it."""
+        return self._is_running or self.reducer.in_backward
+
+    def past(self, units: Sequence[FlatParameters]) -> None:
+        """These units get no gradient any more in this backward. If it trains, that is: it may have brought no gradient
+        to a parameter yet."""
+        if units and (self.is_training or accumulates(p for unit in self.reducer.units for p in unit.parameters)):
+            self.reducer.no_more_gradients(units)
 
     def ended(self) -> None:
         """All reductions of the backward have been launched."""

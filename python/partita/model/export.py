@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from partita.comm import Communicator, any_rank
+from partita.comm import Communicator, any_rank, text_by_rank
 from partita.device.memory import FreedMemory
 from partita.files import file_to_write
 from partita.model.weights import state_tensors
@@ -140,7 +140,8 @@ def save_weights(
     weights = state_tensors(model, masters=dtype is torch.float32)
     problem = write_weights(file if communicator.rank == 0 else None, weights)
     if any_rank(communicator, problem is not None):
-        raise OSError(f"'{path}' was not written on rank 0: {problem or 'see its error'}") from problem
+        why = text_by_rank(communicator, str(problem or ""))[0]
+        raise OSError(f"'{path}' was not written on rank 0: {why}") from None
 
 
 def write_weights(file: WeightFile | None, weights: Iterable[tuple[str, Any]]) -> Exception | None:

@@ -20,6 +20,8 @@ from partita.model.take import take_model
 from partita.run import Run
 from partita.units import GradientReducer, GradState, ParameterGathers
 
+_NO_AUTOCAST = nullcontext()
+
 
 class ModelPart:
     """One module's units, the lifetimes of its parameters, the reduction of its gradients, and what watches over it.
@@ -155,4 +157,4 @@ class ModelPart:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = self._run.precision.autocast
-        return nullcontext() if dtype is None else torch.autocast(self._run.device.type, dtype)
+        return _NO_AUTOCAST if dtype is None else torch.autocast(self._run.device.type, dtype)

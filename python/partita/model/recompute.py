@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class ActivationCheckpoints:
     """
 
     def __init__(self, model: nn.Module, classes: Sequence[str] | None, *, on_host: bool) -> None:
-        self._layers = find_blocks(model, classes, key="activation_checkpointing.classes")
+        self._layers = find_blocks(model, classes, key="activation_checkpointing.classes", with_leaves=False)
         if not self._layers:
             raise ValueError(
                 "activation_checkpointing is enabled, and the model has no repeated layers: name the classes of the "
@@ -37,7 +37,7 @@ class ActivationCheckpoints:
             )
         self._own = [vars(layer).get("forward") for layer in self._layers]  # one that a program gave the layer
         for layer in self._layers:
-            layer.forward = partial(_checkpointed, layer, layer.forward, on_host)
+            layer.forward = _Checkpointed(layer, layer.forward, on_host)
 
     def close(self) -> None:
         """The layers are as they were."""
@@ -48,11 +48,24 @@ class ActivationCheckpoints:
         self._layers, self._own = [], []
 
 
-def _checkpointed(layer: nn.Module, forward: Callable[..., Any], on_host: bool, *args: Any, **kwargs: Any) -> Any:
-    if not (layer.training and torch.is_grad_enabled()):
-        return forward(*args, **kwargs)
-    inputs: AbstractContextManager[Any] = nullcontext()
-    if on_host:
-        inputs = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
-    with inputs:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+class _Checkpointed:
+    """The forward of a layer, which keeps the inputs only."""
+
+    def __init__(self, layer: nn.Module, forward: Callable[..., Any], on_host: bool) -> None:
+        self._layer = layer
+        self._forward = forward
+        self._on_host = on_host
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not (self._layer.training and torch.is_grad_enabled()):
+            return self._forward(*args, **kwargs)
+        inputs: AbstractContextManager[Any] = nullcontext()
+        if self._on_host:
+            inputs = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+        with inputs:
+            return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        """A copy of the layer computes as the layer did before: it belongs to no engine."""
+        forward: Callable[..., Any] = copy.deepcopy(self._forward, memo)
+        return forward

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from partita.comm import Communicator
+from partita.device import HOST
+from partita.device.kernels import why_no_memory
 from partita.run import Run
 from partita.units import (
     AbsentParameter,
@@ -83,16 +86,19 @@ def refuse_unfit(model: nn.Module, run: Run) -> None:
     """Raises what taking the model over would raise in its midst.
 
     Raises:
-        ValueError: something is on another device, a named class of blocks is missing, or a module is compiled in stage
-            3; names it.
+        ValueError: something is on another device or has no memory of its own, a named class of blocks is missing, or a
+            module is compiled in stage 3; names it.
         AbsentParameterError: a parameter has no values, as the engine that had them is gone; names it.
     """
     for name, parameter in model.named_parameters():
+        _require_memory(f"parameter '{name}'", parameter)
         require_on(run.device, f"parameter '{name}'", parameter)
         if type(parameter) is AbsentParameter and holder_of(parameter) is None:
             parameter.detach()  # raises, and says what to do
     for name, buffer in model.named_buffers():
         require_on(run.device, f"buffer '{name}'", buffer)
+        if run.grid.data.world_size > 1:  # all take rank 0's values
+            _require_memory(f"buffer '{name}'", buffer)
     if run.policy.shards_params:
         _refuse_compiled(model)
         find_blocks(model, run.config.zero_optimization.unit_classes)
@@ -157,11 +163,24 @@ def device_of(model: nn.Module) -> torch.device:
     """
     parameters = ((f"parameter '{name}'", p) for name, p in model.named_parameters())
     buffers = ((f"buffer '{name}'", b) for name, b in model.named_buffers())
-    what, tensor = next(itertools.chain(parameters, buffers), ("", torch.empty(0)))
+    what, tensor = next(itertools.chain(parameters, buffers), ("", torch.empty(0, dtype=torch.uint8, device=HOST)))
     if tensor.is_cpu or tensor.is_cuda:
         return tensor.device
     advice = "give it values with to_empty() first" if tensor.is_meta else "move the model to one of those first"
     raise ValueError(f"{what} is on device '{tensor.device}': Partita trains on the CPU and on CUDA devices; {advice}")
+
+
+def _require_memory(what: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError, naming `what`, for a tensor without memory of its own."""
+    reason = why_no_memory(tensor)
+    if reason is None or tensor.is_meta:  # which `require_on` has more to say about
+        return
+    if is_lazy(tensor):
+        raise ValueError(f"{what} {reason}: run the model on one batch before initialize()")
+    raise ValueError(
+        f"{what} {reason}: Partita partitions plain tensors, with memory of their own; give initialize() the model "
+        "without fully_shard(), tp_plan=, FakeTensorMode or quantised, nested and sparse tensors"
+    )
 
 
 def _refuse_compiled(model: nn.Module) -> None:
@@ -222,6 +241,8 @@ def place_untrained(
 
 
 def _from_rank_0(tensor: torch.Tensor, communicator: Communicator) -> torch.Tensor:
+    if why_no_memory(tensor) is not None:  # a sparse buffer of the only rank, say
+        return tensor
     values = tensor.contiguous()
     communicator.broadcast(values, 0).wait()
     if values is tensor or 0 in tensor.stride():  # an expanded tensor cannot be written to

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from partita.model.access import access_of
-from partita.units import Holder, Unit, holder_of
+from partita.units import Unit, holders_of
 
 
 def state_tensors(module: nn.Module, masters: bool = False) -> Iterator[tuple[str, Any]]:
@@ -22,11 +22,7 @@ def state_tensors(module: nn.Module, masters: bool = False) -> Iterator[tuple[st
         masters: the fp32 masters in place of 16-bit parameters that are trained.
     """
     state = module.state_dict(keep_vars=True)
-    held_by: dict[Holder | None, list[str]] = {}
-    for name, value in state.items():
-        holder = holder_of(value) if isinstance(value, torch.Tensor) else None
-        held_by.setdefault(holder, []).append(name)
-    for holder, names in held_by.items():
+    for holder, names in holders_of(state).items():
         if holder is None:
             for name in names:
                 yield name, state[name].detach() if isinstance(state[name], torch.Tensor) else state[name]

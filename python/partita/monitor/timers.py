@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from partita.device.streams import Streams
+
+_UNTIMED = nullcontext()
 
 
 class PhaseTimers:
@@ -17,12 +19,12 @@ class PhaseTimers:
         self._streams = streams
         self._marks: list[tuple[str, Any, Any]] = []
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> AbstractContextManager[None]:
         """Adds the time of the block to `name`."""
-        if not self._enabled:
-            yield
-            return
+        return self._timed(name) if self._enabled else _UNTIMED
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         start = self._streams.mark()
         try:
             yield

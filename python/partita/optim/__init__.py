@@ -1,7 +1,14 @@
 """Optimizers, loss scaling and learning-rate schedules."""
 
 from partita.optim.build import make_optimizer
-from partita.optim.choose import OptimizerSource, SchedulerSource, choose_optimizer, choose_scheduler
+from partita.optim.choose import (
+    OptimizerSource,
+    SchedulerSource,
+    choose_optimizer,
+    choose_scheduler,
+    decided_config,
+    require_buildable,
+)
 from partita.optim.fused_adam import FusedAdam
 from partita.optim.groups import digest_of_step, group_entries
 from partita.optim.schedules import (
@@ -32,10 +39,12 @@ __all__ = [
     "WarmupLR",
     "choose_optimizer",
     "choose_scheduler",
+    "decided_config",
     "digest_of_step",
     "group_entries",
     "kept_groups",
     "make_optimizer",
     "make_scheduler",
+    "require_buildable",
     "require_supported",
 ]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from partita.device import HOST
+
 PROBE_SHAPES = ((4, 6), (5,))
 PROBE_STEPS = 3
 
@@ -20,11 +22,11 @@ def why_not_elementwise(optimizer: Optimizer) -> str | None:
     that needs a closure (LBFGS) cannot run over shards. A copy of the optimizer is tried on small random tensors, once
     whole and once in pieces; the optimizer itself is not touched.
     """
-    device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
+    device = next((p.device for group in optimizer.param_groups for p in group["params"]), HOST)
+    generator = torch.Generator(HOST).manual_seed(0)
 
     def random(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=HOST).to(device)
 
     start = [random(shape) for shape in PROBE_SHAPES]
     grads = [[random(shape) for shape in PROBE_SHAPES] for _ in range(PROBE_STEPS)]

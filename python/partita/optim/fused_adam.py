@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from partita import _core
 from partita._core import AdamGroup, AdamPart
-from partita.device import kernels
+from partita.device import HOST, kernels
 
 # Options of torch.optim.Adam that change the arithmetic; the native update has none of them.
 UNSUPPORTED_OPTIONS = ("amsgrad", "maximize", "capturable", "differentiable")
@@ -30,6 +30,7 @@ class FusedAdam(Optimizer):
         eps: added to the denominator, at least 0.
         weight_decay: at least 0; joins the gradient (L2), or shrinks the weight when decoupled.
         decoupled_weight_decay: False: Adam; True: AdamW.
+        bias_correction: False: the moments, which start at zero, are used as they are.
 
     Raises:
         ValueError: a value outside its range.
@@ -43,6 +44,7 @@ class FusedAdam(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        bias_correction: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -50,6 +52,7 @@ class FusedAdam(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "bias_correction": bias_correction,
         }
         super().__init__(params, defaults)
         self._versions: dict[Tensor, int] = {}  # of 16-bit parameters when last seen
@@ -122,8 +125,8 @@ class FusedAdam(Optimizer):
 
 def _control_of(device: torch.device, step: int) -> Tensor:
     """The control block of an update whose gradients are what they are."""
-    control = torch.zeros(_core.StepControl.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    _core.StepControl(grad_norm=0.0, grad_scale=1.0, skip=False, step=step).write(control.data_ptr())
+    control = torch.zeros(_core.StepControl.nbytes, dtype=torch.uint8, device=HOST, pin_memory=device.type == "cuda")
+    _core.StepControl(grad_norm=0.0, grad_scale=1.0, skip=False, step=step).write(kernels.address(control))
     return control.to(device, non_blocking=True)
 
 
@@ -157,4 +160,5 @@ def adam_group(group: dict[str, Any]) -> AdamGroup:
         float(group["eps"]),
         float(group["weight_decay"]),
         bool(group["decoupled_weight_decay"]),
+        bool(group.get("bias_correction", True)),  # torch's have no such key
     )

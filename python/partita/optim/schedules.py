@@ -312,6 +312,12 @@ def make_scheduler(type_name: str, params: Mapping[str, Any], optimizer: Optimiz
         ValueError: for an unknown type, an unknown or missing parameter, each with the nearest valid name, or a value
             that the schedule refuses.
     """
+    require_scheduler(type_name, params)
+    return scheduler_types()[type_name](optimizer=optimizer, **params)
+
+
+def require_scheduler(type_name: str, params: Mapping[str, Any]) -> None:
+    """Raises ValueError for an unknown type, an unknown or a missing parameter, each with the nearest valid name."""
     types = scheduler_types()
     if type_name not in types:
         raise ValueError(f"scheduler type {type_name!r} is unknown{suggest(type_name, types)}")
@@ -323,4 +329,3 @@ def make_scheduler(type_name: str, params: Mapping[str, Any], optimizer: Optimiz
     missing = [name for name in valid if signature[name].default is inspect.Parameter.empty and name not in params]
     if missing:
         raise ValueError(f"{type_name} needs the parameter {missing[0]!r} in the scheduler's params")
-    return types[type_name](optimizer=optimizer, **params)

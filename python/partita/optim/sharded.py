@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from partita.device import HOST
 from partita.optim.elementwise import why_not_elementwise
 from partita.optim.fused_adam import is_native
 from partita.units import StagePolicy
@@ -48,7 +49,7 @@ class ShardedOptimizer(Optimizer):
 
     def __init__(self, inner: Optimizer) -> None:
         self.inner = inner
-        super().__init__([torch.empty(0)], dict(inner.defaults))
+        super().__init__([torch.empty(0, dtype=torch.float32, device=HOST)], dict(inner.defaults))
         self.param_groups = inner.param_groups
         # Schedules warn when step() was not seen before theirs; ours runs inside engine.step().
         for optimizer in (self, inner):

@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from partita.comm import ProcessGrid
-from partita.device import kernels
+from partita.device import HOST, kernels
 from partita.optim.fused_adam import is_native
 from partita.optim.groups import digest_of_step
 from partita.optim.step_control import StepController
@@ -58,14 +58,13 @@ class ShardedStep:
             micro_batches: of this rank since the last step. Ranks that differ there, or in hyper-parameters, learn that
                 from the outcome.
         """
-        self._controller.begin(digest_of_step(self._inner, micro_batches))
-        total = self._controller.totals[:1]
+        total = self._controller.begin(digest_of_step(self._inner, micro_batches))
         kernels.sum_of_squares(total, self._norm_parts)
         if self._host_norm_parts:
-            on_host = torch.zeros(1, dtype=torch.float64)
+            on_host = torch.zeros(1, dtype=torch.float64, device=HOST)
             kernels.sum_of_squares(on_host, self._host_norm_parts)
             total += on_host.to(total.device, non_blocking=True)
-        self._grid.world.all_reduce(self._controller.totals).wait()
+        self._grid.world.all_reduce(self._controller.sums).wait()
         self._controller.decide(mean=mean, clip=clip)
         self.update.begin()
         gathered = self._policy.shards_states and self._grid.data.world_size > 1

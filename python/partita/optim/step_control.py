@@ -1,4 +1,4 @@
-"""The memory in which a step decides: gradient norm, loss scale, skip flag, clip factor, step number."""
+"""The memory in which a step decides: gradient norm, loss scale, skip flag, clip factor, step number; and its loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ LOSS_SCALE_FIELDS = (
     "consecutive_skips",
     "at_minimum",
 )
-TOTALS = 3
+SUMS_BEGIN = _core.StepControl.nbytes + _core.LossScaleState.nbytes  # a multiple of 8
+SUMS = 5
 CONTROL_FIELDS = ("grad_norm", "grad_scale", "skip", "step")
 
 
@@ -32,7 +33,8 @@ class StepOutcome:
 
     control: _core.StepControl
     loss_scale: _core.LossScaleState
-    digests_agree: bool  # whether all ranks took the step with the same hyper-parameters, see `StepController.totals`
+    loss: float | None  # mean over the micro-batches and ranks that told theirs; None: nobody did
+    digests_agree: bool  # whether all ranks took the step with the same hyper-parameters, see `StepController.sums`
 
 
 class PendingOutcome:
@@ -46,11 +48,12 @@ class PendingOutcome:
         """The outcome, once the step is done."""
         memory = self._memory.wait()
         state = memory[_core.StepControl.nbytes :]
-        total, squares = (int(v) for v in _totals_in(memory)[1:].tolist())
+        _, loss, count, total, squares = memory[SUMS_BEGIN:].view(torch.float64).tolist()
         return StepOutcome(
-            _core.StepControl.read(memory.data_ptr()),
-            _core.LossScaleState.read(state.data_ptr()),
-            digests_agree=self._world_size * squares == total * total,  # Cauchy and Schwarz: equal only if all are
+            _core.StepControl.read(kernels.address(memory)),
+            _core.LossScaleState.read(kernels.address(state)),
+            loss / count if count else None,
+            digests_agree=self._world_size * int(squares) == int(total) ** 2,  # Cauchy, Schwarz: if all are
         )
 
 
@@ -63,43 +66,56 @@ class StepController:
         world_size: number of ranks that decide together.
 
     Attributes:
-        totals: three float64, which one all-reduce sums over all ranks: the sum of squares of the gradients, a digest
-            of what the ranks take the step with, and its square. So ranks find out that they differ without a
+        sums: over the ranks, added up by one all-reduce: the squares of the gradients, the losses, their number, a
+            digest of what the ranks take the step with, and its square. So ranks find out that they differ without a
             collective or a wait of their own: the outcome brings it to the host.
+        sum_of_squares: the first of them.
     """
 
     def __init__(self, scaler: _core.LossScaler, streams: Streams, world_size: int = 1) -> None:
         self.scaler = scaler
-        memory = torch.zeros(
-            _core.StepControl.nbytes + _core.LossScaleState.nbytes + TOTALS * torch.float64.itemsize,
-            dtype=torch.uint8,
-            device=HOST,
-        )
-        scaler.initial().write(memory[_core.StepControl.nbytes :].data_ptr())
+        memory = torch.zeros(SUMS_BEGIN + SUMS * torch.float64.itemsize, dtype=torch.uint8, device=HOST)
+        scaler.initial().write(kernels.address(memory[_core.StepControl.nbytes :]))
         self._memory = memory.to(streams.device)  # together, so that one copy brings both to the host
         self.control: Tensor = self._memory[: _core.StepControl.nbytes]
-        self._state: Tensor = self._memory[_core.StepControl.nbytes :][: _core.LossScaleState.nbytes]
-        self.totals = _totals_in(self._memory)
-        self._begin = torch.zeros(TOTALS, dtype=torch.float64, device=streams.device)
+        self._state: Tensor = self._memory[_core.StepControl.nbytes : SUMS_BEGIN]
+        self.sums: Tensor = self._memory[SUMS_BEGIN:].view(torch.float64)
+        self.sum_of_squares: Tensor = self.sums[:1]
+        self._loss, self._loss_count = self.sums[1:2], self.sums[2:3]
+        self._losses = 0  # told since the last step
+        self._digests = torch.zeros(2, dtype=torch.float64, device=streams.device)  # of this rank: digest and square
         self._digest = 0
         self._streams = streams
         self._world_size = world_size
 
-    def begin(self, digest: int) -> None:
-        """A step begins: `totals` are this rank's, without the gradients' share.
+    def add_loss(self, loss: Tensor) -> None:
+        """A micro-batch's loss, a scalar, for the report of the step. Nobody waits for it."""
+        if loss.device == self._loss.device:
+            self._loss.add_(loss.detach().reshape(1))
+            self._losses += 1
+
+    def forget_losses(self) -> None:
+        """The next step begins."""
+        self._loss.zero_()
+        self._losses = 0
+
+    def begin(self, digest: int) -> Tensor:
+        """`sum_of_squares` is zero, and the other `sums` are this rank's.
 
         Args:
             digest: of what all ranks must take the step with; below 2^20.
         """
+        self._loss_count.fill_(self._losses)
         if digest != self._digest:  # written by kernels: a copy from the host might wait
             self._digest = digest
-            self._begin[1].fill_(digest)
-            self._begin[2].fill_(digest * digest)
-        self.totals.copy_(self._begin)
+            self._digests[0].fill_(digest)
+            self._digests[1].fill_(digest * digest)
+        self.sums[3:].copy_(self._digests)
+        return self.sum_of_squares.zero_()
 
     def decide(self, *, mean: float, clip: float) -> None:
         """Fills the control block from the sum of squares (see `loss_scale_update` in loss_scale.h)."""
-        kernels.loss_scale_update(self.control, self._state, self.scaler, self.totals[:1], mean=mean, clip=clip)
+        kernels.loss_scale_update(self.control, self._state, self.scaler, self.sum_of_squares, mean=mean, clip=clip)
 
     def state_dict(self) -> dict[str, Any]:
         """The loss scale with its counters, and what the last step was like."""
@@ -112,8 +128,8 @@ class StepController:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The reverse of `state_dict`."""
         memory = torch.zeros_like(self._memory, device=HOST)
-        _core.StepControl(**state["last_step"]).write(memory.data_ptr())
-        _core.LossScaleState(**state["loss_scale"]).write(memory[_core.StepControl.nbytes :].data_ptr())
+        _core.StepControl(**state["last_step"]).write(kernels.address(memory))
+        _core.LossScaleState(**state["loss_scale"]).write(kernels.address(memory[_core.StepControl.nbytes :]))
         self._memory.copy_(memory)
 
     def outcome(self) -> PendingOutcome:
@@ -138,8 +154,3 @@ class StepController:
     def loss_scale(self) -> _core.LossScaleState:
         """The loss scale and the counters that it depends on."""
         return self.outcome().wait().loss_scale
-
-
-def _totals_in(memory: Tensor) -> Tensor:
-    """The totals at the end of the memory of a `StepController`."""
-    return memory[-TOTALS * torch.float64.itemsize :].view(torch.float64)

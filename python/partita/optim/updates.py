@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from partita.device import FreedMemory, kernels
+from partita.device import HOST, FreedMemory, kernels
 from partita.optim.fused_adam import adam_group
 from partita.optim.step_control import StepController
 from partita.units import ShardSlice, Unit
@@ -60,7 +60,7 @@ class NativeAdam(ShardUpdate):
         self._optimizer = optimizer
         self._units = units
         self._controller = controller
-        self._host_control = torch.empty(0)
+        self._host_control = torch.empty(0, dtype=torch.uint8, device=HOST)
         self._groups = [adam_group(group) for group in optimizer.param_groups]
         for unit in units:
             unit.states = {name: unit.state_buffer(torch.float32) for name in ("exp_avg", "exp_avg_sq")}

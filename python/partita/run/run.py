@@ -22,7 +22,7 @@ from partita.comm import (
     require_same_on_all_ranks,
     world_communicator,
 )
-from partita.config import BatchSizes, ConfigSource, load_config, resolve_batch_sizes
+from partita.config import BatchSizes, ConfigError, ConfigSource, load_config, resolve_batch_sizes
 from partita.device import Streams, streams_of
 from partita.run.precision import Precision, precision_of
 from partita.units import StagePolicy, stage_policy
@@ -101,14 +101,14 @@ def policy_of(config: Config) -> StagePolicy:
     return stage_policy(config.zero_optimization.stage, reduce_scatter=config.zero_optimization.reduce_scatter)
 
 
-def checked_config(source: ConfigSource) -> Config:
+def checked_config(source: ConfigSource, loader_batch_size: int | None = None) -> Config:
     """The config, with all that can be wrong about it before the ranks have joined.
 
     Raises:
         ConfigError: the config does not make sense, for this number of ranks.
     """
     config = load_config(source)
-    _batch_sizes(config, place_in_job()[1])
+    _batch_sizes(config, place_in_job()[1], loader_batch_size)
     return config
 
 
@@ -117,7 +117,7 @@ def begin_run(
     device: torch.device,
     exits: ExitStack,
     shared: Entries = (),
-    *,
+    loader_batch_size: int | None = None,
     on_failure: ExitStack | None = None,
 ) -> Run:
     """Reads the config and joins the ranks of the job. A collective.
@@ -127,6 +127,7 @@ def begin_run(
         device: where the model is.
         exits: closes what was made here.
         shared: what all ranks must have been given alike. It is compared before anything depends on it.
+        loader_batch_size: of the program's DataLoader, which is the micro-batch; None: there is none.
         on_failure: takes the default process group down, if it was made here. None: that group stays.
 
     Raises:
@@ -134,7 +135,7 @@ def begin_run(
         ValueError: ranks were not given the same; names the first difference.
         RuntimeError: the device or the transport cannot be had.
     """
-    config = checked_config(source)
+    config = checked_config(source, loader_batch_size)
     streams = streams_of(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what is made without naming a device belongs here, and not on GPU 0
@@ -146,7 +147,9 @@ def begin_run(
     timeout = timedelta(seconds=config.comm.timeout_seconds)
     grid = ProcessGrid(partial(world_communicator, config.comm.transport, timeout, device))
     exits.callback(grid.close)
-    batch = _batch_sizes(config, grid.data.world_size)
+    if grid.world.rank == 0:
+        _list_ignored(config)
+    batch = _batch_sizes(config, grid.data.world_size, loader_batch_size)
     filled = {
         "train_batch_size": batch.train,
         "train_micro_batch_size_per_gpu": batch.micro,
@@ -162,13 +165,34 @@ def begin_run(
     )
 
 
-def _batch_sizes(config: Config, world_size: int) -> BatchSizes:
-    return resolve_batch_sizes(
-        train=config.train_batch_size,
-        micro=config.train_micro_batch_size_per_gpu,
-        accumulation=config.gradient_accumulation_steps,
-        world_size=world_size,
-    )
+def _list_ignored(config: Config) -> None:
+    """One line about keys without an effect of their own, and one for each that expects more than it gets."""
+    notes = [str(note) for note in config.ignored if not note.warns]
+    if notes:
+        logger.info("config, noted: %s", "; ".join(notes))
+    for note in config.ignored:
+        if note.warns:
+            logger.warning("config: %s", note)
+
+
+def _batch_sizes(config: Config, world_size: int, loader_batch_size: int | None) -> BatchSizes:
+    micro = config.train_micro_batch_size_per_gpu
+    given = f"training_data is a DataLoader with batch_size = {loader_batch_size}, which is that of a micro-batch"
+    if None not in (micro, loader_batch_size) and micro != loader_batch_size:
+        raise ConfigError(
+            f"{given}, and the config has train_micro_batch_size_per_gpu = {micro}: leave one out, or make them equal"
+        )
+    try:
+        return resolve_batch_sizes(
+            train=config.train_batch_size,
+            micro=loader_batch_size if micro is None else micro,
+            accumulation=config.gradient_accumulation_steps,
+            world_size=world_size,
+        )
+    except ConfigError as error:
+        if loader_batch_size is None:
+            raise
+        raise ConfigError(f"{given}, which the config contradicts:\n{error}") from None
 
 
 def _show_log_on(rank: int) -> None:

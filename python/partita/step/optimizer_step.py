@@ -12,6 +12,7 @@ from partita.monitor import PhaseTimers, StepReporter
 from partita.optim import ShardedOptimizer, ShardedStep, StepController, group_entries
 from partita.run import Run
 from partita.step.outcomes import StepOutcomes
+from partita.step.schedule import WatchedSchedule
 from partita.step.skips import SkipGuard
 from partita.units import ParameterGathers
 
@@ -28,6 +29,9 @@ class OptimizerStep:
         exits: ends the step's hold on the optimizer.
     """
 
+    _micro_steps = 0  # of all parts, at the last update
+    _micro_batches = 0  # of the last update
+
     def __init__(
         self,
         run: Run,
@@ -39,6 +43,7 @@ class OptimizerStep:
         exits: ExitStack,
     ) -> None:
         self.global_steps = 0
+        self.global_samples = 0
         self.controller = controller
         self.sharded: ShardedStep | None = None
         self._run = run
@@ -48,18 +53,25 @@ class OptimizerStep:
         prints = run.config.steps_per_print or 0
         timed = run.config.wall_clock_breakdown and run.is_first and prints > 0
         self.timers = PhaseTimers(timed, run.streams)
-        reporter = StepReporter(run.grid.world.rank, prints, self.timers)
+        reporter = StepReporter(run.grid.world.rank, prints, run.batch.train, self.timers)
         self._reducers = [part.reducer for part in parts]
         self._skips = SkipGuard(
             controller.scaler,
             self._reducers,
             run.grid.world,
+            scales_loss=run.precision.scales_loss,
             limit=run.config.max_consecutive_skipped_steps,
             lag=1 if run.streams.is_asynchronous else 0,
         )
-        self._outcomes = StepOutcomes(scheduler, self.learning_rates, reporter, self._skips, self._refuse_difference)
-        self._micro_steps = 0  # of all parts, at the last update
-        self._micro_batches = 0  # of the last update
+        schedule = None if scheduler is None else WatchedSchedule(scheduler, warns=run.is_first)
+        self._outcomes = StepOutcomes(
+            schedule,
+            self.learning_rates,
+            reporter,
+            self._skips,
+            scales_loss=run.precision.scales_loss,
+            refuse_difference=self._refuse_difference,
+        )
         if optimizer is not None:
             units = [unit for part in parts for unit in part.units]
             self.sharded = ShardedStep(optimizer.inner, units, run.grid, run.policy, controller, gathers)
@@ -99,6 +111,7 @@ class OptimizerStep:
         if not self._run.config.zero_optimization.overlap_gather:
             self._gathers.wait()
         self.global_steps += 1
+        self.global_samples += self._run.batch.train
         finiteness = [seen for part in self._parts for seen in part.reducer.take_finiteness()]
         self._outcomes.enter(self.global_steps, self.controller.outcome(), finiteness)
 
@@ -114,14 +127,19 @@ class OptimizerStep:
         """2-norm of the last step's mean gradient, before clipping; None before the first step."""
         return self.controller.last.grad_norm if self.global_steps else None
 
+    def was_applied(self) -> bool:
+        """Whether the last update was not skipped; False before the first one. On a GPU the host waits for it."""
+        return self.global_steps > 0 and not self.controller.last.skip
+
     def state_dict(self) -> dict[str, Any]:
-        """The number of steps, and the loss scale with its counters."""
+        """The number of steps and samples, and the loss scale with its counters."""
         self.learn()
-        return {"global_steps": self.global_steps, **self.controller.state_dict()}
+        counts = {"global_steps": self.global_steps, "global_samples": self.global_samples}
+        return {**counts, **self.controller.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes the state of a run; what became of an earlier step of this one is of no interest any more."""
-        self.global_steps = state["global_steps"]
+        self.global_steps, self.global_samples = state["global_steps"], state["global_samples"]
         self.controller.load_state_dict(state)
         self._outcomes.forget()
         self._skips.look_ahead(self.controller.loss_scale)
@@ -154,6 +172,7 @@ class OptimizerStep:
         )
 
     def _drop_gradients(self) -> None:
+        self.controller.forget_losses()
         for part in self._parts:
             part.drop_gradients()
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from partita.monitor import StepReport, StepReporter
 from partita.optim import PendingOutcome
+from partita.step.schedule import WatchedSchedule
 from partita.step.skips import Finiteness, SkipGuard
 
 
@@ -26,21 +26,25 @@ class StepOutcomes:
     of the next update, when the GPU has a whole forward and backward to do, and the host waits for what is long done.
 
     Args:
-        scheduler: has step(); None: the learning rate stays.
+        schedule: None: the learning rate stays.
         learning_rates: of each param group, as they are now.
+        scales_loss: whether there is a loss scale to report.
         refuse_difference: raises on all ranks, as they took a step (whose number it gets) with different
             hyper-parameters. A collective.
     """
 
     def __init__(
         self,
-        scheduler: Any,
+        schedule: WatchedSchedule | None,
         learning_rates: Callable[[], list[float]],
         reporter: StepReporter,
         skips: SkipGuard,
+        *,
+        scales_loss: bool,
         refuse_difference: Callable[[int], None],
     ) -> None:
-        self._scheduler = scheduler
+        self._schedule = schedule
+        self._scales_loss = scales_loss
         self._learning_rates = learning_rates
         self._reporter = reporter
         self._skips = skips
@@ -58,14 +62,15 @@ class StepOutcomes:
         self._last.is_known = True
         outcome = self._last.outcome.wait()
         control, state = outcome.control, outcome.loss_scale
-        if self._scheduler is not None and not control.skip:
-            self._scheduler.step()
+        if self._schedule is not None and not control.skip:
+            self._schedule.step()
         self._reporter.report(
             StepReport(
                 step=self._last.step,
+                loss=outcome.loss,
                 lr=self._learning_rates(),
                 grad_norm=control.grad_norm,
-                loss_scale=state.scale,
+                loss_scale=state.scale if self._scales_loss else None,
                 skipped_steps=state.skipped_steps,
                 skipped=control.skip,
             )
@@ -80,7 +85,7 @@ class StepOutcomes:
         try:
             self.learn()
         finally:
-            self._scheduler = self._last = None
+            self._schedule = self._last = None
 
     def settle(self) -> None:
         """The last step is done with. All ranks call this at the same place of a step.

@@ -21,6 +21,7 @@ class SkipGuard:
 
     Args:
         world: the ranks whose gradients decide about a step.
+        scales_loss: whether losses are multiplied by the loss scale.
         limit: skipped steps in a row that end a run. Overflowing at the smallest loss scale ends it at once.
         lag: steps whose gradients are on their way when the outcome of one is learned.
     """
@@ -31,12 +32,14 @@ class SkipGuard:
         reducers: Sequence[GradientReducer],
         world: Communicator,
         *,
+        scales_loss: bool,
         limit: int,
         lag: int,
     ) -> None:
         self._scaler = scaler
         self._reducers = reducers
         self._world = world
+        self._scales_loss = scales_loss
         self._limit = limit
         self._lag = lag
         self.look_ahead(scaler.initial())
@@ -72,5 +75,9 @@ class SkipGuard:
             if name
         ]
         if not rows:
-            return "every rank's own gradients are finite, so their sum overflowed: lower the loss or use bf16"
-        return "they come from " + "; ".join(rows)
+            instead = "use bf16, whose range is that of fp32" if self._scales_loss else "lower the learning rate"
+            return f"every rank's own gradients are finite, so their sum overflowed: {instead}"
+        return (
+            f"they come from {'; '.join(rows)}: look at the loss and the batch there "
+            "(torch.autograd.set_detect_anomaly(True) names the operation), or lower the learning rate"
+        )

@@ -5,11 +5,15 @@ from partita.units.absent import (
     AbsentParameter,
     AbsentParameterError,
     Holder,
+    drop_holder,
     give_to,
     holder_of,
+    holders_of,
+    make_absent,
+    make_present,
     take_back,
 )
-from partita.units.blocks import find_blocks
+from partita.units.blocks import LEAF, find_blocks, is_leaf
 from partita.units.build import (
     ModelUnits,
     NamedParameter,
@@ -20,8 +24,9 @@ from partita.units.build import (
     require_on,
 )
 from partita.units.gathers import ParameterGathers
+from partita.units.graph_tasks import accumulates
 from partita.units.layout import ParameterInfo, ShardSlice, Slot, UnitLayout, make_layout
-from partita.units.lifetimes import ParameterLifetimes
+from partita.units.lifetimes import BackwardConductor, ParameterLifetimes
 from partita.units.parameters import FlatParameters, fill_from_rank_0, full_values
 from partita.units.plan import PlanSettings, UnitPlan, plan_frozen, plan_trained
 from partita.units.policy import Lifetime, Offload, StagePolicy, stage_policy
@@ -31,9 +36,11 @@ from partita.units.unit import GradState, Unit
 
 __all__ = [
     "DESCRIBING",
+    "LEAF",
     "AbsentParameter",
     "AbsentParameterError",
     "Always",
+    "BackwardConductor",
     "BackwardListener",
     "BackwardPlan",
     "FlatParameters",
@@ -61,15 +68,21 @@ __all__ = [
     "UnitLayout",
     "UnitPlan",
     "UnitSettings",
+    "accumulates",
     "build_units",
+    "drop_holder",
     "fill_from_rank_0",
     "find_blocks",
     "full_values",
     "give_to",
     "has_reducer",
     "holder_of",
+    "holders_of",
+    "is_leaf",
     "lifetime_of",
+    "make_absent",
     "make_layout",
+    "make_present",
     "plan_frozen",
     "plan_trained",
     "require_on",

@@ -10,8 +10,9 @@ and others end the process. So when an engine is destroyed, the class stays unti
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -34,6 +35,9 @@ class Holder(Protocol):
 
     def name_of(self, parameter: nn.Parameter) -> str:
         """For people."""
+
+    def bring(self) -> bool:
+        """Whether the parameters are here now: when the model computes, they are brought when they are asked for."""
 
     def whole(self) -> AbstractContextManager[Callable[[nn.Parameter], Tensor]]:
         """Inside the block, the values of each of the parameters, to be read only. A collective."""
@@ -63,6 +67,14 @@ def holder_of(parameter: Tensor) -> Holder | None:
     """Who has the parameter's values; None for one that nobody has taken, or whose engine is gone."""
     held = getattr(parameter, "_partita_holder", None)
     return held.find() if isinstance(held, _Held) else None
+
+
+def holders_of(state: Mapping[str, Any]) -> dict[Holder | None, list[str]]:
+    """The names of a state dict by who has the values; None: of what is here."""
+    names: dict[Holder | None, list[str]] = {}
+    for name, value in state.items():
+        names.setdefault(holder_of(value) if isinstance(value, Tensor) else None, []).append(name)
+    return names
 
 
 def give_to(find: Callable[[], Holder | None], parameters: Iterable[nn.Parameter]) -> None:
@@ -110,6 +122,11 @@ def take_back(parameter: nn.Parameter, values: Tensor) -> None:
 class AbsentParameter(nn.Parameter):
     """See [Note: absent parameters]."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        self.detach()  # raises, unless this brings the values: inside zero.Init()
+        copied: nn.Parameter = copy.deepcopy(self, memo)  # as what it is now: a copy is of the class of values
+        return copied
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -121,6 +138,9 @@ class AbsentParameter(nn.Parameter):
         gone = getattr(absent, "_partita_gone", None)
         if gone is not None and func == Tensor.data.__set__:  # type: ignore[attr-defined]
             make_present([absent])
+            return func(*args, **(kwargs or {}))
+        holder = None if absent is None or func is Tensor.__repr__ else holder_of(absent)
+        if holder is not None and gone is None and holder.bring():
             return func(*args, **(kwargs or {}))
         name = gone or _name(absent)
         if func is Tensor.__repr__:

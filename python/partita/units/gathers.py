@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from partita.comm import CommunicationError, Handle
+from partita.units.module_hooks import OwnHook
 from partita.units.unit import Unit
 
 
@@ -31,7 +32,7 @@ class ParameterGathers:
         for module in model.modules():
             used = {unit_of[p] for p in module.parameters(recurse=_reads_children(module)) if p in unit_of}
             if used:
-                self._hooks.append(module.register_forward_pre_hook(partial(wait, own, used)))
+                self._hooks.append(module.register_forward_pre_hook(OwnHook(partial(wait, own, used))))
 
     def add(self, unit: Unit, handle: Handle) -> None:
         """A unit's parameters are being gathered."""

@@ -2,46 +2,77 @@
 
 [Note: lifetimes]
 A group is what one module needs. The group's parameters arrive before the module's forward and are released after the
-forward. A hook on the module's outputs brings the parameters back when the gradients of the outputs arrive. Autograd
-runs the operations of a backward in the reverse order of their forward. So when a backward reaches another block, the
-backward is done with this one. The root is the model without its blocks. The root's parameters stay from the beginning
-of a forward to the end of backward, whether the model is called or only one of its modules.
+forward. The root is the model without its blocks. The root's parameters stay from the beginning of a forward to the end
+of backward, whether the model is called or only one of its modules. Where parameters are mapped, all are in the root:
+nothing is gained when they go, and so nothing watches what autograd saves of them.
+
+Whether parameters are there in a backward does not depend on what modules return: what autograd saved asks for them,
+see [Note: saved parameters] in `saved_tensors.py`. So does an absent parameter that is used while the model computes,
+in a forward or in a backward: one of another block, say, or one that a Function of the program's keeps.
+
+Hooks on the outputs of modules bring the parameters earlier, with the blocks that follow, and release what is done
+with. Autograd runs the operations of a backward in the reverse order of their forward. So when a backward reaches
+another block, the backward is done with this one. What a saved tensor asks for is kept until saved tensors of another
+operation ask for more: one operation may need several blocks.
 
 In a recomputed forward (activation checkpointing) nothing is released: the backward of the same module follows at once.
 
+A backward that is recorded (`create_graph=True`) saves tensors of its own, which no hook sees. So parameters that are
+released there leave their memory to these tensors. It goes when the graph goes. One thing cannot be helped: a Function
+that keeps a parameter on its context, and not with `save_for_backward()`, cannot be differentiated twice.
+
 [Note: order of gathers]
 Where parameters are gathered by collectives, all ranks must issue the same collectives in the same order, whatever each
-rank uses. A pass is a forward or a backward. The rules are:
+rank uses. A pass is a forward or a backward. A backward is a pass if it asks for a parameter or trains; so a gradient
+that `autograd.grad()` takes is one, on all ranks or on none. The rules are:
 
-1. In every pass every block is gathered once. The order is the one in which the first forward used the blocks, if all
-   ranks used the blocks in the same order; else the order of the model. A backward takes the reverse.
+1. In every pass every block is gathered once; in a forward of a module of the model, every block in it. The order is
+   the one in which the first forward used the blocks, if all ranks used the blocks in the same order; else the order of
+   the model. A backward takes the reverse, after the root.
 2. A block that a rank skips is gathered and released there.
 3. Before the gradients of a unit are reduced, the unit's block has been sent for.
 4. Before a rank waits for a block, the rank reduces the units of blocks that come earlier in backward. When autograd
    reaches an operation, autograd is done with all later operations. So blocks that the forward used only later, or not
-   at all, get no gradient any more.
-5. A block that is used again after its turn is gathered again, and then all ranks must use the block again.
+   at all, get no gradient any more. This holds in a backward that trains. The others reduce nothing.
+5. A block that is used again after its turn is gathered again, and then all ranks must use the block again. It does not
+   matter who asks: a module, a saved tensor or an absent parameter.
 
-With rules 3 and 4, no rank can wait for a gather of a rank that waits for a reduction. Where ranks share memory nothing
-is gathered, and none of the rules apply.
+With rules 1 to 4, no rank can wait for a gather of a rank that waits for a reduction, as long as each rank uses its
+blocks in turn: ranks may have different graphs then. Where ranks share memory nothing is gathered, and none of the
+rules apply.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from partita.comm import CommunicationError, Communicator, ranks_that_differ
+from partita.units.blocks import watched_modules
 from partita.units.build import ParameterGroup
 from partita.units.gather_pass import GatherPass
+from partita.units.graph_tasks import GraphTasks, current_operation, in_backward, next_operation
+from partita.units.module_hooks import OwnHook, tensors_in
 from partita.units.parameters import FlatParameters
+from partita.units.residence import Residency
+from partita.units.saved_tensors import SavedTensors
+
+
+class BackwardConductor(Protocol):
+    """What the lifetimes ask and tell about the backward under way."""
+
+    @property
+    def is_training(self) -> bool:
+        """Whether gradients of the backward under way go to an optimizer, and somebody will call `end_backward`."""
+
+    def past(self, units: Sequence[FlatParameters]) -> None:
+        """These units get no gradient any more in the backward under way."""
 
 
 class ParameterLifetimes:
@@ -53,7 +84,7 @@ class ParameterLifetimes:
         prefetch_numel: while one group computes, the next group of the pass is sent for. Further groups are sent for as
             long as they have together at most so many elements.
         max_live_numel: no group is sent for ahead of its turn if more elements than this would be here.
-        no_more_gradients: called with units that get no gradient any more in the backward under way.
+        conductor: of the backwards.
     """
 
     def __init__(
@@ -62,53 +93,58 @@ class ParameterLifetimes:
         communicator: Communicator | None,
         prefetch_numel: int,
         max_live_numel: int,
-        no_more_gradients: Callable[[Iterable[FlatParameters]], None],
+        conductor: BackwardConductor,
     ) -> None:
+        own = weakref.ref(self)  # a model may outlive its engine, and its hooks must not keep the engine alive
         self.groups = groups
         self._communicator = communicator
         self._prefetch_numel = prefetch_numel
         self._max_live_numel = max_live_numel
-        self._no_more_gradients = no_more_gradients
+        self._conductor = conductor
         self._root = len(groups) - 1
         self._order = list(range(self._root))  # of the blocks in a forward
         self._used: list[int] | None = []  # blocks in this rank's first forward; None: the order is settled
         self._pass: GatherPass | None = None  # under way
         self._live: set[int] = set()  # groups that have been sent for and not released
-        self._depth = 0  # of nested modules whose forward runs
-        # A clock that tells which use of a block came first. It ticks at every forward and at every use of a block.
-        self._uses = 0
-        self._old_uses = 0  # what the clock showed when this micro-batch began
-        self._first_use: dict[int, int] = {}  # block -> when this micro-batch used it first
-        self._counts_uses = False  # whether a backward may follow the forward under way
-        self._owner = {id(unit): i for i, group in enumerate(groups) for unit in group.units}
+        self._running: list[int] = []  # groups whose forward runs, the innermost last
+        self._is_whole = False  # whether that is a forward of the whole model
+        # Autograd numbers the operations in the order of their forward: that tells which block was used first.
+        self._began = 0  # the next operation when this micro-batch began
+        self._first_use: dict[int, int] = {}  # block -> the next operation when this micro-batch used it first
+        self._tasks = GraphTasks(partial(_backward_over, own))
+        self._is_recorded: bool | None = None  # whether the backward under way has a graph of its own; None: unknown
+        self._operation = -1  # whose saved tensors asked last
+        self._asked: set[int] = set()  # groups that saved tensors have asked for since the operation before that
+        # By number: each unit with its group.
+        self._units = [(i, unit) for i, group in enumerate(groups) for unit in group.units]
+        self._number = {id(unit): number for number, (_, unit) in enumerate(self._units)}
+        self._saved = None if communicator is None else SavedTensors(partial(_saved_asked, own))
         self._hooks: list[RemovableHandle] = []
-        if self._owner:
-            self._watch()
+        if self._units:
+            self._watch(own)
 
-    def _watch(self) -> None:
-        own = weakref.ref(self)  # a model may outlive its engine, and its hooks must not keep the engine alive
-        block_of = {group.module: i for i, group in enumerate(self.groups[: self._root])}
-        inside = {module for block in block_of for module in block.modules()} - block_of.keys()
-        model = self.groups[self._root].module
-        for module in model.modules():
-            # Leaves outside of blocks are called by other modules, which have the hooks. Hooks of the leaves would only
-            # cost time.
-            if module in inside or not (module in block_of or module is model or any(True for _ in module.children())):
-                continue
-            i = block_of.get(module, self._root)
+    def _watch(self, own: weakref.ref[ParameterLifetimes]) -> None:
+        for i, unit in self._units:
+            unit.brings = partial(_bring, own, i)
+        blocks = [group.module for group in self.groups[: self._root]]
+        for module, index, inner in watched_modules(self.groups[self._root].module, blocks):
+            i = self._root if index is None else index
+            before = OwnHook(partial(_before_forward, own, i, inner))
+            after = OwnHook(partial(_after_forward, own, i))
             # The parameters must be here before other hooks of the module run, and when the forward raises they must be
             # released all the same.
-            self._hooks.append(module.register_forward_pre_hook(partial(_before_forward, own, i), prepend=True))
-            self._hooks.append(module.register_forward_hook(partial(_after_forward, own, i), always_call=True))
+            self._hooks.append(module.register_forward_pre_hook(before, prepend=True))
+            self._hooks.append(module.register_forward_hook(after, always_call=True))
 
     @property
     def gathered_bytes(self) -> int:
         """Memory of full parameters on this rank, now."""
-        return sum(unit.residence.gathered_bytes for group in self.groups for unit in group.units)
+        return sum(unit.residence.gathered_bytes for _, unit in self._units)
 
     def before_reduction(self, unit: FlatParameters) -> None:
         """The gradients of a unit are about to be reduced: rule 3 of [Note: order of gathers]."""
-        owner = self._owner.get(id(unit), self._root)
+        number = self._number.get(id(unit))
+        owner = self._root if number is None else self._units[number][0]
         if self._pass is not None and self._pass.is_to_come(owner):
             self._live |= {*self._pass.up_to(owner), owner}
 
@@ -133,14 +169,18 @@ class ParameterLifetimes:
 
     def forget_forwards(self) -> None:
         """A new micro-batch begins."""
-        self._old_uses = self._uses
+        self._began = next_operation()
         self._first_use.clear()
 
     def release_all(self) -> None:
         """Nothing computes. Legal in the middle of a pass too, after an error for instance."""
+        if self._saved is not None:
+            self._saved.leave_all()
+        self._tasks.forget()
         self._pass = None
-        self._depth = 0
+        self._running.clear()
         self._release(range(len(self.groups)))
+        self._is_recorded = None
 
     def close(self) -> None:
         """Removes the hooks from the model and releases all parameters."""
@@ -148,6 +188,10 @@ class ParameterLifetimes:
             hook.remove()
         self._hooks = []
         self.release_all()
+        for _, unit in self._units:
+            unit.brings = None
+
+    # -- gathering
 
     def _need(self, index: int) -> None:
         """A group computes now: waits for the group, and sends for the groups that follow in this pass."""
@@ -160,63 +204,19 @@ class ParameterLifetimes:
             current.ahead(self._prefetch_numel, self._max_live_numel - sum(self.groups[i].numel for i in self._live))
             for unit in self.groups[index].units:
                 unit.residence.wait()
+                if self._saved is not None:
+                    self._saved.locate(self._number[id(unit)], unit.residence)
         except CommunicationError:
             self._pass = None  # modules that this error leaves do not gather the rest
             raise
         self._release(skipped)  # after the wait: the skipped ones came before, so releasing them waits for nothing
 
     def _release(self, indices: Iterable[int]) -> None:
+        gives_away = in_backward() if self._is_recorded is None else self._is_recorded
         for i in list(indices):
             for unit in self.groups[i].units:
-                unit.residence.release()
+                unit.residence.release(gives_away=gives_away)
             self._live.discard(i)
-
-    def _before_forward(self, index: int) -> None:
-        # In a backward this is a recomputed forward: part of the backward's pass, and no new use of a block.
-        if not _in_backward():
-            self._depth += 1
-            if self._depth == 1:
-                self._pass = GatherPass(self._order, self.groups)
-                self._counts_uses = torch.is_grad_enabled()
-                self._uses += 1
-            if self._counts_uses and index != self._root:
-                self._uses += 1
-                self._first_use.setdefault(index, self._uses)
-        if self._root not in self._live:
-            self._need(self._root)
-        if index != self._root:
-            if self._used is not None and index not in self._used:
-                self._used.append(index)
-            self._need(index)
-
-    def _after_forward(self, index: int, outputs: Any) -> None:
-        in_backward = _in_backward()
-        if not in_backward:
-            self._depth -= 1
-        is_outermost = not in_backward and self._depth == 0
-        if torch.is_grad_enabled() and (is_outermost or index != self._root):
-            # The time 0 is before any micro-batch: a recomputed forward tells nothing of what comes later in backward.
-            hook = partial(_before_backward, weakref.ref(self), index, 0 if in_backward else self._uses)
-            for output in pytree.tree_leaves(outputs):
-                # A tensor that a module passes on unchanged was made by the module before, which has its hook there.
-                if isinstance(output, Tensor) and output.requires_grad and not hasattr(output, "_partita_made"):
-                    output._partita_made = True  # type: ignore[attr-defined]
-                    output.register_hook(hook)  # type: ignore[no-untyped-call]
-        if is_outermost:
-            self._end_pass(stays={self._root} if torch.is_grad_enabled() else set())
-            self._settle_order()
-        elif index != self._root and not in_backward:
-            self._release([index])
-
-    def _before_backward(self, index: int, use: int) -> None:
-        """The gradient of an output of a group's module is there; the output was made at the time `use`."""
-        self.begin_backward()
-        if self._communicator is not None and use > self._old_uses:  # rule 4 of [Note: order of gathers]
-            done = [i for i in range(self._root) if self._first_use.get(i, use + 1) > use]
-            self._no_more_gradients(unit for i in done for unit in self.groups[i].units)
-        if index != self._root:
-            self._release(self._live - {index, self._root})
-            self._need(index)
 
     def _end_pass(self, stays: set[int]) -> None:
         """Gathers and releases, one by one, the blocks whose turn has not come: other ranks use these blocks."""
@@ -225,12 +225,67 @@ class ParameterLifetimes:
             for i in self._pass.rest():
                 self._release([i])
             self._pass = None
+        self._is_recorded = None
+
+    # -- forward
+
+    def _before_forward(self, index: int, blocks: frozenset[int]) -> None:
+        if self._saved is not None:
+            self._saved.enter()
+        if in_backward():  # a recomputed forward: part of the backward's pass, and no new use of a block
+            self._tasks.see()
+            if not self._running:
+                self.begin_backward()
+        else:
+            if not self._running:
+                self._tasks.forget()
+                self._is_whole = len(blocks) == self._root
+                self._pass = GatherPass((i for i in self._order if i in blocks), self.groups)
+            self._running.append(index)
+            self._note_use(index)
+        if self._root not in self._live:
+            self._need(self._root)
+        if index != self._root:
+            self._need(index)
+
+    def _note_use(self, index: int) -> None:
+        if index == self._root:
+            return
+        if torch.is_grad_enabled():
+            self._first_use.setdefault(index, next_operation())
+        if self._used is not None and index not in self._used:
+            self._used.append(index)
+
+    def _after_forward(self, index: int, is_training: bool, outputs: Any) -> None:
+        is_recomputed = in_backward()
+        if self._saved is not None:
+            self._saved.leave()
+        if not is_recomputed:
+            self._running.pop()
+        is_outermost = not is_recomputed and not self._running
+        if torch.is_grad_enabled() and (is_outermost or index != self._root):
+            # A recomputed forward tells nothing of what comes later in backward.
+            made_by = -1 if is_recomputed else next_operation() - 1
+            hook = partial(_before_backward, weakref.ref(self), index, made_by)
+            for output in tensors_in(outputs):
+                # A tensor that a module passes on unchanged was made by the module before, which has its hook there.
+                # One that a module changes in place is a new one.
+                if output.requires_grad and getattr(output, "_partita_made", None) != output._version:
+                    output._partita_made = output._version  # type: ignore[attr-defined]
+                    output.register_hook(hook)  # type: ignore[no-untyped-call]
+        if is_outermost:
+            stays = torch.is_grad_enabled() and (is_training or self._saved is None)
+            self._end_pass({self._root} if stays else set())
+            if self._is_whole:
+                self._settle_order()
+        elif index != self._root and not is_recomputed and index not in self._running:
+            self._release([index])
 
     def _settle_order(self) -> None:
         """After the first forward: adopts the order in which it used the blocks, if that is the same on all ranks."""
         if self._used is None or self._communicator is None or not self._root:
             return
-        if all(unit.residence.is_pinned for group in self.groups for unit in group.units):
+        if all(unit.residence.is_pinned for _, unit in self._units):
             self._used = []  # where all is pinned, ranks may do different things, and some of them nothing
             return
         used = [*self._used, *(i for i in range(self._root) if i not in self._used)]
@@ -238,26 +293,105 @@ class ParameterLifetimes:
         if not ranks_that_differ(self._communicator, repr(used).encode()):
             self._order = used
 
+    # -- backward
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+    def _before_backward(self, index: int, made_by: int) -> None:
+        """The gradient of an output of a group's module is there; no later operation than `made_by` made the output."""
+        self._see_backward()
+        if not self._running:
+            self.begin_backward()
+        self._reached(made_by)
+        if index != self._root:
+            self._release(self._live - {index, self._root, *self._running})
+            self._need(index)
+
+    def _reached(self, operation: int) -> None:
+        """Autograd is done with all operations after this one: rule 4 of [Note: order of gathers]."""
+        if self._communicator is not None and operation >= self._began:
+            done = [i for i in range(self._root) if self._first_use.get(i, operation + 1) > operation]
+            self._conductor.past([unit for i in done for unit in self.groups[i].units])
+
+    def _see_backward(self) -> None:
+        """Called by autograd itself, for which gradients are enabled where the backward is recorded."""
+        self._tasks.see()
+        self._is_recorded = self._is_recorded or torch.is_grad_enabled()
+
+    def saved_asked(self, number: int) -> None:
+        """Autograd is about to use what it saved of a unit."""
+        if in_backward():
+            self._see_backward()
+            index, unit = self._units[number]
+            self._asked.add(index)
+            if unit.residence.state not in (Residency.HERE, Residency.PINNED):
+                self._bring_back(index)
+
+    def bring(self, index: int) -> bool:
+        """A parameter of a group is used. Returns whether the model computes, so that the parameter is here now."""
+        if in_backward():
+            self._tasks.see()
+            self._asked.add(index)
+            self._bring_back(index)
+        elif self._running:
+            self._note_use(index)
+            self._need(index)
+        else:
+            return False
+        return True
+
+    def _bring_back(self, index: int) -> None:
+        """An operation of the backward under way uses a group, and perhaps others with it."""
+        if not self._running:
+            self.begin_backward()
+        operation = current_operation()
+        if operation != self._operation:
+            if not self._tasks.is_nested:  # else the operation is part of a recomputed forward
+                self._reached(operation)
+            self._release(self._live - self._asked - {index, self._root, *self._running})
+            self._operation, self._asked = operation, set()
+        self._need(index)
+
+    def backward_over(self) -> None:
+        """The backward under way is over, whether it trained or not."""
+        self._operation, self._asked = -1, set()
+        if self._running:  # a gradient that is part of a forward, whose pass goes on
+            self._release(self._live - {self._root, *self._running})
+            self._is_recorded = None
+        elif not self._conductor.is_training:
+            self._end_pass(stays={self._root} if self._saved is None else set())
 
 
 # The hooks. They are functions over a weak reference: a bound method would keep the lifetimes, and with them the units.
 
 
-def _before_forward(own: weakref.ref[ParameterLifetimes], index: int, _module: nn.Module, _inputs: Any) -> None:
+def _before_forward(
+    own: weakref.ref[ParameterLifetimes], index: int, blocks: frozenset[int], _module: nn.Module, _inputs: Any
+) -> None:
     if (lifetimes := own()) is not None:
-        lifetimes._before_forward(index)
+        lifetimes._before_forward(index, blocks)
 
 
 def _after_forward(
-    own: weakref.ref[ParameterLifetimes], index: int, _module: nn.Module, _inputs: Any, outputs: Any
+    own: weakref.ref[ParameterLifetimes], index: int, module: nn.Module, _inputs: Any, outputs: Any
 ) -> None:
     if (lifetimes := own()) is not None:
-        lifetimes._after_forward(index, outputs)
+        lifetimes._after_forward(index, module.training, outputs)
 
 
-def _before_backward(own: weakref.ref[ParameterLifetimes], index: int, use: int, _grad: Tensor) -> None:
+def _before_backward(own: weakref.ref[ParameterLifetimes], index: int, made_by: int, _grad: Tensor) -> None:
     if (lifetimes := own()) is not None:
-        lifetimes._before_backward(index, use)
+        lifetimes._before_backward(index, made_by)
+
+
+def _saved_asked(own: weakref.ref[ParameterLifetimes], number: int) -> None:
+    if (lifetimes := own()) is not None:
+        lifetimes.saved_asked(number)
+
+
+def _bring(own: weakref.ref[ParameterLifetimes], index: int) -> bool:
+    lifetimes = own()
+    return lifetimes is not None and lifetimes.bring(index)
+
+
+def _backward_over(own: weakref.ref[ParameterLifetimes]) -> None:
+    if (lifetimes := own()) is not None:
+        lifetimes.backward_over()

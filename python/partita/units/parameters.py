@@ -38,6 +38,7 @@ class FlatParameters:
         self._versions: list[int] = []
         self._versions_at_pin: list[int] = []
         self._committed: set[Slot] = set()  # since somebody looked
+        self.brings: Callable[[], bool] | None = None  # what the lifetimes of the parameters do for `bring`
 
     @property
     def params(self) -> Tensor:
@@ -89,6 +90,10 @@ class FlatParameters:
         drop_holder(own)
 
     # -- for others than the model's forward and backward, see `Holder`
+
+    def bring(self) -> bool:
+        """Whether the parameters are here now, see `Holder`."""
+        return self.brings is not None and self.brings()
 
     @contextmanager
     def whole(self) -> Iterator[Callable[[nn.Parameter], Tensor]]:

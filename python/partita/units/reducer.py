@@ -133,6 +133,11 @@ class GradientReducer:
             for i, p in enumerate(parameters)
         ]
 
+    @property
+    def in_backward(self) -> bool:
+        """Whether gradients have arrived of a backward that is not finished."""
+        return self._bucketer.in_backward
+
     def finish_backward(self) -> None:
         """Backward is over: packs and launches what is left; parameters without a gradient count as zeros."""
         if not self._bucketer.in_backward:

@@ -23,20 +23,29 @@ class GatheredParameters:
     Writing needs a `modifier_rank`: when the block ends, the parameters take that rank's values on all ranks, and what
     others wrote is dropped.
 
+    Arguments have DeepSpeed's names and order.
+
     Args:
-        parameters: one, or several; those that no engine and no `Init` has taken are left as they are.
+        params: one, or several; those that no engine and no `Init` has taken are left as they are.
         modifier_rank: the rank whose values count; None: they are only read.
+        fwd_module: a module that uses the parameters in its forward. It must have them, itself or in its children: then
+            they are there when it computes.
         enabled: false does nothing.
 
     Raises:
+        ValueError: there is no such `modifier_rank`, or `fwd_module` lacks one of the parameters; names it.
         RuntimeError: when the block ends, on all ranks: a parameter was written to on some rank, and `modifier_rank` is
-            None or the parameter is not in `parameters`. What was written to partitioned parameters is dropped.
+            None or the parameter is not in `params`. What was written to partitioned parameters is dropped.
     """
 
     def __init__(
-        self, parameters: nn.Parameter | Iterable[nn.Parameter], modifier_rank: int | None = None, enabled: bool = True
+        self,
+        params: nn.Parameter | Iterable[nn.Parameter],
+        modifier_rank: int | None = None,
+        fwd_module: nn.Module | None = None,
+        enabled: bool = True,
     ) -> None:
-        given = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
+        given = [params] if isinstance(params, nn.Parameter) else list(params)
         self._modifier_rank = modifier_rank
         self._given: dict[Holder, list[nn.Parameter]] = {}
         for parameter in given if enabled else []:
@@ -48,6 +57,8 @@ class GatheredParameters:
                 raise ValueError(
                     f"modifier_rank = {modifier_rank}: there are the ranks 0 to {holder.communicator.world_size - 1}"
                 )
+        if fwd_module is not None:
+            self._require_in(fwd_module)
         self._versions: list[tuple[Holder, nn.Parameter, int]] = []
 
     def __enter__(self) -> None:
@@ -81,6 +92,19 @@ class GatheredParameters:
         holder = next(iter(self._given), None)
         return nullcontext() if holder is None else holder.communicator.call_of_all("GatheredParameters()")
 
+    def _require_in(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"fwd_module is a {type(module).__name__}: it is the module that uses the parameters")
+        own = set(map(id, module.parameters()))
+        for holder, given in self._given.items():
+            for parameter in given:
+                if id(parameter) not in own:
+                    raise ValueError(
+                        f"parameter '{holder.name_of(parameter)}' is not in fwd_module ({type(module).__name__}), so "
+                        "it will not be there in that module's forward: make it an attribute of that module too, "
+                        "before initialize(); shared parameters stay shared"
+                    )
+
     def _refuse_unclaimed(self) -> None:
         """A collective: whoever wrote, all ranks raise."""
         claimed = {id(p) for given in self._given.values() for p in given if self._modifier_rank is not None}
@@ -99,5 +123,9 @@ class GatheredParameters:
     def _commit(self, rank: int) -> None:
         for holder, given in self._given.items():
             for parameter in given:
-                holder.communicator.broadcast(parameter.data, rank).wait()
+                data = parameter.data
+                values = data.contiguous()  # Init leaves strides as a model has chosen them
+                holder.communicator.broadcast(values, rank).wait()
+                if values is not data:
+                    data.copy_(values)
             holder.commit(given)

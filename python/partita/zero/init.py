@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.overrides import TorchFunctionMode
+import torch.distributed as dist
+from torch import nn
 
-from partita.comm import Communicator, backend_for, init_distributed, ranks_that_differ, world_communicator
 from partita.config import load_config
-from partita.device.memory import FreedMemory
-from partita.units import DESCRIBING, FlatParameters, Gathered, ParameterInfo, give_to, holder_of, make_layout
+from partita.zero.partitioner import partition_module, partitioning
+from partita.zero.storage import ShardMemory
 
 if TYPE_CHECKING:
     from partita.config import Config
+
+HOST_NAMES = (None, "none", "cpu")
 
 
 class Init:
@@ -26,39 +24,80 @@ class Init:
 
     Each rank computes the same values, from rank 0's random state, and keeps its part; so a model comes out with the
     same weights as one that is built on rank 0 without `Init`. Whole parameters exist for one module at a time: the one
-    that registers parameters, or whose parameters were used last. Code inside the block may use any parameter at any
-    time (`model.apply(init_weights)`, `for p in self.parameters(): nn.init.normal_(p)`), the same on all ranks.
+    that registers parameters, or whose parameters were used last. Code inside the block may use any parameter, and any
+    view of one, at any time, the same on all ranks and in the thread that opened the block:
+    `model.apply(init_weights)`, `nn.init.normal_(p)`, `nn.Parameter(other.weight)`, `copy.deepcopy(layer)`. Blocks may
+    be nested: the outermost one partitions, the inner ones say the dtype of what is built in them.
 
     `partita.initialize()` takes the result in any stage. Until then, `GatheredParameters` reads and writes it.
 
+    Arguments have DeepSpeed's names and order. Those that would change another engine's machinery are accepted with the
+    values that ask for nothing.
+
     Args:
-        config: as for `initialize()`, of which only `comm` matters here; None: the defaults.
-        dtype: of the floating-point parameters that are created; None: torch's default.
+        module: built before, and partitioned at once, with rank 0's values; no block is needed for that.
+        data_parallel_group: None, or the group of all ranks.
+        mem_efficient_linear: true or false; both are the linear layer of torch.
+        remote_device: "cpu": shards are kept on the host, wherever the model is built; None: as the config's
+            `zero_optimization.offload_param.device` says, else on the model's device.
+        pin_memory: shards on the host are in pinned memory.
+        config_dict_or_path: as the config of `initialize()`, of which `comm`, the compute dtype and `offload_param`
+            matter here; None: the defaults. `config` is the same.
         enabled: false builds the model as without `Init`.
+        dtype: of the floating-point parameters that are created; None: bfloat16 or float16 where the config enables
+            it, else torch's default. Initial values are rounded to the dtype, and so are the masters made from them:
+            give torch.float32 to begin with all bits of the values.
+        mpu, zero_param_parallel_group, sequence_data_parallel_group, param_swapper: None.
+        zero_quantized_weights, zero_quantized_nontrainable_weights: false.
 
     Raises:
-        RuntimeError: when the block ends: ranks drew different random numbers, so they built different models.
+        ValueError, TypeError: an argument asks for what Partita does not have; names the argument.
+        RuntimeError: when the block ends: ranks drew different random numbers, or registered different parameters, so
+            they built different models.
     """
 
-    def __init__(self, config: Any = None, dtype: torch.dtype | None = None, enabled: bool = True) -> None:
-        self._config: Config | None = None if config is None else load_config(config)
-        self._dtype = dtype
+    def __init__(
+        self,
+        module: nn.Module | None = None,
+        data_parallel_group: Any = None,
+        mem_efficient_linear: bool = True,
+        remote_device: str | None = None,
+        pin_memory: bool = False,
+        config_dict_or_path: Any = None,
+        config: Any = None,
+        enabled: bool = True,
+        dtype: torch.dtype | None = None,
+        mpu: Any = None,
+        zero_param_parallel_group: Any = None,
+        zero_quantized_weights: bool = False,
+        zero_quantized_nontrainable_weights: bool = False,
+        sequence_data_parallel_group: Any = None,
+        param_swapper: Any = None,
+    ) -> None:
+        _refuse_module(module)
+        _refuse_groups(data_parallel_group=data_parallel_group, mpu=mpu)
+        _refuse_groups(zero_param_parallel_group=zero_param_parallel_group, param_swapper=param_swapper)
+        _refuse_groups(sequence_data_parallel_group=sequence_data_parallel_group)
+        _refuse_quantized("zero_quantized_weights", zero_quantized_weights)
+        _refuse_quantized("zero_quantized_nontrainable_weights", zero_quantized_nontrainable_weights)
         self._enabled = enabled
         self._exits = ExitStack()
+        if not enabled:
+            return
+        self._config = _one_config(config_dict_or_path, config)
+        self._memory = _shard_memory(self._config, remote_device, pin_memory)
+        self._dtype = _dtype_of(self._config, dtype)
+        if module is not None:
+            partition_module(module, self._config, self._memory)
 
     def __enter__(self) -> Init:
         if not self._enabled:
             return self
         with ExitStack() as exits:
-            partitioner = Partitioner(self._config)
-            exits.callback(partitioner.close)
-            exits.enter_context(SameRandomNumbers(partitioner.communicator(torch.device("cpu"))))
+            exits.enter_context(partitioning(self._config, self._memory))
             if self._dtype is not None:
                 exits.callback(torch.set_default_dtype, torch.get_default_dtype())
                 torch.set_default_dtype(self._dtype)
-            hook = register_module_parameter_registration_hook(partitioner.registered)
-            exits.callback(hook.remove)
-            exits.enter_context(Uses(partitioner.used))
             self._exits = exits.pop_all()
         return self
 
@@ -66,139 +105,52 @@ class Init:
         self._exits.__exit__(*error)
 
 
-class Partitioner:
-    """Partitions parameters one module at a time."""
-
-    def __init__(self, config: Config | None = None) -> None:
-        self._comm = (config or load_config({"train_micro_batch_size_per_gpu": 1})).comm
-        self._freed = FreedMemory()
-        self._communicators: dict[torch.device, Communicator] = {}
-        self._open: dict[int, tuple[nn.Parameter, str]] = {}  # whole parameters, of one module
-        self._module: nn.Module | None = None  # the one that registered them; None: they were taken before
-
-    def communicator(self, device: torch.device) -> Communicator:
-        """Of the ranks, for tensors on a device."""
-        if device not in self._communicators:
-            init_distributed(backend_for(device))
-            timeout = timedelta(seconds=self._comm.timeout_seconds)
-            self._communicators[device] = world_communicator(self._comm.transport, timeout, device)
-        return self._communicators[device]
-
-    def registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        """A module gets a parameter, whose values may not be there yet."""
-        if parameter is None or parameter.is_meta or holder_of(parameter) is not None:
-            return
-        if module is not self._module:
-            self.close()
-            if holder_of(parameter) is not None:  # now: it was another module's, too
-                return
-            self._module = module
-        self._open[id(parameter)] = (parameter, f"{type(module).__name__}.{name}")
-
-    def used(self, parameters: list[nn.Parameter]) -> None:
-        """An operation is about to use these parameters; the whole ones of other modules may go."""
-        if all(id(p) in self._open for p in parameters):
-            return
-        self.close()
-        for parameter in parameters:
-            holder = holder_of(parameter)
-            if holder is not None and id(parameter) not in self._open:
-                holder.pin()
-                self._open[id(parameter)] = (parameter, holder.name_of(parameter))
-
-    def close(self) -> None:
-        """No parameter is whole any more."""
-        opened, self._open, self._module = self._open, {}, None
-        with torch._C.DisableTorchFunction():  # these are not uses
-            for parameter, name in opened.values():
-                holder = holder_of(parameter)
-                if holder is None:
-                    partition(parameter, name, self.communicator(parameter.device))
-                else:
-                    if parameter.dtype != holder.dtype:
-                        raise TypeError(
-                            f"parameter '{name}' was converted from {holder.dtype} to {parameter.dtype} inside "
-                            "partita.zero.Init(): give Init that dtype="
-                        )
-                    holder.commit([parameter])
-                    holder.unpin()
-                self._freed.add(parameter.nbytes)
+def _one_config(config_dict_or_path: Any, config: Any) -> Config:
+    if config_dict_or_path is not None and config is not None and config is not config_dict_or_path:
+        raise ValueError("zero.Init: config_dict_or_path and config are two names of one argument: give one of them")
+    source = config if config_dict_or_path is None else config_dict_or_path
+    return load_config({"train_micro_batch_size_per_gpu": 1} if source is None else source)
 
 
-@torch.no_grad()
-def partition(parameter: nn.Parameter, name: str, communicator: Communicator) -> None:
-    """Each rank keeps its part of a parameter that has the same values on all of them."""
-    if communicator.world_size == 1:
-        return
-    info = ParameterInfo(name, tuple(parameter.shape), 0, parameter.element_size(), str(parameter.dtype))
-    layout = make_layout([info], communicator.world_size)
-    own = layout.shard_range(communicator.rank)
-    flat = FlatParameters(Gathered(layout, [parameter], parameter.dtype, own, communicator))
-    values = parameter.detach().reshape(-1)[own.start : own.stop]
-    flat.own_params[: values.numel()] = values
-    flat.take_parameters()
-    give_to(lambda: flat, [parameter])  # nobody else keeps it
+def _dtype_of(config: Config, dtype: torch.dtype | None) -> torch.dtype | None:
+    if dtype is not None:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"zero.Init: dtype is {dtype!r}: it must be a floating-point torch.dtype, or None")
+        return dtype
+    if config.bf16.enabled:
+        return torch.bfloat16
+    return torch.float16 if config.fp16.enabled else None
 
 
-class SameRandomNumbers:
-    """Every rank draws rank 0's numbers from torch; afterwards it goes on with its own, if they were others.
+def _shard_memory(config: Config, remote_device: str | None, pin_memory: bool) -> ShardMemory:
+    if remote_device not in HOST_NAMES:
+        raise ValueError(
+            f"zero.Init: remote_device is {remote_device!r}: shards are kept on the model's device, or on the host, "
+            'which is "cpu"'
+        )
+    offload = config.zero_optimization.offload_param
+    if remote_device is None and offload.device == "cpu":
+        return ShardMemory(on_host=True, pin=offload.pin_memory)
+    return ShardMemory(on_host=remote_device == "cpu", pin=pin_memory)
 
-    Raises:
-        RuntimeError: at the end, on all ranks, if they did not draw the same numbers.
-    """
 
-    def __init__(self, communicator: Communicator) -> None:
-        self._communicator = communicator
-        self._own: list[Tensor] = []
-        self._differed = False
+def _refuse_module(module: Any) -> None:
+    if module is not None and not isinstance(module, nn.Module):
+        raise TypeError(
+            f"zero.Init: module is a {type(module).__name__}: it is a torch.nn.Module that was built before; "
+            "give a config as config="
+        )
 
-    def __enter__(self) -> None:
-        self._own = _random_states()
-        shared = [state.clone() for state in self._own]
-        for state in shared:
-            self._communicator.broadcast(state, 0).wait()
-        self._differed = any(not torch.equal(a, b) for a, b in zip(self._own, shared, strict=True))
-        _set_random_states(shared)
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        now = _random_states()
-        if self._differed:
-            _set_random_states(self._own)
-        if kind is not None or self._communicator.world_size == 1:
-            return
-        different = ranks_that_differ(self._communicator, b"".join(state.numpy().tobytes() for state in now))
-        if different:
-            raise RuntimeError(
-                f"ranks built different models inside partita.zero.Init(): rank {', '.join(map(str, different))} drew "
-                "other random numbers than rank 0; build the same modules in the same order on every rank"
+def _refuse_groups(**given: Any) -> None:
+    """Raises ValueError, naming the argument, for what asks for other ranks than all, or for another engine's parts."""
+    for name, value in given.items():
+        if value is not None and value is not dist.group.WORLD:
+            raise ValueError(
+                f"zero.Init: {name} is not supported: parameters are partitioned over all ranks; leave it out"
             )
 
 
-def _random_states() -> list[Tensor]:
-    on_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return [torch.get_rng_state(), *on_gpu]
-
-
-def _set_random_states(states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state)
-
-
-class Uses(TorchFunctionMode):
-    """Tells which parameters operations are about to use."""
-
-    def __init__(self, used: Callable[[list[nn.Parameter]], None]) -> None:
-        super().__init__()
-        self._used = used
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        values = [*args, *(kwargs or {}).values()]
-        lists = [item for value in values if isinstance(value, list | tuple) for item in value]
-        parameters = [p for p in values + lists if isinstance(p, nn.Parameter) and holder_of(p) is not None]
-        if parameters and func not in DESCRIBING:
-            with torch._C.DisableTorchFunction():
-                self._used(parameters)
-        return func(*args, **(kwargs or {}))
+def _refuse_quantized(name: str, value: bool) -> None:
+    if value:
+        raise ValueError(f"zero.Init: {name} is not supported: weights travel as they are; leave it out")

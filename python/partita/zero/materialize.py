@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from partita.config import load_config
-from partita.zero.init import Partitioner, SameRandomNumbers, Uses
+from partita.zero.partitioner import partitioning
+from partita.zero.storage import ShardMemory
 
 
 def materialize(
@@ -33,11 +34,10 @@ def materialize(
     Raises:
         ValueError: a module left a parameter or buffer without values; names it.
     """
-    partitioner = Partitioner(None if config is None else load_config(config))
+    settings = load_config({"train_micro_batch_size_per_gpu": 1} if config is None else config)
     made: dict[nn.Parameter, nn.Parameter] = {}
-    same_numbers = SameRandomNumbers(partitioner.communicator(torch.device("cpu")))
     # A module may fill what it shares with an earlier one, too.
-    with same_numbers, Uses(partitioner.used), torch.no_grad():
+    with partitioning(settings, ShardMemory()) as partitioner, torch.no_grad():
         for path, module in model.named_modules():
             new = _give_memory(module, torch.device(device), made)
             if not new:

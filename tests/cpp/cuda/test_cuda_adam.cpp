@@ -12,20 +12,22 @@ namespace {
 
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 
-const std::vector<AdamGroup> groups = {
-    {0.05, 0.9, 0.999, 1e-8, 0.1, false}, {0.02, 0.8, 0.95, 1e-6, 0.2, true}, {0.1, 0.0, 0.5, 0.25, 0.0, true}};
+const std::vector<AdamGroup> groups = {{0.05, 0.9, 0.999, 1e-8, 0.1, false},
+                                       {0.02, 0.8, 0.95, 1e-6, 0.2, true},
+                                       {0.1, 0.0, 0.5, 0.25, 0.0, true},
+                                       {0.05, 0.9, 0.99, 1e-6, 0.1, true, false}};
 
 std::vector<AdamGroup> many_groups(int count) {
     std::vector<AdamGroup> result;
     for (int i = 0; i < count; ++i) {
-        result.push_back(groups[static_cast<std::size_t>(i % 3)]);
+        result.push_back(groups[static_cast<std::size_t>(i) % groups.size()]);
         result.back().lr *= 1.0 + 0.01 * i;
     }
     return result;
 }
 
 // Segments of these sizes, from multiples of `align` on, in gaps of up to 3 elements; groups in turn.
-std::vector<Segment> layout(const std::vector<std::int64_t>& sizes, std::int64_t align = 1, int group_count = 3) {
+std::vector<Segment> layout(const std::vector<std::int64_t>& sizes, std::int64_t align = 1, int group_count = 4) {
     std::vector<Segment> rows;
     std::int64_t offset = 2;
     for (const std::int64_t numel : sizes) {

@@ -2,66 +2,25 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import inside
 import partita
 import pytest
-import torch
-import torch.nn.functional as F
 from communicators import RecordingCommunicator, communicating_through
+from gradient_models import Checkpointed, checkpointed, repeated
 from reference import (
     DTYPES,
-    ODD_MODEL,
     PRECISIONS,
-    Training,
     assert_equal_runs,
     backward_of,
-    numbers,
     sgd_config,
     tokens_of,
     train_in_engine,
     train_plain,
 )
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 STAGES = (0, 1, 2, 3)
-
-
-class Checkpointed(nn.Module):
-    """Tied embedding and head, a frozen layer and one used in two checkpoints; `reentrant` None: no checkpoints."""
-
-    def __init__(self, reentrant: bool | None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.reentrant = reentrant
-        self.embed = nn.Embedding(11, 6)
-        self.shared = nn.Linear(6, 6)
-        self.frozen = nn.Linear(6, 6).requires_grad_(False)
-        self.own = nn.Linear(6, 6)
-        self.head = nn.Linear(6, 11, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        x = self._run(self._first, x)
-        x = self._run(self._second, x)
-        return F.cross_entropy(self._run(self.head, x).float().flatten(0, -2), targets.flatten())
-
-    def _first(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.frozen(self.shared(x)))
-
-    def _second(self, x: Tensor) -> Tensor:
-        return self.shared(torch.tanh(self.own(x))) + self.frozen(x)
-
-    def _run(self, function: Any, x: Tensor) -> Tensor:
-        return function(x) if self.reentrant is None else checkpoint(function, x, use_reentrant=self.reentrant)
-
-
-def checkpointed(reentrant: bool | None) -> Training:
-    return Training(partial(Checkpointed, reentrant), ODD_MODEL.micro_batch)
 
 
 @pytest.mark.parametrize("backward", ["engine.backward", "loss.backward"])
@@ -109,28 +68,6 @@ def test_the_end_of_a_reentrant_backward_is_not_the_end(ranks, stage, backward):
         assert launches[1:] == [units] * 2
         # The first one learns how often gradients arrive: ranks agree on which units came again, and reduce those.
         assert units < launches[0] <= 2 * units + 1
-
-
-class Repeated(nn.Module):
-    """A layer in as many reentrant checkpoints as is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(5, 5)
-
-    def forward(self, x: Tensor, times: int) -> Tensor:
-        for _ in range(times):
-            x = torch.tanh(checkpoint(self.layer, x, use_reentrant=True))
-        return x.square().mean()
-
-
-def repeated_micro_batch(times: tuple[int, ...], forward: Any, backward: Any, step: int, index: int) -> None:
-    backward(forward(numbers(step, index, 3, 5).requires_grad_(), times[step]))
-
-
-def repeated(*times: int) -> Training:
-    return Training(Repeated, partial(repeated_micro_batch, times), steps=len(times))
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import inside
@@ -10,21 +9,18 @@ import partita
 import pytest
 import torch
 from communicators import GarbageCommunicator, communicating_through
-from gradient_models import vectors
+from gradient_models import USES, branches, no_layer_on_rank_1, vectors
 from reference import (
     ODD_MODEL,
     PRECISIONS,
     SGD,
-    Training,
     assert_equal_runs,
     assert_same_runs,
-    numbers,
     sgd_config,
     train_in_engine,
     train_plain,
 )
 from support import base_config, whole
-from torch import Tensor, nn
 
 STAGES = (0, 1, 2, 3)
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
@@ -86,69 +82,11 @@ def test_parameters_without_elements(ranks, stage, bucket, optimizer, sizes):
     assert_equal_runs(runs, train_plain(training, 4, named=optimizer))
 
 
-class Branches(nn.Module):
-    """Layers of which a micro-batch uses some; the last is never used."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(4))
-
-    def forward(self, x: Tensor, used: list[int]) -> Tensor:
-        loss = x.sum()
-        for i in used:
-            loss = loss + self.layers[i](x.to(self.layers[i].weight.dtype)).float().square().mean()
-        return loss
-
-
-def no_layer_on_rank_1(step: int, index: int) -> list[int]:
-    return [] if index % 2 else [0, 1, 2]
-
-
-def layer_1_not_on_rank_1(step: int, index: int) -> list[int]:
-    return [0, 2] if index % 2 else [0, 1, 2]
-
-
-def layer_1_not_in_first_micro_batch(step: int, index: int) -> list[int]:
-    return [0, 2] if index < 2 else [0, 1, 2]
-
-
-def layer_1_not_in_last_micro_batch(step: int, index: int) -> list[int]:
-    return [2, 0] if index >= 2 else [0, 1, 2]
-
-
-def layer_1_not_in_second_step(step: int, index: int) -> list[int]:
-    return [0, 2] if step == 1 else [0, 1, 2]
-
-
-def layer_1_from_second_step_on(step: int, index: int) -> list[int]:
-    return [0, 1, 2] if step else [0, 2]
-
-
-def other_layer_on_each_rank(step: int, index: int) -> list[int]:
-    return [(step + index) % 3]
-
-
-USES = [
-    no_layer_on_rank_1,
-    layer_1_not_on_rank_1,
-    layer_1_not_in_first_micro_batch,
-    layer_1_not_in_last_micro_batch,
-    layer_1_not_in_second_step,
-    layer_1_from_second_step_on,
-    other_layer_on_each_rank,
-]
-
-
-def branches_micro_batch(use: Any, forward: Any, backward: Any, step: int, index: int) -> None:
-    backward(forward(numbers(step, index, 3, 5).requires_grad_(), use(step, index)))
-
-
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_unused_parameters_have_zero_gradients(ranks, stage, use):
     """G11. Unused on one rank, in one micro-batch, in one step or always: no hang, and what a zero gradient gives."""
-    training = Training(Branches, partial(branches_micro_batch, use), steps=4)
+    training = branches(use, steps=4)
     config = sgd_config(stage=stage, gradient_accumulation_steps=2, reduce_bucket_size=31)
     assert_equal_runs(ranks(2).run(train_in_engine, training, config), train_plain(training, 4))
 
@@ -156,6 +94,6 @@ def test_unused_parameters_have_zero_gradients(ranks, stage, use):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_rank_without_any_gradient_takes_part_in_fp16(ranks, stage):
     """G11. There is no gradient on rank 1 whose loss scale could be checked."""
-    training = Training(Branches, partial(branches_micro_batch, no_layer_on_rank_1))
+    training = branches(no_layer_on_rank_1)
     runs = ranks(2).run(train_in_engine, training, sgd_config(stage=stage, **PRECISIONS["fp16"]))
     assert_equal_runs(runs, train_plain(training, 2, torch.float16), "fp16")

@@ -163,6 +163,24 @@ def test_models_without_such_layers_are_refused_by_name(ranks):
         assert "no repeated layers" in empty
 
 
+def _leaves_nothing(over: str, stage: int) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    config = {**config_for(stage, over, zero={"overlap_gather": True}), **checkpointing()}
+    assert "no repeated layers" in error_of(lambda: partita.Engine(model=model, config=config), ValueError)
+    for module in model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    model(torch.ones(2, 3)).sum().backward()
+
+
+@pytest.mark.parametrize("over", TRANSPORTS)
+def test_an_engine_that_is_refused_leaves_no_hook(ranks, over):
+    """F52: whatever else it would have put on the model."""
+    for stage in (1, 3):
+        ranks(2).run(_leaves_nothing, over, stage)
+
+
 def _restores() -> None:
     model = make_blocks()
     before = copy.deepcopy(model)

@@ -38,7 +38,7 @@ CONSTRUCTION = [
     "partita.engine.engine.require_supported",
     "partita.engine.engine.ShardedOptimizer",
     "partita.engine.engine.choose_scheduler",
-    "partita.engine.engine.ShardedLoader",
+    "partita.engine.engine.sharded_loader",
     "partita.engine.engine.StepController",
     "partita.engine.engine.LossScaling",
     "partita.engine.engine.Accumulation",

@@ -26,8 +26,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 # What happens to (scale, hysteresis, good steps) in steps that overflow (x) or not (.); DeepSpeed's rules:
-# an overflow uses up hysteresis, then halves the scale; a good step after `loss_scale_window` good ones doubles the scale
-# and is the first of the next window. The scales and hystereses are those of DeepSpeed 0.19.8 on the same steps.
+# an overflow uses up hysteresis, then halves the scale; a good step after `loss_scale_window` good ones doubles the
+# scale and is the first of the next window. The scales and hystereses are those of DeepSpeed 0.19.8 on the same steps.
 SCALE_TABLE: dict[str, tuple[dict[str, Any], str, list[tuple[float, int, int]]]] = {
     "defaults start at 2^16 and forgive one overflow": (
         {},
@@ -127,7 +127,6 @@ def test_overflowing_at_the_minimum_is_an_error(ranks, pattern, last_allowed):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("initial_scale_power", 25),
         ("initial_scale_power", -1),
         ("loss_scale", -1.0),
         ("loss_scale", math.inf),

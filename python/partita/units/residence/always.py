@@ -55,7 +55,7 @@ class Always(Residence):
     def wait(self) -> None:
         return
 
-    def release(self) -> None:
+    def release(self, *, gives_away: bool = False) -> None:
         return
 
     def pin(self) -> None:

@@ -92,6 +92,11 @@ class Residence(ABC):
         """Memory that this rank spends on full parameters and does not keep."""
 
     @property
+    def home_storage(self) -> int:
+        """What identifies the storage of memory that comes and goes: 0 where there is none. A release may change it."""
+        return 0
+
+    @property
     def is_pinned(self) -> bool:
         """Whether somebody has pinned the parameters."""
         return self.state is Residency.PINNED
@@ -128,8 +133,13 @@ class Residence(ABC):
         """
 
     @abstractmethod
-    def release(self) -> None:
-        """Nothing computes with the parameters any more. Legal in every state."""
+    def release(self, *, gives_away: bool = False) -> None:
+        """Nothing computes with the parameters any more. Legal in every state.
+
+        Args:
+            gives_away: tensors that nobody knows of may be views of the parameters. Memory that would go stays with
+                these tensors for as long as they last, and the next gather takes other memory.
+        """
 
     @abstractmethod
     def pin(self) -> None:

@@ -37,7 +37,13 @@ class Transient(Residence):
         super().__init__(layout, parameters, dtype, own, communicator)
         self._home = home
         self._home_views = self._views_of(home)
+        self._home_storage: int = home.untyped_storage()._cdata
         self._computes = False  # a module has called start_gather() and not yet release()
+        self._gives_away = False  # the home's memory, when it would go
+
+    @property
+    def home_storage(self) -> int:
+        return self._home_storage
 
     @property
     def gathered_bytes(self) -> int:
@@ -73,9 +79,12 @@ class Transient(Residence):
             make_present(self.parameters)
             self.state = Residency.HERE
 
-    def release(self) -> None:
+    def release(self, *, gives_away: bool = False) -> None:
         self._computes = False
-        if self.state in (Residency.ABSENT, Residency.PINNED):  # pinned ones leave with the last unpin()
+        if self.state is Residency.ABSENT:
+            return
+        self._gives_away |= gives_away
+        if self.state is Residency.PINNED:  # pinned ones leave with the last unpin()
             return
         try:
             self.wait()  # a gather under way writes into the memory that is about to go
@@ -143,13 +152,17 @@ class Transient(Residence):
         self._home.untyped_storage().resize_(self._home.numel() * self._home.itemsize)
 
     def _free_home(self) -> None:
-        if not self._home.untyped_storage().resizable():
-            # Somebody called numpy() on a parameter, which ties the storage to its size for good. The array may still
-            # be in use, so the old storage goes to whoever has it, and the unit continues with a new one.
+        storage = self._home.untyped_storage()
+        if (self._gives_away and storage.nbytes()) or not storage.resizable():
+            # Somebody uses the memory without our knowing: a graph for a backward of higher order, or an array, as
+            # numpy() ties the storage of a parameter to its size for good. So the old storage goes to whoever has it,
+            # and the unit continues with a new one.
             self._home = torch.empty_like(self._home)
+            self._home_storage = self._home.untyped_storage()._cdata
             self._home_views = self._views_of(self._home)
             self._point_to(self._home_views)
             self._places = self._current_places()
+        self._gives_away = False
         self._home.untyped_storage().resize_(0)
 
     def _current_places(self) -> list[int]:

@@ -1,0 +1,5 @@
+"""The command `partita`."""
+
+from partita.cli.main import main
+
+__all__ = ["main"]
