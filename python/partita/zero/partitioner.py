@@ -73,8 +73,8 @@ class Partitioner:
 
     def copied(self, original: nn.Parameter, copy: nn.Parameter) -> None:
         """A deep copy was made: modules do not register the parameters of copied modules."""
-        holder = holder_of(original)
-        if isinstance(holder, PartitionedStorage) and self._can_have(copy):
+        holder = holder_of(original)  # None: built before, and perhaps not the same on all ranks
+        if holder is not None and self._can_have(copy):
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 self._adopt(copy, holder.name_of(original))
 

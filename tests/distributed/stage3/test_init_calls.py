@@ -93,6 +93,16 @@ def _nests(transport: str) -> None:
     assert_same_weights(_whole(copied), dict(plain.state_dict()))
     assert_same_weights(_whole(tied), {"weight": plain.first.weight, "bias": _whole(tied)["bias"]})
     assert _whole(holds)["0"].eq(3).all() and _whole(model)["last.weight"].eq(3).all()
+    # So is what an engine has in training.
+    engine = partita.Engine(model=nn.ModuleList([nn.Linear(5, 7)]), config=config)
+    weights = engine.module_state_dict()
+    with block():
+        teacher = copy.deepcopy(engine.module[0])
+        nn.Linear(3, 3)
+    assert _bytes_here(teacher) == 0
+    assert torch.equal(_whole(teacher)["weight"], weights["0.weight"])
+    assert_same_weights(engine.module_state_dict(), weights)
+    engine.destroy()
     # An error in an inner block ends it, and the outer one goes on.
     with block():
         error_of(lambda: _raise_in(block), OSError)

@@ -127,7 +127,6 @@ def test_overflowing_at_the_minimum_is_an_error(ranks, pattern, last_allowed):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("initial_scale_power", 25),
         ("initial_scale_power", -1),
         ("loss_scale", -1.0),
         ("loss_scale", math.inf),
