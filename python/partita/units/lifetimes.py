@@ -34,8 +34,8 @@ that `autograd.grad()` takes is one, on all ranks or on none. The rules are:
 4. Before a rank waits for a block, the rank reduces the units of blocks that come earlier in backward. When autograd
    reaches an operation, autograd is done with all later operations. So blocks that the forward used only later, or not
    at all, get no gradient any more. This holds in a backward that trains. The others reduce nothing.
-5. A block that is used again after its turn is gathered again, and then all ranks must use the block again. It does not
-   matter who asks: a module, a saved tensor or an absent parameter.
+5. A block that is used again after its turn is gathered again, whoever asks: a module, a saved tensor or an absent
+   parameter. Then all ranks must use the block again. Nothing checks that.
 
 With rules 1 to 4, no rank can wait for a gather of a rank that waits for a reduction, as long as each rank uses its
 blocks in turn: ranks may have different graphs then. Where ranks share memory nothing is gathered, and none of the
