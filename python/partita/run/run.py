@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +15,7 @@ import torch
 from partita.comm import ProcessGrid, backend_for, init_distributed, world_communicator
 from partita.config import BatchSizes, ConfigError, ConfigSource, load_config, resolve_batch_sizes
 from partita.device import Streams, streams_of
-from partita.run.precision import Precision, precision_of
+from partita.run.precision import Precision, precision_of, short_name
 from partita.units import StagePolicy, stage_policy
 
 if TYPE_CHECKING:
@@ -77,7 +78,12 @@ class Run:
 
 
 def begin_run(
-    source: ConfigSource, device: torch.device, exits: ExitStack, *, loader_batch_size: int | None = None
+    source: ConfigSource,
+    device: torch.device,
+    exits: ExitStack,
+    *,
+    dtypes: Iterable[torch.dtype] = (),
+    loader_batch_size: int | None = None,
 ) -> Run:
     """Reads the config and joins the ranks of the job. A collective.
 
@@ -85,6 +91,7 @@ def begin_run(
         source: the config, see `load_config`.
         device: where the model is.
         exits: closes what was made here.
+        dtypes: of the model's parameters.
         loader_batch_size: of the program's DataLoader, which is the micro-batch; None: there is none.
 
     Raises:
@@ -109,13 +116,28 @@ def begin_run(
         "gradient_accumulation_steps": batch.accumulation,
     }
     zero = config.zero_optimization
+    precision = precision_of(config, batch.accumulation, dtypes)
+    if precision.given and grid.world.rank == 0:
+        _say_given(precision)
     return Run(
         config=config.model_copy(update=filled),
         batch=batch,
-        precision=precision_of(config, batch.accumulation),
+        precision=precision,
         policy=stage_policy(zero.stage, reduce_scatter=zero.reduce_scatter),
         streams=streams,
         grid=grid,
+    )
+
+
+def _say_given(precision: Precision) -> None:
+    """The program has chosen the number format, and the config is silent."""
+    names = sorted(map(short_name, precision.given))
+    logger.info(
+        "the model has %s parameters and the config asks for no precision: each parameter is trained in its own, "
+        "16-bit ones with fp32 masters%s%s",
+        " and ".join(names),
+        ", the loss with a dynamic scale" if precision.scales_loss else "",
+        f'; "{names[0]}": {{"enabled": true}} converts the whole model' if len(names) == 1 else "",
     )
 
 
