@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ class ParameterGroup:
     module: nn.Module
     units: list[FlatParameters] = field(default_factory=list)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements of the full parameters."""
         return sum(unit.layout.numel for unit in self.units)

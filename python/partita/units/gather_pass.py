@@ -19,6 +19,7 @@ class GatherPass:
         self._left = list(order)
         self._groups = groups
         self._ahead: list[int] = []
+        self._numel_ahead = 0
 
     def is_to_come(self, index: int) -> bool:
         """Whether this block has not been needed yet."""
@@ -31,8 +32,11 @@ class GatherPass:
         """
         skipped, self._ahead = self._ahead, []
         if index in skipped:
-            self._ahead = skipped[skipped.index(index) + 1 :]
-            return skipped[: skipped.index(index)]
+            end = skipped.index(index)
+            self._ahead = skipped[end + 1 :]
+            self._numel_ahead -= sum(self._groups[i].numel for i in skipped[: end + 1])
+            return skipped[:end]
+        self._numel_ahead = 0
         while (first := self._left.pop(0)) != index:
             self.start_gather(first)
             skipped.append(first)
@@ -44,11 +48,11 @@ class GatherPass:
 
         No block is sent for if the blocks ahead would have more than `room` elements.
         """
-        sent = sum(self._groups[i].numel for i in self._ahead)
         while self._left:
-            sent += self._groups[self._left[0]].numel
+            sent = self._numel_ahead + self._groups[self._left[0]].numel
             if sent > room or (self._ahead and sent > numel):
                 return
+            self._numel_ahead = sent
             self._ahead.append(self._left.pop(0))
             self.start_gather(self._ahead[-1])
 

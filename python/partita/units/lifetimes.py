@@ -111,6 +111,7 @@ class ParameterLifetimes:
         # Autograd numbers the operations in the order of their forward: that tells which block was used first.
         self._began = 0  # the next operation when this micro-batch began
         self._first_use: dict[int, int] = {}  # block -> the next operation when this micro-batch used it first
+        self._to_come: set[int] = set()  # blocks that the backward under way may still bring gradients to
         self._tasks = GraphTasks(partial(_backward_over, own))
         self._is_recorded: bool | None = None  # whether the backward under way has a graph of its own; None: unknown
         self._operation = -1  # whose saved tensors asked last
@@ -158,6 +159,7 @@ class ParameterLifetimes:
         """Gradients are about to arrive."""
         if self._pass is None:
             self._pass = GatherPass(reversed(self._order), self.groups)
+            self._to_come = set(range(self._root))
             if self._root not in self._live:
                 # Every rank brings the root, whether the gradients of this rank come through modules or not.
                 self._need(self._root)
@@ -308,7 +310,8 @@ class ParameterLifetimes:
     def _reached(self, operation: int) -> None:
         """Autograd is done with all operations after this one: rule 4 of [Note: order of gathers]."""
         if self._communicator is not None and operation >= self._began:
-            done = [i for i in range(self._root) if self._first_use.get(i, operation + 1) > operation]
+            done = {i for i in self._to_come if self._first_use.get(i, operation + 1) > operation}
+            self._to_come -= done
             self._conductor.past([unit for i in done for unit in self.groups[i].units])
 
     def _see_backward(self) -> None:
