@@ -20,11 +20,11 @@ void register_for(py::module_& m) {
 void register_optimizer(py::module_& m) {
     py::class_<AdamGroup>(m, "AdamGroup")
         .def(py::init([](double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-                         bool bias_correction) {
-                 return AdamGroup{lr, beta1, beta2, eps, weight_decay, decoupled, bias_correction};
+                         bool bias_correction, std::int64_t waited) {
+                 return AdamGroup{lr, beta1, beta2, eps, weight_decay, decoupled, bias_correction, waited};
              }),
              py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
-             py::arg("decoupled"), py::arg("bias_correction") = true);
+             py::arg("decoupled"), py::arg("bias_correction") = true, py::arg("waited") = 0);
     py::class_<AdamPart>(m, "AdamPart")
         .def(py::init([](Span grads, Span master, std::uintptr_t remainder, Span exp_avg, Span exp_avg_sq, Span params,
                          const Segments& segments) {

@@ -63,7 +63,9 @@ void adam(const std::vector<AdamPart>& parts, const std::vector<AdamGroup>& grou
           int threads) {
     check(parts, groups.size());
     if (control->skip != 0) return;
-    if (control->step < 1) throw std::invalid_argument("adam: steps count from 1");
+    for (const AdamGroup& group : groups) {
+        if (control->step - group.waited < 1) throw std::invalid_argument("adam: steps count from 1");
+    }
     std::vector<AdamFactors> factors;
     for (const AdamGroup& group : groups) factors.push_back(adam_factors(group, *control));
     for (const AdamPart& part : parts) update(part.buffers, *part.segments, factors, threads);

@@ -32,8 +32,9 @@ PARTITA_HOST_DEVICE inline double power(double base, std::int64_t exponent) {
 }
 
 PARTITA_HOST_DEVICE inline AdamFactors adam_factors(const AdamGroup& group, const StepControl& control) {
-    const double correction1 = group.bias_correction ? 1.0 - power(group.beta1, control.step) : 1.0;
-    const double correction2 = group.bias_correction ? 1.0 - power(group.beta2, control.step) : 1.0;
+    const std::int64_t step = control.step - group.waited;
+    const double correction1 = group.bias_correction ? 1.0 - power(group.beta1, step) : 1.0;
+    const double correction2 = group.bias_correction ? 1.0 - power(group.beta2, step) : 1.0;
     AdamFactors f{};
     f.grad_scale = control.grad_scale;
     f.l2 = static_cast<float>(group.decoupled ? 0.0 : group.weight_decay);

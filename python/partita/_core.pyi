@@ -59,7 +59,7 @@ class AdamPart:
     ) -> None: ...
 
 class AdamGroup:
-    """Hyper-parameters of one optimizer group."""
+    """Hyper-parameters of one optimizer group, and the steps that were taken without it."""
 
     def __init__(
         self,
@@ -70,6 +70,7 @@ class AdamGroup:
         weight_decay: float,
         decoupled: bool,
         bias_correction: bool = True,
+        waited: int = 0,
     ) -> None: ...
 
 class LossScaleState:

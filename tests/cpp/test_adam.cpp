@@ -221,6 +221,22 @@ TEST(Adam, APowerOfTwoInGradsAndScaleCancels) {
     expect_identical(scaled, plain);
 }
 
+TEST(Adam, AGroupThatWaitedCountsItsOwnSteps) {
+    const auto rows = layout({33, 100, 7});
+    Shard late(rows, DType::f32, DType::bf16), early = late;
+    std::vector<AdamGroup> waited = groups;
+    for (AdamGroup& group : waited) group.waited = 40;
+    for (std::int64_t step = 1; step <= 3; ++step) {
+        for (Shard* s : {&late, &early}) s->new_grads(rows, step);
+        const StepControl now = control_of(step), then = control_of(step + 40);
+        adam(early.spans(), Segments(rows), groups, &now, 1);
+        adam(late.spans(), Segments(rows), waited, &then, 1);
+        expect_identical(late, early);
+    }
+    const StepControl too_early = control_of(40);
+    EXPECT_THROW(adam(late.spans(), Segments(rows), waited, &too_early, 1), std::invalid_argument);
+}
+
 TEST(Adam, WithoutParamsTheMasterIsTheParameter) {
     const auto rows = layout({33});
     Shard with(rows, DType::bf16, DType::f16), without = with;

@@ -150,16 +150,25 @@ CALLS: dict[str, Mistake] = {
         "gradient_accumulation_steps",
         "give each step all its micro-batches",
     ),
-    "training in evaluation mode": says(
-        "e = start(); e.eval(); e.backward(e(batch))", "evaluation mode", "call engine.train()"
+    "step() inside no_sync()": says(
+        "e = start()\nwith e.no_sync():\n    train(e)",
+        "engine.step() was called inside engine.no_sync()",
+        "after the block",
     ),
     "training under no_grad": says(
         "e = start()\nwith torch.no_grad():\n    loss = e(batch)\ne.backward(loss)",
         "no_grad()",
         "loss = engine(batch) with gradients",
     ),
-    "the model in place of the engine": says(
-        "model = Model(); e = start(model); e.backward(model(batch))", "model(batch)", "call engine(batch)"
+    "gradients dropped too late": says(
+        "e = start(gradient_accumulation_steps=2); train(e); e.backward(e(batch)); e.optimizer.zero_grad(); e.step()",
+        "the gradient of parameter",
+        "engine.zero_grad()",
+    ),
+    "gradients read by hand": says(
+        "e = start(); e.backward(e(batch)); print(next(e.module.parameters()).grad.abs().max())",
+        "the engine has taken it",
+        "safe_get_full_grad(parameter)",
     ),
     "step() without backward": says(
         "e = start(); e(batch); e.step()", "engine.step()", "call engine.backward(loss) before step()"

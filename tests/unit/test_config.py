@@ -59,6 +59,7 @@ DEFAULTS: dict[str, Any] = {
     "gradient_predivide_factor": 1.0,
     "steps_per_print": 10,
     "wall_clock_breakdown": False,
+    "sync_buffers": True,
     "dump_state": False,
     "seed": 1234,
     "max_consecutive_skipped_steps": 100,

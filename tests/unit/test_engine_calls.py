@@ -46,11 +46,9 @@ def after_destroy(engine: Engine) -> None:
 LOSS = torch.ones((), requires_grad=True)
 WRONG_ORDERS: dict[str, tuple[Callable[[Engine], Any], Callable[[Engine], Any], str, str, str]] = {
     # case: (before, call, name in the message, phase it is in, phase it needs)
-    "backward first": (lambda e: None, lambda e: e.backward(LOSS), "backward", "READY", "FORWARD"),
     "step first": (lambda e: None, lambda e: e.step(), "step", "READY", "BACKWARD"),
     "step after forward": (after_forward, lambda e: e.step(), "step", "FORWARD", "BACKWARD"),
     "step twice": (after_step, lambda e: e.step(), "step", "READY", "BACKWARD"),
-    "backward after step": (after_step, lambda e: e.backward(LOSS), "backward", "READY", "FORWARD"),
     "forward after destroy": (after_destroy, lambda e: e(inputs()), "__call__", "DESTROYED", "READY"),
     "backward after destroy": (after_destroy, lambda e: e.backward(LOSS), "backward", "DESTROYED", "FORWARD"),
     "step after destroy": (after_destroy, lambda e: e.step(), "step", "DESTROYED", "BACKWARD"),
@@ -113,11 +111,32 @@ def test_backward_returns_the_loss_that_it_was_given(engine):
 def test_forwards_without_gradients_begin_no_micro_batch(engine):
     with torch.no_grad():
         engine(inputs())
-    engine.eval()
-    engine(inputs())
-    engine.train()
+    engine.eval_batch(inputs())
     with pytest.raises(LifecycleError, match="READY"):
-        engine.backward(LOSS)
+        engine.step()
+
+
+LOSSES: dict[str, Callable[[Engine], Tensor]] = {
+    "evaluation mode": lambda e: e.eval()(inputs()),
+    "the model itself": lambda e: e.module(inputs()),
+    "another method": lambda e: e.module.predict(inputs()).float().pow(2).mean(),
+    "a part": lambda e: e.module.second(torch.tanh(e.module.first(inputs()))).pow(2).mean(),
+}
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["engine.backward", "loss.backward"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_backward_needs_gradients_and_no_more(kind, stage, plain):
+    """F50. Neither training mode nor a forward of the engine."""
+    engine, other = (Engine(seeded(), config=config(zero_optimization={"stage": stage})) for _ in range(2))
+    for _ in range(2):
+        loss = LOSSES[kind](engine)
+        loss.backward() if plain else engine.backward(loss)
+        engine.step()
+        other.train_batch(inputs())
+    assert_same_weights(weights(engine.module), weights(other.module))
+    assert engine.global_steps == 2
 
 
 def no_grad_loss(engine: Engine) -> Tensor:
@@ -127,7 +146,6 @@ def no_grad_loss(engine: Engine) -> Tensor:
 
 MISTAKES: dict[str, tuple[Callable[[Engine], Any], list[str]]] = {
     # what a new user writes: (the calls, what the message must say)
-    "evaluation mode": (lambda e: e.backward(e.eval()(inputs())), ["evaluation mode", "engine.train()"]),
     "no_grad": (lambda e: e.backward(no_grad_loss(e)), ["no_grad()", "loss = engine(batch)"]),
     "inference_mode": (
         lambda e: e.backward(torch.inference_mode()(e)(inputs())),
@@ -135,7 +153,6 @@ MISTAKES: dict[str, tuple[Callable[[Engine], Any], list[str]]] = {
     ),
     "detached": (lambda e: e.backward(e(inputs()).detach()), ["detached", "engine.backward()"]),
     "item": (lambda e: e.backward(e(inputs()).item()), ["not a float", "engine.backward(loss)", "loss.item()"]),
-    "the model itself": (lambda e: e.backward(e.module(inputs())), ["model(batch)", "engine(batch)"]),
     "step alone": (lambda e: e.step(), ["no gradients", "engine.backward(loss)"]),
     "no backward": (lambda e: (e(inputs()), e.step()), ["no backward", "engine.backward(loss)"]),
     "destroyed": (lambda e: (e.destroy(), e(inputs())), ["destroy()", "initialize()"]),
@@ -337,7 +354,6 @@ def test_optimizer_step_and_state_dict_point_to_the_engine(engine):
     after_backward(engine)
     with pytest.raises(RuntimeError, match=re.escape("engine.step()")):
         engine.optimizer.step()
-    engine.optimizer.zero_grad()  # nothing: gradients are consumed by step()
     engine.step()
     assert engine.get_global_grad_norm() > 0
 

@@ -69,6 +69,7 @@ ENGINE_CALLS = [
     "skipped_steps",
     "state_dict",
     "step",
+    "sync_buffers",
     "token_mean",
     "train_batch",
     "train_batch_size",

@@ -17,8 +17,9 @@ struct AdamGroup {
     double beta2 = 0.999;
     double eps = 1e-8;
     double weight_decay = 0.0;
-    bool decoupled = false;  // false: Adam, decay joins the gradient (L2); true: AdamW, decay shrinks the weight
+    bool decoupled = false;       // false: Adam, decay joins the gradient (L2); true: AdamW, decay shrinks the weight
     bool bias_correction = true;  // false: the moments are used as they are, too small in the first steps
+    std::int64_t waited = 0;      // steps that were taken without this group: its own number is so much lower
 };
 
 // Flat buffers of one shard, all of the same number of elements.

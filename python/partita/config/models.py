@@ -292,6 +292,11 @@ class Config(Section):
     wall_clock_breakdown: Annotated[bool, RankLocal()] = Field(
         False, description="Time forward, backward and step, and report them."
     )
+    sync_buffers: bool = Field(
+        True,
+        description="After every update, buffers that differ between ranks (BatchNorm's statistics) become rank 0's; "
+        "false: each rank keeps its own.",
+    )
     dump_state: Annotated[bool, RankLocal()] = Field(False, description="Print the resolved configuration at start.")
     seed: Annotated[NaturalInt, OwnKey()] = Field(1234, description="Seed of the order of the data.")
     max_consecutive_skipped_steps: Annotated[PositiveInt, OwnKey()] = Field(

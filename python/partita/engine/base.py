@@ -147,6 +147,15 @@ class EngineBase(AsModule):
             self._wait_for_parameters()
             return load_weights(self.module, source, strict=strict, rank=rank)
 
+    def sync_buffers(self) -> None:
+        """All ranks have rank 0's buffers, BatchNorm's statistics say: those that a state dict has. A collective.
+
+        The engine does that after every update. A program calls it where it has changed buffers otherwise and evaluates
+        or saves before the next update.
+        """
+        for part in self._parts:
+            part.share_buffers()
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The model's state dict as any module gives it, names with "module."; its tensors are the parameters.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -43,6 +44,8 @@ from partita.run import begin_run, checked_config, loss_scaler_of, policy_of, sp
 from partita.step import OptimizerStep
 from partita.units import ParameterGathers
 
+logger = logging.getLogger("partita")
+
 
 class Engine(EngineBase):
     """A model in training.
@@ -50,8 +53,8 @@ class Engine(EngineBase):
     One step is, for each micro-batch, `loss = engine(batch)`, `engine.backward(loss)`, `engine.step()`; the last of
     `gradient_accumulation_steps` steps updates the parameters. All ranks call the same methods in the same order.
 
-    The model's parameters become views into flat buffers; gradients are consumed as they arrive, so `parameter.grad` is
-    None after a backward.
+    The model's parameters become views into flat buffers. Gradients are consumed as they arrive: `parameter.grad` has
+    the form of a gradient after a backward, and no values, see `TakenGradient`.
 
     Args:
         model: on the device to train on, the CPU or a GPU; its parameters are converted in place as the config says.
@@ -98,7 +101,8 @@ class Engine(EngineBase):
             outer = None if inner is None else ShardedOptimizer(inner)
             scheduler = choose_scheduler(lr_scheduler, outer, settings)
             shared = shared_by_ranks(settings, model, inner, scheduler, train_data)
-            run = begin_run(settings, device, exits, shared, loading.batch_size, on_failure)
+            dtypes = {p.dtype for p in model.parameters()}
+            run = begin_run(settings, device, exits, shared, dtypes, loading.batch_size, on_failure)
             loader = None if train_data is None else sharded_loader(loading, run)
             controller = StepController(loss_scaler_of(run.config, run.precision), run.streams, run.world_size)
             scaling = LossScaling(controller.scale if run.precision.scales_loss else None)
@@ -116,6 +120,8 @@ class Engine(EngineBase):
         self._backwards_before = 0  # backwards of the part before this micro-batch
         self._reading = Reading()
 
+    _has_warned_of_restart = False
+
     @classmethod
     def initialize(cls, *args: Any, **kwargs: Any) -> tuple[Engine, Optimizer | None, ShardedLoader | None, Any]:
         """The same as `partita.initialize`."""
@@ -124,22 +130,24 @@ class Engine(EngineBase):
     # -- one micro-batch
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the model. In training mode with gradients enabled this begins a micro-batch."""
+        """Runs the model. With gradients enabled this begins a micro-batch."""
         require("__call__()", self._phase, Phase.READY, Phase.FORWARD, Phase.BACKWARD)
+        self._heed()
         with self._calls.inside("engine()"), self._step.timers.phase("forward"):
             try:
                 outputs = self._part.forward(*args, **kwargs)
             except RuntimeError as error:
                 explain_dtypes(error, self.module, (args, kwargs))
                 raise
-        if self.module.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             self._has_forward = True
         return outputs
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Adds the gradients of `loss` (a scalar, this micro-batch's mean) to this step's; returns the loss.
 
-        The step's gradient is the mean over its micro-batches and ranks. float16 losses are scaled here.
+        The step's gradient is the mean over its micro-batches and ranks. float16 losses are scaled here. In which mode
+        the model is, and which of its methods made the loss, is of no concern.
 
         Args:
             retain_graph: keep the graph for another backward.
@@ -148,7 +156,8 @@ class Engine(EngineBase):
         """
         if not self._is_destroyed:
             require_loss(loss)
-        require("backward()", self._phase, Phase.FORWARD, Phase.BACKWARD, hint=self._why_no_forward())
+        require("backward()", self._phase, Phase.READY, Phase.FORWARD, Phase.BACKWARD)
+        self._heed()
         self._backwards_before = (
             self._part.ended_backwards
         )  # if this one fails, those before it are not enough for a step
@@ -160,6 +169,8 @@ class Engine(EngineBase):
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the loss scale, for a `backward()` of one's own; `engine.backward` does it by itself."""
+        if self._run.precision.scales_loss:  # what the program has written is not scaled, and stays apart
+            self._part.take_written()
         return self._scaling.scale(loss)
 
     def step(self) -> None:
@@ -168,7 +179,9 @@ class Engine(EngineBase):
         On a GPU this queues the work and does not wait for it. Whether the step was skipped is learned during the next
         one: only then the learning rate moves and the step is reported.
         """
+        self._accumulation.require_sync("step()")
         with self._calls.inside("step()"):
+            self._heed()
             for part in self._parts:
                 part.finish_backward()
             require("step()", self._phase, Phase.BACKWARD)
@@ -179,6 +192,8 @@ class Engine(EngineBase):
             self._begin_micro_batch()
             if at_boundary:
                 self._step.update()
+            else:
+                self._part.commit()
             self._was_at_boundary = at_boundary
 
     def was_step_applied(self) -> bool:
@@ -259,9 +274,14 @@ class Engine(EngineBase):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Begins the step anew: drops the gradients since the last update, and what an interrupted backward left.
 
+        The gradients of finished micro-batches go, too. `optimizer.zero_grad()` and `module.zero_grad()` keep those,
+        and drop the ones since the last `step()`.
+
         Args:
-            set_to_none: of no consequence: `parameter.grad` is None in any case.
+            set_to_none: as in torch; it makes no difference here.
         """
+        if self._phase is Phase.READY and self._accumulation.is_amid:
+            self._warn_of_restart()
         for part in self._parts:
             part.give_up()
         self._step.controller.forget_losses()
@@ -304,15 +324,25 @@ class Engine(EngineBase):
             return Phase.BACKWARD
         return Phase.FORWARD if self._has_forward else Phase.READY
 
-    def _why_no_forward(self) -> str:
-        """Why a loss with a graph came, and no forward of this engine that could have made it."""
-        if not self.module.training:
-            return "the model is in evaluation mode, where no forward trains: call engine.train() before engine(batch)"
-        return "model(batch) and engine.module(batch) do not count: call engine(batch)"
-
     def _begin_micro_batch(self) -> None:
         self._has_forward = False
+        self._forget_backwards()
+
+    def _forget_backwards(self) -> None:
         self._backwards_before = sum(part.ended_backwards for part in self._parts)
+
+    def _heed(self) -> None:
+        """Gradients that the program has dropped are gone, also from the order of calls."""
+        if any(part.heed() for part in self._parts):
+            self._forget_backwards()
+
+    def _warn_of_restart(self) -> None:
+        if not self._has_warned_of_restart and self._run.is_first:
+            logger.warning(
+                "engine.zero_grad() drops the gradients of finished micro-batches, too: a loop that calls it in every "
+                "micro-batch takes no step; call optimizer.zero_grad() there, or nothing, as engine.step() does it"
+            )
+        self._has_warned_of_restart = True
 
 
 def initialize(

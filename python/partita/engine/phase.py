@@ -11,8 +11,8 @@ from torch import Tensor
 class Phase(Enum):
     """Where a micro-batch is; the value says what it means."""
 
-    READY = "waiting for a forward"
-    FORWARD = "a forward has run, no backward yet"
+    READY = "neither a forward nor gradients since the last step()"
+    FORWARD = "a forward has run, and no gradients are there"
     BACKWARD = "gradients are there, waiting for step()"
     DESTROYED = "destroy() was called"
 
@@ -23,22 +23,17 @@ class LifecycleError(RuntimeError):
 
 # What a program that made this call in this phase has to do.
 _WAYS_OUT = {
-    ("backward()", Phase.READY): "no forward has run in this micro-batch: call loss = engine(batch) before it",
     ("step()", Phase.READY): "there are no gradients: call engine.backward(loss) before each step()",
     ("step()", Phase.FORWARD): "the loss had no backward: call engine.backward(loss) before step()",
     **{(call, Phase.DESTROYED): "initialize() makes another engine" for call in ("__call__()", "backward()", "step()")},
 }
 
 
-def require(call: str, phase: Phase, *allowed: Phase, hint: str = "") -> None:
-    """Raises LifecycleError, naming the call, both phases and the way out, unless `phase` is one of `allowed`.
-
-    Args:
-        hint: the way out, where more is known about the call; "": the general one.
-    """
+def require(call: str, phase: Phase, *allowed: Phase) -> None:
+    """Raises LifecycleError, naming the call, both phases and the way out, unless `phase` is one of `allowed`."""
     if phase in allowed:
         return
-    say = hint or _WAYS_OUT.get((call, phase), "")
+    say = _WAYS_OUT.get((call, phase), "")
     needed = " or ".join(p.name for p in allowed)
     raise LifecycleError(
         f"engine.{call} was called in phase {phase.name} ({phase.value}); it needs phase {needed} "

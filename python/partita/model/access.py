@@ -68,14 +68,14 @@ class ParameterAccess:
 
     def gradient(self, unit: Unit, parameter: nn.Parameter) -> Tensor | None:
         """The mean gradient of this step in fp32, before clipping; None if there is none."""
-        if not self._has_gradients(unit):
+        if not self._has_gradients(unit, parameter):
             return None
         own = [(s, piece.float() * self._grad_factor()) for s, piece in _pieces(unit, parameter, unit.reduced)]
         return self._whole(unit, parameter, own)
 
     def set_gradient(self, unit: Unit, parameter: nn.Parameter, value: Tensor) -> None:
         """The step will use this mean gradient."""
-        if not self._has_gradients(unit):
+        if not self._has_gradients(unit, parameter):
             raise RuntimeError("there is no gradient to replace: call this between engine.backward() and engine.step()")
         _copy_into(_pieces(unit, parameter, unit.reduced), value.float() / self._grad_factor())
 
@@ -98,12 +98,15 @@ class ParameterAccess:
         """What turns a stored gradient into the mean over micro-batches and ranks, not scaled."""
         return self._run.mean / self._scaling.value()
 
-    def _has_gradients(self, unit: Unit) -> bool:
+    def _has_gradients(self, unit: Unit, parameter: nn.Parameter) -> bool:
+        self._reducer.heed()
+        self._reducer.take_written()
         self._reducer.wait()
         if unit.grad_state is GradState.LOCAL:
             raise RuntimeError(
-                "gradients of an unfinished accumulation are this rank's only: ask after the backward of the last "
-                "micro-batch of a step"
+                f"the gradient of parameter '{unit.name_of(parameter)}' is this rank's only: ranks have not added up "
+                "those of an unfinished accumulation, or of backwards inside no_sync(); ask after the backward of the "
+                "last micro-batch of a step"
             )
         return unit.grad_state is GradState.REDUCED
 

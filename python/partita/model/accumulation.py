@@ -43,7 +43,7 @@ class Accumulation:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backwards in this block accumulate on this rank.
+        """Backwards in this block accumulate on this rank. A block inside a block changes nothing.
 
         Raises:
             RuntimeError: the stage has no room for gradients that are not reduced.
@@ -58,6 +58,19 @@ class Accumulation:
             yield
         finally:
             self._is_deferred = before
+
+    def require_sync(self, call: str) -> None:
+        """Raises RuntimeError inside `no_sync()`, where `call` has no place."""
+        if self._is_deferred:
+            raise RuntimeError(
+                f"engine.{call} was called inside engine.no_sync(), where gradients stay on their rank: call it after "
+                "the block"
+            )
+
+    @property
+    def is_amid(self) -> bool:
+        """Whether micro-batches of a step are over and others are to come."""
+        return self.micro_steps % self._micro_batches != 0
 
     def advance(self) -> None:
         """A micro-batch is over."""

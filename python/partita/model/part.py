@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from partita.model.access import GivenAccess, ParameterAccess
 from partita.model.accumulation import Accumulation
 from partita.model.backward import Backward
+from partita.model.buffers import SharedBuffers
 from partita.model.changes import ModelGuard
 from partita.model.loss_scaling import LossScaling
 from partita.model.recompute import ActivationCheckpoints
@@ -20,6 +22,11 @@ from partita.model.take import take_model
 from partita.run import Run
 from partita.units import GradientReducer, GradState, ParameterGathers
 
+logger = logging.getLogger("partita")
+
+# Updates before which all 16-bit parameters are compared with their masters: the first ones, and every so many.
+FIRST_LOOKS = 3
+LOOKS_EVERY = 100
 _NO_AUTOCAST = nullcontext()
 
 
@@ -62,6 +69,8 @@ class ModelPart:
         taken = take_model(module, optimizer, run, exits)
         self.units, self.frozen = taken.units.trained, taken.units.frozen
         self.untrained = taken.untrained
+        self._updates = 0
+        self._buffers = SharedBuffers(module, run.grid.data)
         self._guard = ModelGuard(module, self.units, self.untrained)
         if run.config.zero_optimization.overlap_gather:
             gathers.wait_in_forward(module, self.units)
@@ -81,6 +90,7 @@ class ModelPart:
 
     def require_no_gradients(self, when: str) -> None:
         """Raises RuntimeError if there are gradients of a step that has not been taken. `when` is for the error."""
+        self.heed()
         if any(unit.grad_state is not GradState.EMPTY for unit in self.units):
             raise RuntimeError(
                 f"the model has gradients of an unfinished step when {when}: do that after the engine.step() that "
@@ -90,14 +100,14 @@ class ModelPart:
     # -- a micro-batch
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the module. In training mode with gradients enabled a backward may follow."""
+        """Runs the module. With gradients enabled a backward may follow."""
         with self._autocast():
             try:
                 outputs = self.module(*args, **kwargs)
             except BaseException:
                 self._backward.lifetimes.release_all()
                 raise
-        if self.module.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             self._backward.watch(outputs)
         return outputs
 
@@ -112,13 +122,34 @@ class ModelPart:
         """
         self._backward.run(roots, grads, retain_graph)
 
+    def heed(self) -> bool:
+        """Gradients that the program has dropped are gone. Returns whether nothing is left of this micro-batch.
+
+        Raises:
+            RuntimeError: they cannot be told from those of earlier micro-batches any more; names a parameter.
+        """
+        is_broken = self.reducer.in_backward
+        is_empty = self.reducer.heed()
+        if is_empty and is_broken:
+            self.rest()
+        return is_empty
+
     def finish_backward(self) -> None:
-        """The backward under way is over, if there is one."""
+        """The backward under way is over, if there is one, and gradients that the program has written count."""
         self._backward.finish()
+        self.take_written()
+
+    def take_written(self) -> None:
+        """Gradients that the program has written into `parameter.grad` count, as those of a backward."""
+        self.reducer.take_written()
 
     def forget(self) -> None:
         """The micro-batch is over."""
         self._backward.forget()
+
+    def commit(self) -> None:
+        """The gradients of this micro-batch count, whatever the program drops from now on."""
+        self.reducer.commit()
 
     # -- a step
 
@@ -133,8 +164,35 @@ class ModelPart:
         self.gathers.wait()  # of parameters that no forward has used since
         for flat in (*self.units, *self.frozen):
             flat.check_unwritten()
-        self.adopt_written_parameters()
+        self._adopt_all_writes()
         self.reducer.reduce_all()
+        for unit in self.units:  # what was frozen after its backward stands still, too
+            for slot in unit.frozen_slots():
+                unit.drop_gradient(slot)
+
+    def _adopt_all_writes(self) -> None:
+        """A program that writes through `.data` mostly does so after every step: the first steps show it."""
+        looks = self._updates < FIRST_LOOKS or self._updates % LOOKS_EVERY == 0
+        self._updates += 1
+        found = [unit.adopt_written_parameters(looks=looks) for unit in self.units]
+        name = next((name for name in found if name is not None), None)
+        if name is not None:
+            logger.warning(
+                "parameter '%s' was written through .data or from outside of torch, which nothing counts. The masters "
+                "take it, and from now on every step compares all parameters. Write under torch.no_grad() and without "
+                ".data: other such writes may have been lost",
+                name,
+            )
+
+    def share_buffers(self) -> None:
+        """All ranks have rank 0's buffers, unless the config leaves each rank its own. A collective."""
+        if self._run.config.sync_buffers:
+            self._buffers.share_all()
+
+    def share_buffers_after_update(self) -> None:
+        """The same for those that differ, after an update."""
+        if self._run.config.sync_buffers:
+            self._buffers.after_update()
 
     def adopt_written_parameters(self) -> None:
         """The masters have what a program wrote into 16-bit parameters."""

@@ -164,6 +164,8 @@ class TrainState:
             sections.update((s.name, to_plain(s.owner.state_dict(), s.name)) for s in self.sections)
 
         self._agree(take_sections)
+        for part in self._parts:
+            part.share_buffers()
         values = {}
         for quantity in self.quantities():
             flat = quantity.read()

@@ -150,8 +150,12 @@ def is_native(optimizer: Optimizer) -> bool:
     return not any(group.get(option) for group in optimizer.param_groups for option in UNSUPPORTED_OPTIONS)
 
 
-def adam_group(group: dict[str, Any]) -> AdamGroup:
-    """The hyper-parameters that a param group has now (a schedule may change them between steps)."""
+def adam_group(group: dict[str, Any], waited: int = 0) -> AdamGroup:
+    """The hyper-parameters that a param group has now (a schedule may change them between steps).
+
+    Args:
+        waited: steps that were taken without the parameters of this group.
+    """
     beta1, beta2 = group["betas"]
     return AdamGroup(
         float(group["lr"]),
@@ -161,4 +165,5 @@ def adam_group(group: dict[str, Any]) -> AdamGroup:
         float(group["weight_decay"]),
         bool(group["decoupled_weight_decay"]),
         bool(group.get("bias_correction", True)),  # torch's have no such key
+        waited,
     )

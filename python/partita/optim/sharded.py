@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from partita.device import HOST
 from partita.optim.elementwise import why_not_elementwise
 from partita.optim.fused_adam import is_native
+from partita.optim.updates import States
 from partita.units import StagePolicy
 
 
@@ -44,16 +46,28 @@ class ShardedOptimizer(Optimizer):
     """What `engine.optimizer` is.
 
     Its `param_groups` are those of the user's optimizer `inner`, so learning-rate schedules work on either. The
-    updates themselves are `ShardedStep`'s, which `engine.step()` runs.
+    updates themselves are `ShardedStep`'s, which `engine.step()` runs. Hooks of `step()` may be on either, too.
+
+    `isinstance()` takes it for one of the user's class. `type()` does not: nothing of that class runs here.
     """
 
     def __init__(self, inner: Optimizer) -> None:
         self.inner = inner
+        self._states: Callable[[], States] | None = None
         super().__init__([torch.empty(0, dtype=torch.float32, device=HOST)], dict(inner.defaults))
         self.param_groups = inner.param_groups
         # Schedules warn when step() was not seen before theirs; ours runs inside engine.step().
         for optimizer in (self, inner):
             optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Optimizer]:  # type: ignore[override]
+        return type(self.inner)
+
+    def give_states(self, states: Callable[[], States] | None) -> None:
+        """From now on `state_dict()` has what this function returns: the states of each parameter. None: it has
+        none."""
+        self._states = states
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Not for callers: gradients are reduced, scaled and counted by the engine.
@@ -75,20 +89,37 @@ class ShardedOptimizer(Optimizer):
             raise RuntimeError("a param group added after initialize() would not be trained: add it before")
         super().add_param_group(param_group)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Does nothing: gradients are consumed by `engine.step()`."""
-
     def state_dict(self) -> dict[str, Any]:
+        """In stage 0 what torch has: an optimizer of the user's class over a copy of the model loads it. Its tensors
+        have memory of their own.
+
+        Raises:
+            NotImplementedError: in stages 1 to 3; a part of the states of one rank would look like all of them.
+        """
+        if self._states is None:
+            raise NotImplementedError(
+                "optimizer.state_dict(): the states are partitioned over the ranks in ZeRO stages 1 to 3; "
+                "engine.train_state() has all of this rank's, and utils.safe_get_full_optimizer_state(parameter, name) "
+                "gives one whole state. In stage 0 this gives what torch has"
+            )
+        numbers: dict[int, int] = {}
+        groups = []
+        for group in self.param_groups:
+            packed = {name: value for name, value in group.items() if name != "params"}
+            groups.append({**packed, "params": [numbers.setdefault(id(p), len(numbers)) for p in group["params"]]})
+        states = self._states()
+        packed_states = {numbers[id(key)] if isinstance(key, Tensor) else key: value for key, value in states.items()}
+        return {"state": packed_states, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Not in this version.
 
         Raises:
-            NotImplementedError: always; a part of the states of one rank would look like all of them.
+            NotImplementedError: always.
         """
-        raise NotImplementedError("optimizer states are partitioned over ranks; this version does not save them yet")
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Not in this version, as `state_dict`."""
-        raise NotImplementedError("optimizer states are partitioned over ranks; this version does not load them yet")
+        raise NotImplementedError(
+            "optimizer.load_state_dict(): this version takes the state of a whole run, engine.train_state().restore()"
+        )
 
 
 def kept_groups(optimizer: Optimizer) -> Callable[[], None]:

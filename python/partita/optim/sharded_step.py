@@ -12,6 +12,7 @@ from partita.device import HOST, kernels
 from partita.optim.fused_adam import is_native
 from partita.optim.groups import digest_of_step
 from partita.optim.step_control import StepController
+from partita.optim.step_hooks import StepCall, StepHooks
 from partita.optim.updates import NativeAdam, ShardUpdate, TorchUpdate
 from partita.units import ParameterGathers, StagePolicy, Unit
 
@@ -21,6 +22,7 @@ class ShardedStep:
 
     Args:
         inner: the user's optimizer.
+        outer: the one that programs get.
         units: of all models that this optimizer trains, in launch order.
         grid: the norm is that of the world's gradients; new parameters are gathered from the data-parallel ranks.
         gathers: takes the all-gathers that are under way when `run()` returns.
@@ -29,6 +31,7 @@ class ShardedStep:
     def __init__(
         self,
         inner: Optimizer,
+        outer: Optimizer,
         units: Sequence[Unit],
         grid: ProcessGrid,
         policy: StagePolicy,
@@ -41,6 +44,8 @@ class ShardedStep:
         self._policy = policy
         self._controller = controller
         self._gathers = gathers
+        self._hooks = StepHooks([inner, outer])
+        self._call: StepCall | None = None  # of the step under way, if hooks follow it
         self.update: ShardUpdate = (NativeAdam if is_native(inner) else TorchUpdate)(inner, self._units, controller)
         self._norm_parts, self._host_norm_parts = (
             [kernels.norm_part(unit.reduced, unit.norm_segments) for unit in self._units if unit.offloads == on_host]
@@ -66,7 +71,7 @@ class ShardedStep:
             total += on_host.to(total.device, non_blocking=True)
         self._grid.world.all_reduce(self._controller.sums).wait()
         self._controller.decide(mean=mean, clip=clip)
-        self.update.begin()
+        self._begin()
         gathered = self._policy.shards_states and self._grid.data.world_size > 1
         here = [i for i, unit in enumerate(self._units) if gathered and unit.residence.all_gathers_updates]
         self.update.update(i for i in range(len(self._units)) if i not in here)
@@ -76,6 +81,26 @@ class ShardedStep:
             self._gathers.add(self._units[i], self._grid.data.all_gather(self._units[i].params))
         if any(unit.residence.is_read_by_peers for unit in self._units):
             self._grid.data.barrier()  # then every rank may read what the others have written
+
+    def _begin(self) -> None:
+        """Hooks run as in torch, so not in a step that is skipped: with hooks, the host waits for the decision."""
+        call = StepCall()
+        hooks_run = (self._hooks.precede or self._hooks.follow) and not self._controller.last.skip
+        if hooks_run:
+            call = self._hooks.before()
+        self._call = call if hooks_run and self._hooks.follow else None
+        self.update.begin(call)
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether hooks follow the step, and may read the parameters."""
+        return self._call is not None
+
+    def finish(self) -> None:
+        """All parameters are there: the hooks that follow the step run."""
+        call, self._call = self._call, None
+        if call is not None:
+            self._hooks.after(call)
 
     def close(self) -> None:
         """The user's optimizer is as it was before, without states."""

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from partita._core import AdamPart, Segments
 from partita.device import HOST, FreedMemory, kernels
-from partita.optim.fused_adam import adam_group
+from partita.optim.fused_adam import FusedAdam, adam_group
 from partita.optim.step_control import StepController
-from partita.units import ShardSlice, Unit
+from partita.optim.step_hooks import StepCall, step_without_hooks
+from partita.optim.waiting import WaitedSteps, frozen_slots
+from partita.units import ShardSlice, Slot, Unit
+
+# By parameter, and some optimizers' own by other keys.
+States = dict[Any, dict[str, Any]]
 
 
 class ShardUpdate(ABC):
@@ -24,8 +31,8 @@ class ShardUpdate(ABC):
     """
 
     @abstractmethod
-    def begin(self) -> None:
-        """A step starts: hyper-parameters may have changed."""
+    def begin(self, call: StepCall) -> None:
+        """A step starts: hyper-parameters may have changed. `call` is what hooks made of the arguments of `step()`."""
 
     @abstractmethod
     def update(self, indices: Iterable[int]) -> None:
@@ -49,6 +56,11 @@ class ShardUpdate(ABC):
         """(parameter, name in `Unit.states`) of the values that this rank has once `state` has been loaded."""
 
     @abstractmethod
+    def states(self) -> States:
+        """What torch's optimizer has in `state` after the same steps, in memory of its own. Only where this rank has
+        all states, in stage 0."""
+
+    @abstractmethod
     def close(self) -> None:
         """The optimizer is the user's again."""
 
@@ -61,27 +73,25 @@ class NativeAdam(ShardUpdate):
         self._units = units
         self._controller = controller
         self._host_control = torch.empty(0, dtype=torch.uint8, device=HOST)
+        self._waits = WaitedSteps()
+        self._frozen = [frozenset[Slot]() for _ in units]
+        # Of each group that the native update is told of: the optimizer's group, and the steps waited.
+        self._kinds = [(i, 0) for i in range(len(optimizer.param_groups))]
         self._groups = [adam_group(group) for group in optimizer.param_groups]
         for unit in units:
             unit.states = {name: unit.state_buffer(torch.float32) for name in ("exp_avg", "exp_avg_sq")}
             unit.kept = {
                 name: {s.slot: flat[s.in_shard] for s in unit.own_slices()} for name, flat in unit.states.items()
             }
-        self._parts = [
-            kernels.adam_part(
-                grads=unit.reduced,
-                master=unit.master,
-                remainder=unit.remainder,
-                exp_avg=unit.states["exp_avg"],
-                exp_avg_sq=unit.states["exp_avg_sq"],
-                params=None if unit.dtype == torch.float32 else unit.updated,
-                segments=unit.segments,
-            )
-            for unit in units
-        ]
+        self._parts = [_adam_part(unit, unit.segments) for unit in units]
 
-    def begin(self) -> None:
-        self._groups = [adam_group(group) for group in self._optimizer.param_groups]
+    def begin(self, call: StepCall) -> None:
+        if call.has_closure:
+            raise RuntimeError("a step pre-hook gave step() a closure, which engine.step() cannot run: return None")
+        if (frozen := frozen_slots(self._units)) != self._frozen:
+            self._freeze(frozen)
+        groups = self._optimizer.param_groups
+        self._groups = [adam_group(groups[i], waited) for i, waited in self._kinds]
         if any(unit.offloads for unit in self._units):
             self._host_control = self._controller.control_on_host()
 
@@ -94,22 +104,64 @@ class NativeAdam(ShardUpdate):
             kernels.adam([self._parts[i]], self._groups, self._host_control)
             self._units[i].publish()  # on its way to the device beside the update of the next
 
+    def _freeze(self, frozen: list[frozenset[Slot]]) -> None:
+        """Only these parameters stand still from this step on. The host waits for the number of the step."""
+        skips, applied = self._controller.last.skip, self._controller.loss_scale.applied_steps
+        self._waits.begin((slot.name for slots in frozen for slot in slots), applied if skips else applied - 1)
+        self._frozen = frozen
+        own = [(s, slots) for unit, slots in zip(self._units, frozen, strict=True) for s in unit.own_slices()]
+        extra = {(s.slot.group, self._waits.of(s.slot.name)) for s, slots in own if s.slot not in slots}
+        plain = [(i, 0) for i in range(len(self._optimizer.param_groups))]
+        self._kinds = plain + sorted(extra - set(plain))
+        group_of = {kind: i for i, kind in enumerate(self._kinds)}
+        for i, (unit, slots) in enumerate(zip(self._units, frozen, strict=True)):
+            moving = [s for s in unit.own_slices() if s.slot not in slots]
+            rows = [(s.shard_offset, s.numel, group_of[s.slot.group, self._waits.of(s.slot.name)]) for s in moving]
+            self._parts[i] = _adam_part(unit, Segments(rows))
+
     def state_dict(self) -> dict[str, Any]:
-        return {}  # the number of the step is the loss scale's
+        waited = self._waits.after(self._controller.loss_scale.applied_steps)
+        return {"waited": waited} if waited else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ValueError(f"native Adam keeps nothing by parameter, and the state has {sorted(state)}")
+        self.values_of(state)  # which refuses
+        self._waits.load(state.get("waited", {}))
+        self._frozen = []  # so that the next step looks
 
     def values_of(self, state: dict[str, Any]) -> set[tuple[str, str]]:
+        names = {slot.name for unit in self._units for slot in unit.layout.slots}
+        if others := sorted(state.keys() - {"waited"}) or sorted(state.get("waited", {}).keys() - names):
+            raise ValueError(f"native Adam has nothing of '{others[0]}', of which there is a state")
         return {(s.slot.name, name) for unit in self._units for s in unit.own_slices() for name in unit.states}
+
+    def states(self) -> States:
+        applied = self._controller.loss_scale.applied_steps
+        waited = self._waits.after(applied)
+        is_fused = isinstance(self._optimizer, FusedAdam)
+        found: States = {}
+        for unit in self._units:
+            masters = unit.full_precision()
+            parameters = dict(zip(unit.layout.slots, unit.parameters, strict=True))
+            for s in unit.own_slices():
+                step = applied - waited.get(s.slot.name, 0)
+                if not step:
+                    continue
+                state: dict[str, Any] = {
+                    "step": step if is_fused else torch.tensor(float(step), dtype=torch.float32, device=HOST)
+                }
+                state.update((name, flat[s.in_shard].view(s.slot.shape).clone()) for name, flat in unit.states.items())
+                if is_fused and unit.dtype != torch.float32:
+                    state["master"] = masters[s.in_shard].view(s.slot.shape).clone()
+                found[parameters[s.slot]] = state
+        return found
 
     def close(self) -> None:
         return  # its param groups are as they were
 
 
 class TorchUpdate(ShardUpdate):
-    """A torch optimizer whose param groups hold pieces of the flat fp32 masters.
+    """A torch optimizer whose param groups hold pieces of the flat fp32 masters while it steps. Programs and hooks see
+    the parameters there.
 
     A parameter that lies whole in this rank's range keeps its shape, so in stage 0 every optimizer sees what it would
     see without Partita. The optimizer runs once per step over all pieces: it may couple them.
@@ -129,13 +181,10 @@ class TorchUpdate(ShardUpdate):
         # Some (Adagrad) make their state when constructed, and again when it is missing: the pieces take the place of
         # the parameters that it belongs to.
         optimizer.state.clear()
-        self._given = [group["params"] for group in optimizer.param_groups]
         self._pieces = [[_piece(unit.full_precision(), s) for s in unit.own_slices()] for unit in units]
         self._views: dict[tuple[int, str], Tensor] = {}  # of `Unit.states`, as the optimizer has them
-        for i, group in enumerate(optimizer.param_groups):
-            group["params"] = [piece for _, s, piece in self._all_pieces() if s.slot.group == i]
 
-    def begin(self) -> None:
+    def begin(self, call: StepCall) -> None:
         control = self._controller.last
         self._skips = control.skip
         if self._skips:
@@ -145,9 +194,11 @@ class TorchUpdate(ShardUpdate):
             if grads.dtype != torch.float32:
                 grads = torch.empty_like(grads, dtype=torch.float32)
             kernels.cast(grads, unit.reduced, scale=control.grad_scale)
+            frozen = unit.frozen_slots()
             for s, piece in zip(unit.own_slices(), pieces, strict=True):
-                piece.grad = _piece(grads, s)
-        self._optimizer.step()
+                piece.grad = None if s.slot in frozen else _piece(grads, s)
+        with self._pieces_in_groups():
+            step_without_hooks(self._optimizer, call)
         for pieces in self._pieces:
             for piece in pieces:
                 piece.grad = None
@@ -212,11 +263,30 @@ class TorchUpdate(ShardUpdate):
             for key, (dtype, _) in saved["elements"].items()
         }
 
+    def states(self) -> States:
+        found: States = {key: value for key, value in self._optimizer.state.items() if not isinstance(key, Tensor)}
+        parameters = {s: p for unit in self._units for s, p in zip(unit.layout.slots, unit.parameters, strict=True)}
+        for _, s, piece in self._all_pieces():
+            if state := self._optimizer.state.get(piece):
+                values = ((key, v.clone() if isinstance(v, Tensor) else v) for key, v in state.items())
+                found[parameters[s.slot]] = dict(values)
+        return found
+
     def close(self) -> None:
         self._optimizer.state.clear()
-        for group, given in zip(self._optimizer.param_groups, self._given, strict=True):
-            group["params"] = given
         self._views.clear()
+
+    @contextmanager
+    def _pieces_in_groups(self) -> Iterator[None]:
+        groups = self._optimizer.param_groups
+        given = [group["params"] for group in groups]
+        for i, group in enumerate(groups):
+            group["params"] = [piece for _, s, piece in self._all_pieces() if s.slot.group == i]
+        try:
+            yield
+        finally:
+            for group, parameters in zip(groups, given, strict=True):
+                group["params"] = parameters
 
     def _all_pieces(self) -> Iterable[tuple[Unit, ShardSlice, Tensor]]:
         for unit, pieces in zip(self._units, self._pieces, strict=True):
@@ -248,6 +318,18 @@ class TorchUpdate(ShardUpdate):
         view = unit.states[name][s.in_shard].view(shape)
         self._views[id(piece), key] = unit.kept.setdefault(key, {})[s.slot] = view
         return view
+
+
+def _adam_part(unit: Unit, segments: Segments) -> kernels.Part[AdamPart]:
+    return kernels.adam_part(
+        grads=unit.reduced,
+        master=unit.master,
+        remainder=unit.remainder,
+        exp_avg=unit.states["exp_avg"],
+        exp_avg_sq=unit.states["exp_avg_sq"],
+        params=None if unit.dtype == torch.float32 else unit.updated,
+        segments=segments,
+    )
 
 
 def _covers(key: str, value: Tensor, piece: Tensor) -> bool:

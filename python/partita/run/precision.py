@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,29 +20,45 @@ AUTOCAST_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 @dataclass(frozen=True)
 class Precision:
     """None stands for: as the model has it (compute, buffers), the parameters' (grads), the gradients'
-    (communication)."""
+    (communication).
+
+    given: the 16-bit types of the parameters that the program has made so itself, where the config asks for none.
+    """
 
     compute: torch.dtype | None
     grads: torch.dtype | None
     communication: torch.dtype | None
     buffers: torch.dtype | None
     autocast: torch.dtype | None
+    given: frozenset[torch.dtype] = frozenset()
 
     @property
     def scales_loss(self) -> bool:
         """float16 gradients underflow unless the loss is scaled."""
-        return torch.float16 in (self.compute, self.autocast)
+        return torch.float16 in (self.compute, self.autocast, *self.given)
 
     @property
     def name(self) -> str:
         """For people."""
         if self.autocast is not None:
             return f"{self.autocast} autocast".removeprefix("torch.")
-        return "fp16" if self.compute is torch.float16 else "bf16" if self.compute is torch.bfloat16 else "fp32"
+        if self.given:
+            return f"{' and '.join(sorted(map(short_name, self.given)))} as the model is"
+        return "fp32" if self.compute is None else short_name(self.compute)
 
 
-def precision_of(config: Config, accumulation: int) -> Precision:
-    """Micro-batches are summed in fp32 when there are several, unless the config names another type."""
+def short_name(dtype: torch.dtype) -> str:
+    """As the config names a type: fp32, fp16, bf16."""
+    return next((name for name, known in DTYPES.items() if known is dtype), str(dtype).removeprefix("torch."))
+
+
+def precision_of(config: Config, accumulation: int, dtypes: Iterable[torch.dtype] = ()) -> Precision:
+    """Micro-batches are summed in fp32 when there are several, unless the config names another type.
+
+    Args:
+        dtypes: of the model's parameters. 16-bit ones have fp32 masters in any case. With float16 ones the loss is
+            scaled, also if the config has no `fp16` section.
+    """
 
     def dtype(name: str | None) -> torch.dtype | None:
         return None if name is None else DTYPES[name]
@@ -50,7 +67,9 @@ def precision_of(config: Config, accumulation: int) -> Precision:
     grads = dtype(config.data_types.grad_accum_dtype)
     if grads is None and accumulation > 1:
         grads = torch.float32
+    is_asked = compute is not None or config.torch_autocast.enabled
     return Precision(
+        given=frozenset() if is_asked else frozenset(dtypes) & {torch.float16, torch.bfloat16},
         compute=compute,
         grads=grads,
         communication=dtype(config.communication_data_type),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +25,7 @@ from partita.comm import (
 )
 from partita.config import BatchSizes, ConfigError, ConfigSource, load_config, resolve_batch_sizes
 from partita.device import Streams, streams_of
-from partita.run.precision import Precision, precision_of
+from partita.run.precision import Precision, precision_of, short_name
 from partita.units import StagePolicy, stage_policy
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def begin_run(
     device: torch.device,
     exits: ExitStack,
     shared: Entries = (),
+    dtypes: Iterable[torch.dtype] = (),
     loader_batch_size: int | None = None,
     on_failure: ExitStack | None = None,
 ) -> Run:
@@ -127,6 +129,7 @@ def begin_run(
         device: where the model is.
         exits: closes what was made here.
         shared: what all ranks must have been given alike. It is compared before anything depends on it.
+        dtypes: of the model's parameters.
         loader_batch_size: of the program's DataLoader, which is the micro-batch; None: there is none.
         on_failure: takes the default process group down, if it was made here. None: that group stays.
 
@@ -155,13 +158,28 @@ def begin_run(
         "train_micro_batch_size_per_gpu": batch.micro,
         "gradient_accumulation_steps": batch.accumulation,
     }
+    precision = precision_of(config, batch.accumulation, dtypes)
+    if precision.given and grid.world.rank == 0:
+        _say_given(precision)
     return Run(
         config=config.model_copy(update=filled),
         batch=batch,
-        precision=precision_of(config, batch.accumulation),
+        precision=precision,
         policy=policy_of(config),
         streams=streams,
         grid=grid,
+    )
+
+
+def _say_given(precision: Precision) -> None:
+    """The program has chosen the number format, and the config is silent."""
+    names = sorted(map(short_name, precision.given))
+    logger.info(
+        "the model has %s parameters and the config asks for no precision: each parameter is trained in its own, "
+        "16-bit ones with fp32 masters%s%s",
+        " and ".join(names),
+        ", the loss with a dynamic scale" if precision.scales_loss else "",
+        f'; "{names[0]}": {{"enabled": true}} converts the whole model' if len(names) == 1 else "",
     )
 
 

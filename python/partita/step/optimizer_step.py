@@ -74,8 +74,10 @@ class OptimizerStep:
         )
         if optimizer is not None:
             units = [unit for part in parts for unit in part.units]
-            self.sharded = ShardedStep(optimizer.inner, units, run.grid, run.policy, controller, gathers)
+            self.sharded = ShardedStep(optimizer.inner, optimizer, units, run.grid, run.policy, controller, gathers)
             exits.callback(self.sharded.close)
+            if not run.policy.shards_states:
+                optimizer.give_states(self.sharded.update.states)
         exits.callback(self._close)
 
     def update(self) -> None:
@@ -108,8 +110,11 @@ class OptimizerStep:
         except CommunicationError:
             self._gathers.abandon()
             raise
-        if not self._run.config.zero_optimization.overlap_gather:
+        if self.sharded.is_followed or not self._run.config.zero_optimization.overlap_gather:
             self._gathers.wait()
+        for part in self._parts:
+            part.share_buffers_after_update()
+        self.sharded.finish()
         self.global_steps += 1
         self.global_samples += self._run.batch.train
         finiteness = [seen for part in self._parts for seen in part.reducer.take_finiteness()]
@@ -180,6 +185,8 @@ class OptimizerStep:
         try:
             self._outcomes.close()
         finally:  # a program may keep the engine, and nothing that is large with it
+            if self._optimizer is not None:
+                self._optimizer.give_states(None)
             self.sharded = self._optimizer = None
             self._parts.clear()
             self._reducers.clear()

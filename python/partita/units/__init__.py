@@ -30,8 +30,10 @@ from partita.units.lifetimes import BackwardConductor, ParameterLifetimes
 from partita.units.parameters import FlatParameters, fill_from_rank_0, full_values
 from partita.units.plan import PlanSettings, UnitPlan, plan_frozen, plan_trained
 from partita.units.policy import Lifetime, Offload, StagePolicy, stage_policy
-from partita.units.reducer import BackwardListener, BackwardPlan, GradientReducer, ReductionSettings, has_reducer
+from partita.units.reducer import GradientReducer, has_reducer
+from partita.units.reduction import BackwardListener, BackwardPlan, ReductionSettings
 from partita.units.residence import Always, Gathered, Mapped, Residence, Residency
+from partita.units.taken import TakenGradient
 from partita.units.unit import GradState, Unit
 
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "ShardSlice",
     "Slot",
     "StagePolicy",
+    "TakenGradient",
     "Unit",
     "UnitLayout",
     "UnitPlan",

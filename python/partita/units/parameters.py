@@ -25,7 +25,8 @@ class FlatParameters:
     [Note: versions]
     Autograd counts the writes into a parameter in `parameter._version`. `_versions` are the counts at the time when the
     values were last known, so a difference means that somebody wrote since. The engine's own writes go through the flat
-    buffers, which do not share the count. Writes through `.data` are not counted, so they go unnoticed.
+    buffers, which do not share the count. Writes through `.data` are not counted;
+    `Unit.adopt_written_parameters` looks for them now and then.
     """
 
     def __init__(self, residence: Residence) -> None:

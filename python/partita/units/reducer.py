@@ -1,4 +1,16 @@
-"""Gradients from autograd into flat buffers, and reduced over ranks while backward goes on."""
+"""Gradients from autograd into flat buffers, and reduced over ranks while backward goes on.
+
+[Note: streams]
+Gradients are packed on the stream that is current when their unit is complete, after waiting for the other streams
+that made some of them, and for the stream that the reducer used last: its buffers are used again. The collective is
+queued behind that on a stream of the transport's, so backward goes on beside it; waiting for its handle makes the
+current stream wait, not the host.
+
+[Note: several backwards]
+A unit's first reduction of a step happens in its own full buffer where it has one. When more gradients come
+before the step (a second backward, stage 2's micro-batches), they are reduced in a staging buffer and added to
+the result: sums are linear, so every backward counts, whenever it runs.
+"""
 
 from __future__ import annotations
 
@@ -8,63 +20,27 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from partita._core import Bucketer, Span
 from partita.comm import Communicator, Handle, any_rank_each
 from partita.device import kernels
 from partita.device.memory import FreedMemory
-from partita.device.streams import HostCopy, Streams
+from partita.device.streams import Streams
+from partita.units.arrivals import Arrivals
 from partita.units.parameters import FlatParameters
 from partita.units.policy import StagePolicy
+from partita.units.reduction import BackwardListener, BackwardPlan, ReductionSettings
 from partita.units.staging import Staging
+from partita.units.taken import TakenGradients, fresh
 from partita.units.unit import GradState, Unit
 
 # On the CPU. Enough that the transport never runs dry. More would not finish sooner, and what they hold for their
 # duration would lie between freed gradients and keep malloc from using that memory again.
 REDUCTIONS_IN_FLIGHT = 4
-
-
-@dataclass(frozen=True)
-class ReductionSettings:
-    """How gradients travel.
-
-    communication_dtype: of the reduced buffers; None: the accumulation dtype.
-    grad_factor: what every gradient is multiplied by before it is summed over ranks.
-    overlap: reduce while backward goes on; otherwise at its end.
-    """
-
-    communication_dtype: torch.dtype | None = None
-    grad_factor: float = 1.0
-    overlap: bool = True
-
-
-@dataclass(frozen=True)
-class BackwardPlan:
-    """What becomes of the gradients of one backward.
-
-    reduces: they are reduced over ranks (a boundary), or only accumulated. `factor`: what they are multiplied by, one
-    float64 on their device; None: 1.
-    """
-
-    reduces: bool
-    factor: Tensor | None = None
-
-
-class BackwardListener(Protocol):
-    """Who conducts the backwards of a model part. The reducer tells the listener what it sees of them."""
-
-    def begins(self) -> BackwardPlan:
-        """The first gradient of a backward has arrived. The answer says what becomes of the gradients."""
-
-    def reducing(self, unit: Unit) -> None:
-        """The gradients of a unit are about to be reduced."""
-
-    def ended(self) -> None:
-        """All gradients of the backward are in flat buffers, and all their reductions have been launched."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +59,6 @@ class GradientReducer:
         units: in launch order.
         communicator: of the data-parallel ranks.
         listener: hears of every backward that the reducer sees, see `BackwardListener`.
-
-    [Note: streams]
-    Gradients are packed on the stream that is current when their unit is complete, after waiting for the other streams
-    that made some of them, and for the stream that the reducer used last: its buffers are used again. The collective is
-    queued behind that on a stream of the transport's, so backward goes on beside it; waiting for its handle makes the
-    current stream wait, not the host.
-
-    [Note: several backwards]
-    A unit's first reduction of a step happens in its own full buffer where it has one. When more gradients come
-    before the step (a second backward, stage 2's micro-batches), they are reduced in a staging buffer and added to
-    the result: sums are linear, so every backward counts, whenever it runs.
     """
 
     def __init__(
@@ -118,14 +83,15 @@ class GradientReducer:
         self._first_backward = True
         self._plan = BackwardPlan(reduces=False)  # of the backward under way
         self._in_flight: deque[_InFlight] = deque()
-        # To the host: None, or whether to add it to `Unit.reduced` there.
-        self._arriving: deque[tuple[Unit, bool | None, HostCopy]] = deque()
+        self._arrivals = Arrivals(streams)
         self._staging = Staging(communicator, max((u.layout.numel for u in units), default=0))
         self._offsets = [unit.offsets() for unit in units]
         self._names = [slot.name for unit in units for slot in unit.layout.slots]
         self._unit_of = [i for i, unit in enumerate(units) for _ in unit.parameters]
         self._first_parameter = [self._unit_of.index(i) for i in range(len(units))]
         self._bucketer = Bucketer(self._unit_of, len(units))
+        self._taken = TakenGradients(units)
+        self._has_committed = False  # gradients of micro-batches that are over
         parameters = [p for unit in units for p in unit.parameters]
         own = weakref.ref(self)  # a parameter's hooks are out of the garbage collector's sight
         self._hooks = [
@@ -153,7 +119,7 @@ class GradientReducer:
     @torch.no_grad()
     def _launch_late(self) -> None:
         """Reduces what arrived after its unit was launched; on all ranks, if on any. See `Bucketer`."""
-        late = [any(p.grad is not None for p in unit.parameters) for unit in self.units]
+        late = [any(fresh(p) is not None for p in unit.parameters) for unit in self.units]
         if self._plan.reduces or not self._policy.keeps_full_grads:
             late = any_rank_each(self._communicator, late)
         for i, is_late in enumerate(late):
@@ -180,7 +146,7 @@ class GradientReducer:
     def wait(self) -> None:
         """Returns when no reduction is under way."""
         self._finish_reductions()
-        self._arrive()
+        self._arrivals.wait()
 
     def _finish_reductions(self) -> None:
         while self._in_flight:
@@ -188,16 +154,48 @@ class GradientReducer:
 
     def reset(self) -> None:
         """Forgets all gradients, those of an unfinished backward too."""
+        self._forget_taken()
+        with torch._C.DisableTorchFunctionSubclass():
+            for unit in self.units:
+                for parameter in unit.parameters:
+                    parameter.grad = None
+
+    def _forget_taken(self) -> None:
         self.wait()
         if self._bucketer.in_backward:
             self._bucketer.finish()
         for unit in self.units:
             unit.grad_state = GradState.EMPTY
-            for parameter in unit.parameters:
-                parameter.grad = None
+        self._taken.withdraw()
+        self._has_committed = False
         for producers in self._producers:
             producers.clear()
         self._finiteness = []
+
+    def heed(self) -> bool:
+        """Gradients that the program has dropped since the last call are gone; raises if that cannot be done. Returns
+        whether nothing is left of the micro-batch: then a backward that an exception has ended is forgotten, too."""
+        is_empty, dropped = self._taken.decide(self.in_backward, self._has_committed)
+        if is_empty and self._has_committed:
+            self._bucketer.finish()
+        elif is_empty:
+            self._forget_taken()
+        elif dropped:
+            self.wait()
+            self._enter_stream()
+        for i, slot in dropped:
+            self.units[i].drop_gradient(slot)
+        return is_empty
+
+    def take_written(self) -> None:
+        """Gradients that the program has written count, as those of a backward of their own."""
+        if not self._bucketer.in_backward and self._taken.has_fresh:
+            self.reduce_zeros()
+
+    def commit(self) -> None:
+        """A micro-batch is over: dropping gradients does not concern its own."""
+        self._taken.withdraw()
+        self._has_committed = any(unit.grad_state is not GradState.EMPTY for unit in self.units)
 
     def take_finiteness(self) -> list[tuple[str, Tensor]]:
         """The gradients that were looked at since the last call: name of the parameter, and whether all elements are
@@ -210,28 +208,28 @@ class GradientReducer:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._taken.withdraw()
         with suppress(RuntimeError):  # of a collective that failed: nobody wants its result any more
             self.wait()
 
     def begin_backward(self) -> None:
         """Gradients are about to arrive; called by the first of them if by nobody else."""
-        self._arrive()  # what was on its way to the host during the last micro-batch
+        self.heed()
+        self._taken.withdraw()
+        self._arrivals.wait()  # what was on its way to the host during the last micro-batch
         self._finish_reductions()  # gradients of another backward may be under way in the buffers that this one writes
         self._plan = self._listener.begins()
         self._bucketer.begin_backward(self._settings.overlap)
 
-    def accumulated(self, index: int) -> None:
+    def accumulated(self, index: int, parameter: nn.Parameter) -> None:
         """The gradient of a parameter, by its place in the launch order, is complete."""
         if not self._bucketer.in_backward:
             self.begin_backward()
+        self._taken.receive(self._unit_of[index], parameter)
         try:
             begin, end = self._bucketer.mark_ready(index)
         except RuntimeError as error:
-            raise RuntimeError(
-                f"parameter '{self._names[index]}' received another gradient after its unit was reduced: it takes part "
-                "in more reentrant checkpoints in this backward than in any before; set "
-                "zero_optimization.overlap_comm to false, or use checkpoint(use_reentrant=False)"
-            ) from error
+            raise _fired_too_often(self._names[index]) from error
         self._producers[self._unit_of[index]].add(self._streams.current())
         if begin < end:
             self._launch_all(begin, end)
@@ -246,13 +244,13 @@ class GradientReducer:
         for i in sorted(index_of[id(unit)] for unit in units if id(unit) in index_of):
             first = self._first_parameter[i]
             for p, parameter in enumerate(self.units[i].parameters, start=first):
-                if parameter.grad is None and not self._bucketer.is_complete(p):
-                    self.accumulated(p)
+                if fresh(parameter) is None and not self._bucketer.is_complete(p):
+                    self.accumulated(p, parameter)
 
+    @torch.no_grad()
     def _launch_all(self, begin: int, end: int) -> None:
-        with torch.no_grad():
-            for i in range(begin, end):
-                self._launch(i)
+        for i in range(begin, end):
+            self._launch(i)
 
     @torch.no_grad()
     def _collect(self, index: int) -> None:
@@ -261,9 +259,11 @@ class GradientReducer:
         if unit.full_grads is None or unit.grad_state is GradState.REDUCED:
             return
         accumulate = unit.grad_state is GradState.LOCAL
-        if not accumulate or any(p.grad is not None for p in unit.parameters):
+        if not accumulate or any(fresh(p) is not None for p in unit.parameters):
             self._pack(index, unit.full_grads, accumulate=accumulate)
             unit.grad_state = GradState.LOCAL
+        else:
+            self._taken.show(index)
 
     def _launch(self, index: int) -> None:
         unit = self.units[index]
@@ -318,36 +318,19 @@ class GradientReducer:
         unit = flight.unit
         full = unit.full_grads if flight.staging is None else flight.staging[: unit.layout.numel]
         if full is not None and (flight.staging is not None or unit.offloads):
-            self._take(unit, unit.part(full), accumulate=unit.grad_state is GradState.REDUCED)
+            self._arrivals.take(unit, unit.part(full), accumulate=unit.grad_state is GradState.REDUCED)
         if flight.staging is not None:
             self._staging.give_back(flight.staging)
         unit.grad_state = GradState.REDUCED
-
-    def _take(self, unit: Unit, part: Tensor, *, accumulate: bool) -> None:
-        """Moves the sum over ranks to where the optimizer computes."""
-        if part.device == unit.reduced.device:
-            kernels.cast(unit.reduced, part, accumulate=accumulate)
-        elif accumulate or part.dtype != unit.reduced.dtype:
-            self._arriving.append((unit, accumulate, self._streams.copy_to_host(part)))
-        else:
-            self._arriving.append((unit, None, self._streams.copy_into(unit.reduced, part)))
-
-    def _arrive(self) -> None:
-        """What is on its way to the host is there; the host waits."""
-        while self._arriving:
-            unit, accumulate, copy = self._arriving.popleft()
-            values = copy.wait()
-            if accumulate is not None:
-                kernels.cast(unit.reduced, values, accumulate=accumulate)
 
     def _pack(self, index: int, buffer: Tensor, *, accumulate: bool) -> None:
         """Moves the gradients of a unit into a full buffer; autograd's own tensors are released."""
         unit = self.units[index]
         self._enter_stream()
         for stream in self._producers[index]:
-            self._streams.come_after(stream, [p.grad for p in unit.parameters if p.grad is not None])
+            self._streams.come_after(stream, [g for p in unit.parameters if (g := fresh(p)) is not None])
         self._producers[index].clear()
-        grads = [_dense(p.grad) for p in unit.parameters]
+        grads = [_dense(fresh(p)) for p in unit.parameters]
         if self.watches_finiteness:
             named = zip(unit.layout.slots, grads, strict=True)
             self._finiteness += [(slot.name, kernels.is_finite(g)) for slot, g in named if g is not None]
@@ -364,13 +347,20 @@ class GradientReducer:
             factor=self._plan.factor,
             accumulate=accumulate,
         )
-        for parameter in unit.parameters:
-            parameter.grad = None
+        self._taken.show(index)  # which frees autograd's own tensors
 
 
-def _accumulated(reducer: weakref.ref[GradientReducer], index: int, _parameter: Tensor) -> None:
+def _accumulated(reducer: weakref.ref[GradientReducer], index: int, parameter: nn.Parameter) -> None:
     if (alive := reducer()) is not None:
-        alive.accumulated(index)
+        alive.accumulated(index, parameter)
+
+
+def _fired_too_often(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"parameter '{name}' received another gradient after its unit was reduced: it takes part in more reentrant "
+        "checkpoints in this backward than in any before; set zero_optimization.overlap_comm to false, or use "
+        "checkpoint(use_reentrant=False)"
+    )
 
 
 def has_reducer(parameter: Tensor) -> bool:

@@ -71,6 +71,24 @@ class Unit(FlatParameters):
         else:
             self.reduced = self.state_buffer(form.grad_dtype)
         self.grad_state = GradState.EMPTY
+        self._adopts_always = False  # as a program writes where nothing counts
+
+    def frozen_slots(self) -> frozenset[Slot]:
+        """The parameters that the program has frozen since: they do not require gradients now."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if all(parameter.requires_grad for parameter in self.parameters):  # almost always
+                return frozenset()
+            slots = zip(self.layout.slots, self.parameters, strict=True)
+            return frozenset(slot for slot, parameter in slots if not parameter.requires_grad)
+
+    def drop_gradient(self, slot: Slot) -> None:
+        """What there is of the gradient of a parameter becomes zeros."""
+        if self.grad_state is GradState.LOCAL and self.full_grads is not None:
+            self.full_grads[slot.in_unit].zero_()
+        elif self.grad_state is GradState.REDUCED:
+            for part in self.own_slices():
+                if part.slot == slot:
+                    self.reduced[part.in_shard].zero_()
 
     def state_buffer(self, dtype: torch.dtype) -> Tensor:
         """Memory for something of every element of `own`, where the optimizer computes; zeros."""
@@ -133,15 +151,40 @@ class Unit(FlatParameters):
             self.communicator.all_gather(self.params).wait()
         self.communicator.barrier()
 
-    def adopt_written_parameters(self) -> None:
+    def adopt_written_parameters(self, *, looks: bool = False) -> str | None:
         """Brings into the masters what others wrote into 16-bit parameters since the last step: loaded weights, say.
 
         An element that still is its master rounded keeps the master's precision; where masters are split, those of a
         written parameter become its 16-bit values, as which elements were written is not known. Writes are seen by
-        autograd's version counters, so those through `.data` go unnoticed; those inside GatheredParameters by `commit`.
+        autograd's version counters, so those through `.data` are not; those inside GatheredParameters by `commit`.
+
+        Args:
+            looks: also for writes that nothing counted. The host waits. Once there was one, every call adopts them.
+
+        Returns:
+            The parameter of the first write that nothing counted; None while there is none, and later.
         """
-        if written := self.take_written():
+        written = self.take_written()
+        unseen = self._uncounted_write() if looks and not written and not self._adopts_always else None
+        self._adopts_always = self._adopts_always or unseen is not None
+        if written or self._adopts_always:
             self._adopt(written)
+        return unseen
+
+    def _uncounted_write(self) -> str | None:
+        """A parameter of this rank's own range that is not what the last update wrote. Parameters that come and go
+        forget what is written to them, and split masters follow their parameters anyway."""
+        if self.residence.comes_and_goes:
+            return None
+        if self.updated is not self.own_params:
+            known = self.updated.to(self.own_params.device)
+        elif self.master is not None and self.dtype != torch.float32:
+            known = torch.empty_like(self.own_params)
+            kernels.split_master(known, self.master)
+        else:
+            return None
+        differs = (known != self.own_params) & ~(known.isnan() & self.own_params.isnan())
+        return next((s.slot.name for s in self.own_slices() if bool(differs[s.in_shard].any())), None)
 
     def _adopt(self, slots: Collection[Slot]) -> None:
         if self.updated is not self.own_params:

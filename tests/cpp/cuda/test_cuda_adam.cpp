@@ -205,6 +205,17 @@ TEST_P(CudaAdam, VeryManySegmentsAndGroups) {
     }
 }
 
+TEST_P(CudaAdam, AGroupThatWaitedCountsItsOwnSteps) {
+    std::vector<AdamGroup> waited = groups;
+    waited.front().waited = 3;
+    Shards shards(layout(some_sizes, 8), grads_dtype, params_dtype, Masters::whole);
+    for (std::int64_t step = 4; step <= 6; ++step) {
+        shards.new_grads(step);
+        shards.step(waited, control_of(step));
+        shards.expect_equal();
+    }
+}
+
 TEST_P(CudaAdam, ASkippedStepLeavesEveryByte) {
     for (const Masters masters : all_masters) {
         if (masters == Masters::split && params_dtype != DType::bf16) continue;

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from communicators import RecordingCommunicator, communicating_through
+from partita.utils import safe_get_full_grad
 from reference import (
     DTYPES,
     ODD_MODEL,
@@ -255,6 +256,42 @@ def test_no_sync_is_refused_from_stage_2_on(ranks, stage):
     """There is no room for gradients that are not reduced."""
     with pytest.raises(AssertionError, match=rf"no_sync\(\) needs full gradients on every rank.*stage {stage}"):
         ranks(2).run(_by_hand, stage, "engine.backward", "all")
+
+
+def test_a_step_inside_no_sync_is_refused():
+    """Its gradients would stay on their rank. A block inside a block changes nothing; the step after it is right."""
+    engine = partita.Engine(model=make_model(), config=sgd_config(stage=1))
+    other = partita.Engine(model=make_model(), config=sgd_config(stage=1))
+    with engine.no_sync():
+        with engine.no_sync():
+            engine.backward(engine(*tokens_of(0, 0)))
+        with pytest.raises(RuntimeError, match=r"engine\.step\(\) was called inside engine\.no_sync\(\)"):
+            engine.step()
+        engine.backward(engine(*tokens_of(0, 1)))
+    engine.step()
+    for i in range(2):
+        other.backward(other(*tokens_of(0, i)))
+    other.step()
+    assert engine.global_steps == 1
+    for name, value in engine.module_state_dict().items():
+        assert torch.equal(value, other.module_state_dict()[name]), name
+
+
+def _local_gradients() -> str:
+    engine = partita.Engine(model=make_model(), config=sgd_config(stage=1))
+    with engine.no_sync():
+        engine.backward(engine(*tokens_of(0, engine.global_rank)))
+    try:
+        safe_get_full_grad(engine.module.mix.weight)
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError("not refused")
+
+
+def test_gradients_that_are_local_are_not_given_as_the_steps(ranks):
+    """A clear answer, on every rank."""
+    for message in ranks(2).run(_local_gradients):
+        assert "'mix.weight'" in message and "no_sync()" in message and "this rank's only" in message
 
 
 def _dropped(stage: int) -> Outcome:
