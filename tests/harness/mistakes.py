@@ -262,7 +262,40 @@ CALLS: dict[str, Mistake] = {
     ),
 }
 
-MISTAKES = {**CONFIGS, **CALLS}
+# Each is one mistake of a program that does not do the same on all ranks.
+RANKS: dict[str, Mistake] = {
+    "another learning rate on each rank": says(
+        "start(optimizer={'type': 'AdamW', 'params': {'lr': 1e-3 * (rank + 1)}})",
+        "optimizer.params.lr is 0.001 on rank 0 and 0.002 on rank 1",
+    ),
+    "another learning rate on each rank, later": says(
+        "e = start(); train(e); e.optimizer.param_groups[0]['lr'] = 0.1 * (rank + 1); train(e)",
+        "optimizer.param_groups[0]['lr'] is 0.1 on rank 0 and 0.2 on rank 1",
+        "on all ranks",
+    ),
+    "another stage on each rank": says(
+        "start(zero_optimization={'stage': rank})", "zero_optimization.stage is 0 on rank 0 and 1 on rank 1"
+    ),
+    "another accumulation on each rank": says(
+        "start(gradient_accumulation_steps=rank + 1)", "gradient_accumulation_steps is 1 on rank 0 and 2 on rank 1"
+    ),
+    "another model on each rank": says(
+        "model = Model(); model.second = nn.Linear(5, 1 + rank); start(model)",
+        "parameter second.weight is (1, 5) on rank 0 and (2, 5) on rank 1",
+    ),
+    "one rank saves": says(
+        "e = start()\nif rank == 0:\n    e.save_model(tempfile.mkdtemp() + '/a')\nelse:\n    train(e)",
+        "save_model() is called on every rank; rank 1 called backward()",
+    ),
+    "one rank has fewer batches": says(
+        "e = start(); train(e)\nif rank == 0:\n    train(e)\ne.destroy()",
+        "rank 1",
+        "has left",
+        "did it have fewer batches?",
+    ),
+}
+
+MISTAKES = {**CONFIGS, **CALLS, **RANKS}
 
 # As jobs of their own: what torchrun, two ranks and an error together make of the output.
 JOBS: dict[str, Mistake] = {
