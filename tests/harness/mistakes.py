@@ -150,16 +150,25 @@ CALLS: dict[str, Mistake] = {
         "gradient_accumulation_steps",
         "give each step all its micro-batches",
     ),
-    "training in evaluation mode": says(
-        "e = start(); e.eval(); e.backward(e(batch))", "evaluation mode", "call engine.train()"
-    ),
     "training under no_grad": says(
         "e = start()\nwith torch.no_grad():\n    loss = e(batch)\ne.backward(loss)",
         "no_grad()",
         "loss = engine(batch) with gradients",
     ),
-    "the model in place of the engine": says(
-        "model = Model(); e = start(model); e.backward(model(batch))", "model(batch)", "call engine(batch)"
+    "clip_grad_norm_()": says(
+        "e = start(); e.backward(e(batch)); nn.utils.clip_grad_norm_(e.module.parameters(), 1.0)",
+        "'first.weight' was clipped or read by hand",
+        "use gradient_clipping in the config",
+    ),
+    "zero_grad() in every micro-batch": says(
+        "e = start(gradient_accumulation_steps=2)\nfor _ in range(4):\n    e.zero_grad(); train(e)",
+        "engine.zero_grad() drops the gradients of finished micro-batches",
+        "call optimizer.zero_grad() there, or nothing",
+    ),
+    "step() inside no_sync()": says(
+        "e = start()\nwith e.no_sync():\n    e.backward(e(batch)); e.step()",
+        "step() was called inside engine.no_sync()",
+        "call it after the block",
     ),
     "step() without backward": says(
         "e = start(); e(batch); e.step()", "engine.step()", "call engine.backward(loss) before step()"
