@@ -170,6 +170,16 @@ CALLS: dict[str, Mistake] = {
         "the engine has taken it",
         "safe_get_full_grad(parameter)",
     ),
+    "clip_grad_norm_()": says(
+        "e = start(); e.backward(e(batch)); nn.utils.clip_grad_norm_(e.module.parameters(), 1.0)",
+        "'first.weight' was clipped or read by hand",
+        "use gradient_clipping in the config",
+    ),
+    "zero_grad() in every micro-batch": says(
+        "e = start(gradient_accumulation_steps=2)\nfor _ in range(4):\n    e.zero_grad(); train(e)",
+        "engine.zero_grad() drops the gradients of finished micro-batches",
+        "call optimizer.zero_grad() there, or nothing",
+    ),
     "step() without backward": says(
         "e = start(); e(batch); e.step()", "engine.step()", "call engine.backward(loss) before step()"
     ),
