@@ -114,8 +114,7 @@ class Engine(EngineBase):
             exits.callback(gathers.wait)
             super().__init__(run, model, [part], step, outer, scheduler, loader, exits)
             on_failure.pop_all()
-        self._scaling = scaling
-        self._accumulation = accumulation
+        self._scaling, self._accumulation = scaling, accumulation
         self._has_forward = self._was_at_boundary = False  # in this micro-batch; in the last step()
         self._backwards_before = 0  # backwards of the part before this micro-batch
         self._reading = Reading()

@@ -42,14 +42,12 @@ class OptimizerStep:
         gathers: ParameterGathers,
         exits: ExitStack,
     ) -> None:
-        self.global_steps = 0
-        self.global_samples = 0
+        self.global_steps = self.global_samples = 0
         self.controller = controller
         self.sharded: ShardedStep | None = None
         self._run = run
         self._parts = list(parts)
-        self._optimizer = optimizer
-        self._gathers = gathers
+        self._optimizer, self._gathers = optimizer, gathers
         prints = run.config.steps_per_print or 0
         timed = run.config.wall_clock_breakdown and run.is_first and prints > 0
         self.timers = PhaseTimers(timed, run.streams)
