@@ -37,7 +37,7 @@ def run(name, steps, **changes):
 
 run("default", 20)
 run("silent", 3, steps_per_print=0)
-run("every second", 4, steps_per_print=2)
+run("every second", 4, steps_per_print=2, gradient_clipping=0.5)
 run("timed", 2, steps_per_print=2, wall_clock_breakdown=True)
 run("dumped", 1, dump_state=True)
 run("overflow", 1, steps_per_print=0, fp16={"enabled": True, "loss_scale": 1e30})
@@ -78,12 +78,14 @@ def test_standard_output_belongs_to_the_program(outputs):
 
 
 def test_at_most_three_lines_before_step_1_and_they_say_what_runs(outputs):
-    """Stage, ranks, precision, optimizer, parameters and batch sizes."""
+    """Stage, ranks, precision, optimizer, parameters, clipping and batch sizes."""
     lines = lines_of(outputs, "default")
     before = lines[: lines.index("-- default after step 1")]
     assert 1 <= len(before) <= 3
     for word in ("stage 2", "2 ranks", "fp32", "FusedAdam", "25 parameters", "batch 4 = 2 x 1", "x 2 ranks"):
         assert word in before[0], word
+    assert "gradients not clipped" in before[0]
+    assert "gradients clipped at norm 0.5" in lines_of(outputs, "every second")[0]
 
 
 def test_by_default_every_tenth_step_has_one_line(outputs):

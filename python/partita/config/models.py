@@ -51,7 +51,8 @@ class Fp16Config(Section):
         16, description="A dynamic scale starts at 2 to this power."
     )
     loss_scale_window: PositiveInt = Field(
-        1000, description="Steps in a row without overflow after which a dynamic scale doubles."
+        1000,
+        description="A dynamic scale doubles in the first step without overflow after this many such steps in a row.",
     )
     hysteresis: PositiveInt = Field(2, description="Overflows it takes until a dynamic scale halves; 1: each does.")
     consecutive_hysteresis: bool = Field(

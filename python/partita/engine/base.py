@@ -277,9 +277,11 @@ class EngineBase(AsModule):
         over = f" over {self._run.grid.world.transport}" if self.world_size > 1 else ""
         numel = sum(p.numel() for unit in units for p in unit.parameters)
         trained = f"{_count(numel, 'parameter')} in {_count(len(units), 'unit')}" if numel else "nothing is trained"
+        limit = self.config.gradient_clipping  # said in any case: DeepSpeed clips when the config does not have the key
+        clipped = f"gradients clipped at norm {limit:g}" if limit else "gradients not clipped"
         logger.info(
             f"ZeRO stage {self._run.policy.stage}, {_count(self.world_size, 'rank')}{over}, "
-            f"{self._run.precision.name}, {optimizer} on {self._run.streams.name}; {trained}; "
+            f"{self._run.precision.name}, {optimizer} on {self._run.streams.name}; {trained}; {clipped}; "
             f"batch {batch.train} = {batch.micro} x {_count(batch.accumulation, 'micro-batch')} "
             f"x {_count(self._run.grid.data.world_size, 'rank')}"
         )
