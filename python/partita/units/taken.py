@@ -70,9 +70,9 @@ class TakenGradient(Tensor):
     @staticmethod
     def __new__(cls: type[TakenGradient], parameter: Tensor, name: str, reading: ReadByHand) -> TakenGradient:
         """Of a parameter, which has this name in the model."""
-        made: TakenGradient = Tensor._make_wrapper_subclass(
-            cls, parameter.shape, dtype=parameter.dtype, device=parameter.device
-        )
+        with torch._C.DisableTorchFunctionSubclass():  # the parameter may be absent
+            dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+        made: TakenGradient = Tensor._make_wrapper_subclass(cls, parameter.shape, dtype=dtype, device=parameter.device)
         made.parameter_name = name
         made._reading = reading
         made.renew()
@@ -144,7 +144,9 @@ class TakenGradients:
             for i, (parameter, mark) in enumerate(zip(self._units[index].parameters, self._marks[index], strict=True)):
                 try:
                     parameter.grad = mark
-                except RuntimeError:  # the program has converted the parameter, which is an error at the next step
+                except (
+                    RuntimeError
+                ):  # a program has set grad_dtype, or converted the parameter, an error at the next step
                     parameter.grad = self._marks[index][i] = self._mark(mark.parameter_name, parameter)
 
     def withdraw(self) -> None:
