@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from partita import _core
 from partita.comm.groups import GROUP_TIMEOUT
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+AGENT_SERVES = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun, whose agent serves the store of the ranks
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # Open MPI, MPICH and Intel MPI, MVAPICH
 NOTICE_AFTER_S = 15.0  # of waiting for ranks that have not joined, and once a minute from then on
 NOTICE_EVERY_S = 60.0
@@ -102,8 +103,8 @@ def _join_launched(backend: str, timeout: timedelta, port: int | None, *, may_be
     missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
     if not missing or (missing == ["MASTER_PORT"] and port is not None):
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', port)}"
-        store = _meet("env://" if not missing else f"tcp://{place}", rank, world_size, place, timeout)
+        place = (os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", port or 0)))
+        store = _meet(place, rank, world_size, timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     elif "RANK" in missing and "WORLD_SIZE" in missing:  # alone, where NCCL and its threads have nothing to do
         if may_be_mpi:
@@ -161,14 +162,18 @@ def note_rank(kind: type[BaseException] | None, error: BaseException | None, tra
         error.args = (f"{error.args[0]} {note}", *error.args[1:])
 
 
-def _meet(address: str, rank: int, world_size: int, place: str, timeout: timedelta) -> Store:
+def _meet(place: tuple[str, int], rank: int, world_size: int, timeout: timedelta) -> Store:
     """The store of a job, once all its ranks are there."""
-    notices = _Notices(rank, world_size, place, timeout)
+    address = f"{place[0]}:{place[1]}"
+    notices = _Notices(rank, world_size, address, timeout)
     found: list[Any] = []
+    serves = rank == 0 and os.environ.get(AGENT_SERVES) != "True"
 
     def connect() -> None:
         try:
-            found.append(next(rendezvous(address, rank, world_size, timeout=timeout))[0])
+            # Without waiting for the others: below, who is missing is known.
+            store = TCPStore(*place, world_size, serves, timeout, wait_for_workers=False, multi_tenant=serves)
+            found.append(store)
         except Exception as error:
             found.append(error)
 
@@ -179,7 +184,7 @@ def _meet(address: str, rank: int, world_size: int, place: str, timeout: timedel
         thread.join(PAUSE_S)
         notices.waiting_for([0] if rank else [])
     if isinstance(found[0], Exception):
-        raise RuntimeError(f"rank {rank} of {world_size} cannot reach the job at {place}: {found[0]}") from None
+        raise RuntimeError(f"rank {rank} of {world_size} cannot reach the job at {address}: {found[0]}") from None
     # A second time in one process (after an error, say) must not find the addresses of the first.
     times = found[0].add(f"partita/joins/{rank}", 1)
     store = PrefixStore(f"partita/{times}", found[0])

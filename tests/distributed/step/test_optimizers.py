@@ -158,7 +158,8 @@ def _mixed_dtypes(config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
 @pytest.mark.parametrize("stage", STAGES)
 def test_dtypes_may_mix_in_a_group(ranks, stage):
     """O2: every parameter keeps its dtype; the 16-bit ones have fp32 masters."""
-    config = config_for(stage, optimizer={"type": "AdamW", "params": ADAM}, gradient_clipping=1.0)
+    scale = {"initial_scale_power": 8}  # there are float16 parameters, so the loss is scaled
+    config = config_for(stage, optimizer={"type": "AdamW", "params": ADAM}, gradient_clipping=1.0, fp16=scale)
     results = ranks(2).run(_mixed_dtypes, config)
 
     def on_rounded_weights(module: nn.Module) -> torch.optim.Optimizer:
@@ -308,6 +309,6 @@ def test_defaults_are_deepspeeds_and_names_ignore_case():
     """O4: without weight_decay in the config there is none, where torch's AdamW has 0.01."""
     engine = partita.Engine(model=Dictated(), config=config_for(optimizer={"type": "adamw"}))
     group = {key: value for key, value in engine.optimizer.param_groups[0].items() if key != "params"}
-    expected = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "decoupled_weight_decay": True}
-    assert group == expected
+    expected = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    assert group == {**expected, "decoupled_weight_decay": True, "bias_correction": True}
     engine.destroy()
