@@ -21,7 +21,7 @@ def test_a_program_may_end_right_after_a_collective(tmp_path):
 
 
 def test_a_program_ends_at_once_while_another_collective_is_under_way(tmp_path):
-    """Rank 1 dies. Rank 0 notices, while it waits for rank 2 in another group; rank 2 waits for rank 0, or hears why."""
+    """Rank 1 dies. Rank 0 notices, while it waits for rank 2 in another group; rank 2 waits for rank 0."""
     begun = time.monotonic()
     survivor, _, other = _run("failure", tmp_path / "store", ranks=3)
     assert time.monotonic() - begun < TIMEOUT_S / 2
