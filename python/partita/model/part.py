@@ -20,7 +20,7 @@ from partita.model.loss_scaling import LossScaling
 from partita.model.recompute import ActivationCheckpoints
 from partita.model.take import take_model
 from partita.run import Run
-from partita.units import GradientReducer, GradState, ParameterGathers
+from partita.units import GradientReducer, ParameterGathers
 
 logger = logging.getLogger("partita")
 
@@ -91,7 +91,7 @@ class ModelPart:
     def require_no_gradients(self, when: str) -> None:
         """Raises RuntimeError if there are gradients of a step that has not been taken. `when` is for the error."""
         self.heed()
-        if any(unit.grad_state is not GradState.EMPTY for unit in self.units):
+        if self.reducer.has_gradients:
             raise RuntimeError(
                 f"the model has gradients of an unfinished step when {when}: do that after the engine.step() that "
                 "updates, or drop them with engine.zero_grad()"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -15,26 +15,31 @@ LONGEST_TENSOR = 16
 
 
 def group_entries(optimizer: Optimizer) -> Entries:
-    """(name, value) of each hyper-parameter of each group."""
+    """(name, value) of each hyper-parameter of each group. What a program keeps there besides is its own."""
     return [
-        (f"optimizer.param_groups[{i}]['{key}']", in_words(value))
+        (f"optimizer.param_groups[{i}]['{key}']", in_words(group[key]))
         for i, group in enumerate(optimizer.param_groups)
-        for key, value in group.items()
-        if key != "params"
+        for key in optimizer.defaults
+        if key in group
     ]
 
 
-def digest_of_step(optimizer: Optimizer, micro_batches: int) -> int:
-    """A number below 2^20 that ranks have in common when their groups and micro-batches of the step are the same."""
-    words = [str(micro_batches)]
+def digest_of_step(optimizer: Optimizer, micro_batches: int, frozen: Iterable[str]) -> int:
+    """A number below 2^20 that ranks have in common when they take the same step.
+
+    Args:
+        frozen: names of the parameters that have no part in the step.
+    """
+    words = [str(micro_batches), *frozen]
     for group in optimizer.param_groups:
-        words.extend(_words(group))
+        words.extend(_words(group, optimizer.defaults))
     return digest_number("\0".join(words), DIGESTS)
 
 
-def _words(group: dict[str, Any]) -> Iterator[str]:
-    for key, value in group.items():
-        if key != "params":
+def _words(group: dict[str, Any], keys: Iterable[str]) -> Iterator[str]:
+    for key in keys:
+        if key in group:
+            value = group[key]
             yield key
             yield repr(value) if type(value) in (float, bool, str) else in_words(value)
 

@@ -14,6 +14,7 @@ from partita.optim.groups import digest_of_step
 from partita.optim.step_control import StepController
 from partita.optim.step_hooks import StepCall, StepHooks
 from partita.optim.updates import NativeAdam, ShardUpdate, TorchUpdate
+from partita.optim.waiting import frozen_slots
 from partita.units import ParameterGathers, StagePolicy, Unit
 
 
@@ -60,18 +61,25 @@ class ShardedStep:
         Args:
             mean: what a stored gradient is multiplied by to be the mean over micro-batches and ranks.
             clip: the largest norm of the mean gradient; 0: no clipping.
-            micro_batches: of this rank since the last step. Ranks that differ there, or in hyper-parameters, learn that
-                from the outcome.
+            micro_batches: of this rank since the last step. Ranks that differ there, in hyper-parameters or in what is
+                frozen learn that from the outcome.
         """
-        total = self._controller.begin(digest_of_step(self._inner, micro_batches))
+        frozen = [slot.name for slots in frozen_slots(self._units) for slot in sorted(slots, key=lambda s: s.offset)]
+        total = self._controller.begin(digest_of_step(self._inner, micro_batches, frozen))
         kernels.sum_of_squares(total, self._norm_parts)
         if self._host_norm_parts:
             on_host = torch.zeros(1, dtype=torch.float64, device=HOST)
             kernels.sum_of_squares(on_host, self._host_norm_parts)
             total += on_host.to(total.device, non_blocking=True)
         self._grid.world.all_reduce(self._controller.sums).wait()
+        take_back = self._controller.remember() if self._hooks.precede else None
         self._controller.decide(mean=mean, clip=clip)
-        self._begin()
+        try:
+            self._begin()
+        except BaseException:
+            if take_back is not None:  # a hook of the program has raised: no step was taken, and none is counted
+                take_back()
+            raise
         gathered = self._policy.shards_states and self._grid.data.world_size > 1
         here = [i for i, unit in enumerate(self._units) if gathered and unit.residence.all_gathers_updates]
         self.update.update(i for i in range(len(self._units)) if i not in here)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +113,11 @@ class StepController:
             self._digests[1].fill_(digest * digest)
         self.sums[3:].copy_(self._digests)
         return self.sum_of_squares.zero_()
+
+    def remember(self) -> Callable[[], object]:
+        """Returns what takes back the decisions since."""
+        before = self._memory.clone()
+        return lambda: self._memory.copy_(before)
 
     def decide(self, *, mean: float, clip: float) -> None:
         """Fills the control block from the sum of squares (see `loss_scale_update` in loss_scale.h)."""

@@ -90,12 +90,13 @@ class OptimizerStep:
             CommunicationError: a rank is gone.
         """
         with self.timers.phase("step"):
-            self._update()
-        if not self._run.streams.is_asynchronous:
-            self._settle()
-        self._drop_gradients()
+            sharded = self._update()
+        try:
+            sharded.finish()
+        finally:  # a hook of the program may raise: the step was taken all the same
+            self._complete()
 
-    def _update(self) -> None:
+    def _update(self) -> ShardedStep:
         if self.sharded is None:
             raise RuntimeError("engine.step() has no optimizer: give initialize() one, or name one in the config")
         self._settle()
@@ -112,11 +113,17 @@ class OptimizerStep:
             self._gathers.wait()
         for part in self._parts:
             part.share_buffers_after_update()
-        self.sharded.finish()
+        return self.sharded
+
+    def _complete(self) -> None:
+        """The step is counted, and its gradients are done with."""
         self.global_steps += 1
         self.global_samples += self._run.batch.train
         finiteness = [seen for part in self._parts for seen in part.reducer.take_finiteness()]
         self._outcomes.enter(self.global_steps, self.controller.outcome(), finiteness)
+        if not self._run.streams.is_asynchronous:
+            self._settle()
+        self._drop_gradients()
 
     def learn(self) -> None:
         """The learning rate and the reports are those of the last step. On a GPU the host waits for it."""
@@ -166,7 +173,14 @@ class OptimizerStep:
         assert self._optimizer is not None
         count = ("the number of micro-batches (set_gradient_accumulation_boundary())", str(self._micro_batches))
         try:
-            require_same(self._run.grid.world, [count, *group_entries(self._optimizer.inner)])
+            trained = [
+                (f"requires_grad of parameter {slot.name}", str(slot not in frozen))
+                for part in self._parts
+                for unit in part.units
+                for frozen in [unit.frozen_slots()]
+                for slot in unit.layout.slots
+            ]
+            require_same(self._run.grid.world, [count, *group_entries(self._optimizer.inner), *trained])
         except ValueError as error:
             raise RuntimeError(f"step {step}: {error}; change it on all ranks alike") from None
         raise RuntimeError(

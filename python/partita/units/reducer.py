@@ -104,6 +104,11 @@ class GradientReducer:
         """Whether gradients have arrived of a backward that is not finished."""
         return self._bucketer.in_backward
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether there are gradients of the step at hand, also such that are being reduced."""
+        return bool(self._in_flight) or any(unit.grad_state is not GradState.EMPTY for unit in self.units)
+
     def finish_backward(self) -> None:
         """Backward is over: packs and launches what is left; parameters without a gradient count as zeros."""
         if not self._bucketer.in_backward:
@@ -195,7 +200,7 @@ class GradientReducer:
     def commit(self) -> None:
         """A micro-batch is over: dropping gradients does not concern its own."""
         self._taken.withdraw()
-        self._has_committed = any(unit.grad_state is not GradState.EMPTY for unit in self.units)
+        self._has_committed = self.has_gradients
 
     def take_finiteness(self) -> list[tuple[str, Tensor]]:
         """The gradients that were looked at since the last call: name of the parameter, and whether all elements are

@@ -263,6 +263,26 @@ def test_a_step_without_the_gradients_that_were_dropped_is_refused():
         engine.step()
 
 
+def _drop_the_second(stage: int) -> None:
+    """Micro-batch 1 is dropped when micro-batch 0 is finished, and its reductions may still be under way."""
+    engine = _engine(gradient_accumulation_steps=2, zero_optimization={"stage": stage})
+    engine.train_batch(iter([inputs(0), inputs(1)]))
+    engine.backward(engine(inputs(2)))
+    engine.step()
+    engine.backward(engine(inputs(3)))
+    engine.optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=r"added already to the gradients .* engine\.zero_grad\(\)"):
+        engine.backward(engine(inputs(4)))
+    engine.zero_grad()
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_finished_micro_batch_is_not_lost_with_a_later_one(ranks, stage):
+    """Also where no reduction has been waited for yet, as with few units in stages 2 and 3."""
+    ranks(2).run(_drop_the_second, stage)
+
+
 def test_a_loop_that_never_ends_a_step_is_warned_of(caplog):
     """F10. `engine.zero_grad()` begins the whole step anew, so a loop that calls it in each micro-batch never steps."""
     engine = _engine(gradient_accumulation_steps=2)

@@ -159,6 +159,7 @@ def _allowed_differences() -> list[float]:
     )
     config["zero_optimization"]["offload_optimizer"] = offload
     engine = partita.Engine(OddModel(), config=config)  # other weights on each rank: those of rank 0 count
+    engine.optimizer.param_groups[0]["a counter of the program"] = rank
     losses = []
     for step in range(2):
         batch = global_batch(step, engine.train_batch_size())
@@ -169,7 +170,7 @@ def _allowed_differences() -> list[float]:
 
 
 def test_what_may_differ_between_ranks_is_not_refused(ranks):
-    """Reports, timeouts, pinned memory, random states and initial weights."""
+    """Reports, timeouts, pinned memory, random states, initial weights, and what a program keeps in param groups."""
     first, second = ranks(2).run(_allowed_differences)
     assert first == second
 
@@ -189,6 +190,8 @@ def _first_step_after(change: str) -> list[str]:
             engine.set_gradient_accumulation_boundary(False)
             step(1)
             engine.set_gradient_accumulation_boundary(None)
+        elif change == "frozen":
+            engine.module.embed.weight.requires_grad_(False)
         else:
             engine.optimizer.param_groups[0][change] = 0.5
     try:
@@ -197,6 +200,7 @@ def _first_step_after(change: str) -> list[str]:
         errors.append(str(error))
     if rank == 1:
         engine.optimizer.param_groups[0].update(lr=1e-2, weight_decay=0.1)
+        engine.module.embed.weight.requires_grad_(True)
     step(3)  # alike again: training goes on
     engine.destroy()
     return errors
@@ -211,6 +215,7 @@ def _first_step_after(change: str) -> list[str]:
         ),
         ("weight_decay", "optimizer.param_groups[0]['weight_decay'] is 0.1 on rank 0 and 0.5 on rank 1"),
         ("micro-batches", "the number of micro-batches"),
+        ("frozen", "requires_grad of parameter embed.weight is True on rank 0 and False on rank 1"),
     ],
 )
 def test_what_differs_later_is_named_at_the_step(ranks, change, expected):

@@ -130,6 +130,47 @@ def test_no_hook_runs_in_a_skipped_step(kind):
     assert ran == [0, 0, 2, 2]
 
 
+class Interruption(Exception):
+    """Raised by a hook of the program."""
+
+
+@pytest.mark.parametrize("when", ["pre", "post"])
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_training_goes_on_after_a_hook_has_raised(kind, when):
+    """After a pre-hook's error no step was taken, and it is taken again; after a post-hook's it was, and counts."""
+    engine = _engine(kind)
+    raises = [True]
+
+    def hook(*_: Any) -> None:
+        if raises.pop():
+            raise Interruption
+
+    register = getattr(engine.optimizer, f"register_step_{when}_hook")
+    for step in range(STEPS):
+        if step == 1:
+            removable = register(hook)
+        engine.backward(engine(inputs(step)))
+        if step == 1:
+            with pytest.raises(Interruption):
+                engine.step()
+            removable.remove()
+            if when == "pre":
+                engine.backward(engine(inputs(step)))
+                engine.step()
+        else:
+            engine.step()
+    make, options = OPTIMIZERS[kind]
+    model = seeded()
+    optimizer = make(model.parameters(), **options)
+    for step in range(STEPS):
+        for _ in range(2 if step == 1 and when == "pre" else 1):  # no step has dropped the gradients of the first one
+            model(inputs(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert engine.global_steps == STEPS
+    assert_same_weights(weights(engine.module), weights(model), 1e-5)
+
+
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
 def test_a_pre_hook_may_change_the_arguments(kind):
     """F13. Post hooks see what it made of them; anything but (args, kwargs) is refused."""
