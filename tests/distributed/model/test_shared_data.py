@@ -62,7 +62,7 @@ def _refused(kind: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("length", ["ranks [1]", "'dataset_length': {}"]),
+        ("length", ["the number of samples in the training data is 12 on rank 0 and 9 on rank 1"]),
         ("seed", ["ranks [1]", "'seed': {}"]),
         ("order", ["ranks [1]", "'shuffle': {}"]),
         ("replica", ["DistributedSampler for rank {}"]),
