@@ -130,7 +130,7 @@ def test_no_hook_runs_in_a_skipped_step(kind):
     assert ran == [0, 0, 2, 2]
 
 
-class Interruption(Exception):
+class InterruptionError(Exception):
     """Raised by a hook of the program."""
 
 
@@ -143,7 +143,7 @@ def test_training_goes_on_after_a_hook_has_raised(kind, when):
 
     def hook(*_: Any) -> None:
         if raises.pop():
-            raise Interruption
+            raise InterruptionError
 
     register = getattr(engine.optimizer, f"register_step_{when}_hook")
     for step in range(STEPS):
@@ -151,7 +151,7 @@ def test_training_goes_on_after_a_hook_has_raised(kind, when):
             removable = register(hook)
         engine.backward(engine(inputs(step)))
         if step == 1:
-            with pytest.raises(Interruption):
+            with pytest.raises(InterruptionError):
                 engine.step()
             removable.remove()
             if when == "pre":
