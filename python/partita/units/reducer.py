@@ -92,11 +92,10 @@ class GradientReducer:
         self._bucketer = Bucketer(self._unit_of, len(units))
         self._taken = TakenGradients(units)
         self._has_committed = False  # gradients of micro-batches that are over
-        parameters = [p for unit in units for p in unit.parameters]
         own = weakref.ref(self)  # a parameter's hooks are out of the garbage collector's sight
         self._hooks = [
             p.register_post_accumulate_grad_hook(partial(_accumulated, own, i))  # type: ignore[no-untyped-call]
-            for i, p in enumerate(parameters)
+            for i, p in enumerate(p for unit in units for p in unit.parameters)
         ]
 
     @property
