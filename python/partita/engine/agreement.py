@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partita.comm import Entries
 from partita.config import rank_local_keys
+from partita.device import kernels
 from partita.optim import group_entries
 from partita.units import holder_of
 
@@ -62,7 +63,7 @@ def _of_data(train_data: Any) -> Iterator[tuple[str, str]]:
 def _of_model(model: nn.Module, optimizer: Optimizer | None) -> Iterator[tuple[str, str]]:
     groups = {} if optimizer is None else {p: i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
     for name, parameter in model.named_parameters():
-        yield f"parameter {name}", str(tuple(parameter.shape))
+        yield f"parameter {name}", _form(parameter)
         yield f"the dtype of parameter {name}", str(parameter.dtype)
         yield f"requires_grad of parameter {name}", str(parameter.requires_grad)
         yield f"the device of parameter {name}", parameter.device.type
@@ -70,4 +71,9 @@ def _of_model(model: nn.Module, optimizer: Optimizer | None) -> Iterator[tuple[s
         if holder_of(parameter) is not None:
             yield f"parameter {name} before initialize()", "partitioned"
     for name, buffer in model.named_buffers():
-        yield f"buffer {name}", f"{tuple(buffer.shape)} of {buffer.dtype}"
+        yield f"buffer {name}", f"{_form(buffer)} of {buffer.dtype}"
+
+
+def _form(tensor: Tensor) -> str:
+    """The shape, where there is one: a nested or a lazy tensor is refused later, by name."""
+    return kernels.why_no_memory(tensor) or str(tuple(tensor.shape))
