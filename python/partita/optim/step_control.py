@@ -44,9 +44,15 @@ class PendingOutcome:
     def __init__(self, memory: HostCopy, world_size: int) -> None:
         self._memory = memory
         self._world_size = world_size
+        self._known: StepOutcome | None = None
 
     def wait(self) -> StepOutcome:
-        """The outcome, once the step is done."""
+        """The outcome, once the step is done. Several ask, and the memory is read once."""
+        if self._known is None:
+            self._known = self._read()
+        return self._known
+
+    def _read(self) -> StepOutcome:
         memory = self._memory.wait()
         state = memory[_core.StepControl.nbytes :]
         _, loss, count, total, squares = memory[SUMS_BEGIN:].view(torch.float64).tolist()
