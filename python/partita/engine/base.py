@@ -226,7 +226,7 @@ class EngineBase(AsModule):
             sections.append(Section(f"accumulation.{i}" if i else "accumulation", part.accumulation))
         if self.optimizer is not None and self._step.sharded is not None:
             sections.append(Section("optimizer", HyperParameters(self.optimizer)))
-            sections.append(Section("optimizer_states", self._step.sharded.update, differs=True))
+            sections.append(Section("optimizer_states", self._step.sharded.update))
         if self.lr_scheduler is not None:
             if not hasattr(self.lr_scheduler, "state_dict"):
                 name = type(self.lr_scheduler).__name__
@@ -234,7 +234,7 @@ class EngineBase(AsModule):
             sections.append(Section("lr_scheduler", self.lr_scheduler))
         if self.dataloader is not None:
             sections.append(Section("data", self.dataloader))
-        sections.append(Section("random", RandomState(self.device), differs=True))
+        sections.append(Section("random", RandomState(self.device)))
         return TrainState(self._parts, sections, self._run.grid.world)
 
     def destroy(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +55,15 @@ class ShardUpdate(ABC):
     @abstractmethod
     def values_of(self, state: dict[str, Any]) -> set[tuple[str, str]]:
         """(parameter, name in `Unit.states`) of the values that this rank has once `state` has been loaded."""
+
+    @abstractmethod
+    def from_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+        """What `load_state_dict()` takes here, out of the `state_dict()` of all ranks of a run whose ranks kept other
+        parts of the same parameters.
+
+        Raises:
+            ValueError: another kind of optimizer saved these states.
+        """
 
     @abstractmethod
     def states(self) -> States:
@@ -133,6 +143,11 @@ class NativeAdam(ShardUpdate):
         if others := sorted(state.keys() - {"waited"}) or sorted(state.get("waited", {}).keys() - names):
             raise ValueError(f"native Adam has nothing of '{others[0]}', of which there is a state")
         return {(s.slot.name, name) for unit in self._units for s in unit.own_slices() for name in unit.states}
+
+    def from_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+        waited = {name: steps for state in states for name, steps in state.get("waited", {}).items()}
+        others = {key: value for state in states for key, value in state.items() if key != "waited"}
+        return {**others, "waited": waited} if waited else others
 
     def states(self) -> States:
         applied = self._controller.loss_scale.applied_steps
@@ -252,6 +267,25 @@ class TorchUpdate(ShardUpdate):
             own.update((key, own[key].to(piece.device)) for key in saved["beside"])
         self._optimizer.state.update(state["others"])
 
+    def from_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+        if not all("parameters" in state for state in states):
+            raise ValueError(
+                f"the states are not those of a torch optimizer, which {type(self._optimizer).__name__} is"
+            )
+        saved: dict[str, Any] = {}
+        for state in states:
+            saved = {**state["parameters"], **saved}
+        here = {s.slot.name: piece for _, s, piece in self._all_pieces()}
+        names = {slot.name for unit in self._units for slot in unit.layout.slots}
+        parameters = {}
+        for name, kept in saved.items():
+            if name in here or name not in names:  # an unknown one is refused when the state is loaded
+                shapes = {
+                    key: (dtype, _shape_for(shape, here.get(name))) for key, (dtype, shape) in kept["elements"].items()
+                }
+                parameters[name] = {**kept, "elements": shapes}
+        return {"parameters": parameters, "others": states[min(rank, len(states) - 1)]["others"]}
+
     def values_of(self, state: dict[str, Any]) -> set[tuple[str, str]]:
         names = {s.slot.name for _, s, _ in self._all_pieces()}
         unknown = next((name for name in state["parameters"] if name not in names), None)
@@ -342,6 +376,12 @@ def _owns_its_memory(value: Tensor, state: dict[str, Any]) -> bool:
     storage = value.untyped_storage()
     others = sum(isinstance(v, Tensor) and v.untyped_storage()._cdata == storage._cdata for v in state.values())
     return storage.nbytes() == value.nbytes and others == 1
+
+
+def _shape_for(shape: Sequence[int], piece: Tensor | None) -> tuple[int, ...]:
+    """The shape that a state of this shape, of another part of the same parameter, has for a piece."""
+    fits = piece is None or math.prod(shape) == piece.numel()
+    return tuple(shape) if fits or piece is None else tuple(piece.shape)
 
 
 def _flat_name(key: str, dtype: torch.dtype) -> str:
