@@ -1,0 +1,1 @@
+"""Checkpoints: folders of safetensors files and JSON that any number of ranks writes and reads."""
