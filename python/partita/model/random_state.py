@@ -34,8 +34,8 @@ class RandomState:
         return state
 
     def from_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
-        """The rank's own, where there are as many as there were. Else a new state of each generator, which follows from the
-        state of rank 0 and from the rank.
+        """The rank's own, where there are as many as there were. Else a new state of each generator, which follows
+        from the state of rank 0 and from the rank.
         """
         if len(states) == world_size:
             return states[rank]

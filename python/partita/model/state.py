@@ -13,7 +13,7 @@ a split master is what the parameter lacks of it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -49,6 +49,10 @@ class KeepsValues(Stateful, Protocol):
         Raises:
             ValueError: the state is of other parameters.
         """
+
+    def keeping(self, state: dict[str, Any] | None, names: Collection[str], applied: int) -> dict[str, Any] | None:
+        """`state` (None: nothing is loaded), made such that these parameters go on with what they have now in a run
+        that has applied so many steps."""
 
 
 @runtime_checkable
@@ -155,6 +159,13 @@ class TrainState:
     def tensors(self) -> dict[str, Tensor]:
         """Buffers, and parameters that are not trained and not partitioned, by name."""
         return {**self.untrained(), **self.buffers()}
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter, by name."""
+        shapes = {name: tuple(p.shape) for part in self._parts for name, p in part.untrained.items()}
+        for part in self._parts:
+            shapes.update((slot.name, slot.shape) for flat in (*part.units, *part.frozen) for slot in flat.layout.slots)
+        return shapes
 
     def untrained(self) -> dict[str, Tensor]:
         """Parameters that are not trained and not partitioned, by name; the same values on all ranks."""
