@@ -1,4 +1,4 @@
-"""A run that is saved and goes on, with any ranks, stage, precision and optimizer: model, data, and all of its state."""
+"""A run that is saved and goes on: its model, its data, and all of its state, on any ranks, stage and precision."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from partita.model import WEIGHT, Quantity, TrainState
+from partita.checkpoint.layout import TensorSpec
+from partita.model import DTYPE_NAMES, WEIGHT, Quantity, TrainState
 from partita.units import Unit
 
 MODEL, OPTIMIZER = "model", "optimizer"  # what the names of files begin with
@@ -26,7 +27,7 @@ class Place:
 class Piece:
     """A run of elements of a tensor that this rank writes.
 
-    first: of the run in the flattened tensor. values: flat, contiguous.
+    shape: of the whole tensor. first: of the run in the flattened tensor. values: flat, contiguous.
     """
 
     place: Place
@@ -34,17 +35,23 @@ class Piece:
     first: int
     values: Tensor
 
+    @property
+    def spec(self) -> TensorSpec:
+        """Of the whole tensor."""
+        return TensorSpec(self.place.name, _dtype_name(self.values), self.shape)
+
 
 class StoredNames:
     """The names that the model's tensors have in files: those of its state dict, where that has them.
 
     Attributes:
         aliases: other names of tensors that a state dict has several times, with the name that is stored.
-        order: the names in the model's files.
+        specs: of the model's tensors: those of its state dict, in its order, and the others that it has.
     """
 
     def __init__(self, state: TrainState) -> None:
         self.aliases: dict[str, str] = {}
+        self.specs: list[tuple[Place, TensorSpec]] = []
         self._names: dict[int, str] = {}  # by the identity of a parameter or a buffer
         for module in state.modules:
             values: dict[str, Any] = module.state_dict(keep_vars=True)
@@ -57,9 +64,15 @@ class StoredNames:
                 first = self._names.setdefault(id(value), name)
                 if first != name:
                     self.aliases[name] = first
-        self.order = list(self._names.values())
-        self._parameters = {n: id(p) for module in state.modules for n, p in module.named_parameters()}
-        self._buffers = {n: id(b) for module in state.modules for n, b in module.named_buffers()}
+                if first == name:
+                    self.specs.append((Place(MODEL, name), _spec(name, value)))
+        parameters = {n: p for module in state.modules for n, p in module.named_parameters()}
+        buffers = state.buffers()
+        self._parameters = {name: id(parameter) for name, parameter in parameters.items()}
+        self._buffers = {name: id(buffer) for name, buffer in buffers.items()}
+        places: list[tuple[Place, Tensor]] = [(self.of_parameter(name), p) for name, p in parameters.items()]
+        places += [(self.of_buffer(name), buffer) for name, buffer in buffers.items()]
+        self.specs += [(place, _spec(place.name, value)) for place, value in places if place.stem != MODEL]
 
     def of_parameter(self, name: str) -> Place:
         """Where a parameter of this name in the model is."""
@@ -70,6 +83,14 @@ class StoredNames:
         """Where a buffer of this name in the model is."""
         stored = self._names.get(self._buffers[name])
         return Place(OPTIMIZER, f"buffer/{name}") if stored is None else Place(MODEL, stored)
+
+
+def _spec(name: str, value: Tensor) -> TensorSpec:
+    return TensorSpec(name, _dtype_name(value), tuple(value.shape))
+
+
+def _dtype_name(value: Tensor) -> str:
+    return DTYPE_NAMES.get(value.dtype, str(value.dtype))  # another is refused when files are laid out
 
 
 def stem_of(file: str) -> str:

@@ -23,7 +23,7 @@ from partita.checkpoint.pieces import MODEL, OPTIMIZER, Piece, Place, StoredName
 from partita.checkpoint.saved_state import STATE, SavedState, state_text
 from partita.checkpoint.transfer import Transfer, digest_text
 from partita.comm import Communicator, text_by_rank
-from partita.model import DTYPE_NAMES, DiffersByRank, TrainState, to_plain
+from partita.model import DiffersByRank, TrainState, to_plain
 
 # (file, offset, length, digest) of what was written in one piece.
 Chunk = tuple[int, int, int, str]
@@ -114,21 +114,14 @@ def save(state: TrainState, directory: Path, tag: str, about: About, client_stat
 
 
 def _all_specs(world: Communicator, mine: Sequence[Piece], names: StoredNames) -> dict[str, list[TensorSpec]]:
-    """Every tensor of the checkpoint by stem, the same on all ranks. Those of the model are in the order of its state
-    dict."""
-    described = {
-        (piece.place.stem, piece.place.name): (
-            DTYPE_NAMES.get(piece.values.dtype, str(piece.values.dtype)),
-            list(piece.shape),
-        )
-        for piece in mine
-    }
-    found: dict[str, dict[str, TensorSpec]] = {MODEL: {}, OPTIMIZER: {}}
-    for text in text_by_rank(world, json.dumps([[*key, *value] for key, value in described.items()])):
-        for stem, name, dtype, shape in json.loads(text):
-            found[stem].setdefault(name, TensorSpec(name, dtype, tuple(shape)))
-    in_order = [found[MODEL][name] for name in names.order if name in found[MODEL]]
-    return {MODEL: in_order, OPTIMIZER: list(found[OPTIMIZER].values())}
+    """Every tensor of the checkpoint by stem, the same on all ranks. What an optimizer keeps for a parameter, only the
+    ranks know that have a part of the parameter."""
+    specs = dict(names.specs)
+    own = {piece.place: piece.spec for piece in mine if piece.place not in specs}
+    for text in text_by_rank(world, json.dumps([(spec.name, spec.dtype, spec.shape) for spec in own.values()])):
+        for name, dtype, shape in json.loads(text):
+            specs.setdefault(Place(OPTIMIZER, name), TensorSpec(name, dtype, tuple(shape)))
+    return {stem: [spec for place, spec in specs.items() if place.stem == stem] for stem in (MODEL, OPTIMIZER)}
 
 
 def _lay_out(specs: Mapping[str, list[TensorSpec]]) -> list[FileLayout]:
