@@ -1,0 +1,55 @@
+"""The commit protocol: a fault in every call of a save, a prune and a sweep never costs a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HARNESS = Path(__file__).parents[1] / "harness"
+# What each scenario consists of, so that none of it is left out by mistake: calls, in their number at least.
+SCENARIOS = {
+    "first": {"mkdir": 3, "create": 6, "write": 5, "fsync": 11, "rename": 2},
+    "another tag": {"mkdir": 1, "create": 6, "write": 5, "fsync": 9, "rename": 2},
+    "the same tag": {"create": 6, "fsync": 9, "exchange": 1, "rename": 1, "unlink": 5, "rmdir": 1},
+    "the same tag without exchange": {"create": 6, "fsync": 9, "rename": 3, "unlink": 5, "rmdir": 1},
+    "prune": {"rename": 2, "fsync": 2, "unlink": 10, "rmdir": 2},
+    "sweep": {"rename": 1, "fsync": 1, "unlink": 20, "rmdir": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    library = tmp_path_factory.mktemp("shim") / "fault_shim.so"
+    command = [compiler, "-Wall", "-Wextra", "-Werror", "-O1", "-shared", "-fPIC", "-o", library]
+    subprocess.run([*command, HARNESS / "fault_shim.c", "-ldl"], check=True)
+    return library
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_fault_in_any_call_leaves_the_old_checkpoint_or_the_new_one(shim, tmp_path, scenario):
+    """EIO, ENOSPC, a short write, SIGKILL before and after; then a power failure that loses all that is not synced."""
+    command = [sys.executable, HARNESS / "commit_faults.py", tmp_path, scenario]
+    paths = os.pathsep.join([str(HARNESS), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "LD_PRELOAD": str(shim), "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    print(scenario, report["cases"])
+    assert report["wrong"] == []
+    calls = report["calls"]
+    assert {name: calls.count(name) for name in SCENARIOS[scenario]} == SCENARIOS[scenario]
+    writes = calls.count("write")
+    assert report["cases"] == {
+        "none": 1,
+        **dict.fromkeys(("EIO", "ENOSPC", "EIO from here on", "killed before", "killed after"), len(calls)),
+        **({"short": writes} if writes else {}),
+    }
