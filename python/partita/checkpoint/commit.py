@@ -1,0 +1,187 @@
+"""How a folder becomes a checkpoint, so that at every moment each tag is a whole checkpoint, old or new, or is none.
+
+[Note: the commit] Files are written and synced in a hidden folder. Then, in this order:
+
+1. the hidden folder is synced: all its names are on the disk;
+2. it gets the name of the tag. If there is a checkpoint of this name, the two change names in one call; where there is
+   no such call, the old one is set aside first, under a name by which `find()` knows it;
+3. the directory is synced;
+4. `latest` is written anew: a file beside it, synced, takes its name, and the directory is synced;
+5. the old checkpoint is removed. What step 2 did is on the disk, so no crash can bring back a name for half a folder.
+
+A save that dies leaves hidden names, which `sweep()` knows. An error before the end of step 2 leaves what was there; a
+later one leaves the new checkpoint, under its tag.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from enum import Enum
+from pathlib import Path
+
+from partita.checkpoint.disk import (
+    exchange,
+    kind_of,
+    make_folders,
+    remove,
+    sync_folder,
+    try_remove,
+    write_durably,
+)
+from partita.checkpoint.errors import CheckpointError
+from partita.checkpoint.folder import best_aside
+from partita.checkpoint.manifest import MANIFEST
+from partita.checkpoint.tags import LATEST, Leftover, aside_name, check_tag, parse_leftover, partial_name
+
+__all__ = ["Staging", "sweep", "write_durably"]
+
+
+class _Phase(Enum):
+    PLANNED = "is not created yet"
+    OPEN = "is being written"
+    PUBLISHED = "is published"
+    DISCARDED = "is discarded"
+
+
+class Staging:
+    """A folder that becomes a checkpoint, or nothing.
+
+    Its files are written and synced by others, in `path`, between `create()` and `publish()`.
+    """
+
+    def __init__(self, directory: Path, tag: str) -> None:
+        """Touches nothing yet.
+
+        Raises:
+            CheckpointError: no folder can have this tag.
+        """
+        self._tag = check_tag(tag)
+        self._directory = Path(os.path.abspath(directory))  # the program may change its working directory
+        self._phase = _Phase.PLANNED
+        self.path = self._directory / partial_name(tag)
+
+    def create(self) -> None:
+        """Makes the folder, and the directory with its parents.
+
+        Raises:
+            CheckpointError: something that is no checkpoint has the tag's name, or the name `latest`; nothing is made.
+            OSError: what the system says.
+        """
+        self._require(_Phase.PLANNED, "create()")
+        self._require_place()
+        make_folders(self._directory)
+        self.path.mkdir()
+        self._phase = _Phase.OPEN
+
+    def publish(self, is_latest: bool = True) -> Path:
+        """Makes the folder the checkpoint of its tag, see [Note: the commit].
+
+        Args:
+            is_latest: `latest` names it then.
+
+        Returns:
+            The checkpoint's folder, DIRECTORY/TAG.
+
+        Raises:
+            CheckpointError: as in `create()`.
+            OSError: what the system says. The tag is then the old checkpoint or the new one.
+        """
+        self._require(_Phase.OPEN, "publish()")
+        if kind_of(self.path / MANIFEST) != "a file":
+            raise RuntimeError(f"'{self.path}' has no {MANIFEST}, which is written last")
+        self._require_place()
+        sync_folder(self.path)
+        self._phase = _Phase.PUBLISHED  # from here on `path` may be the old checkpoint
+        try:
+            old = self._take_name()
+        except OSError:
+            self._phase = _Phase.OPEN
+            raise
+        sync_folder(self._directory)
+        if is_latest:
+            self._write_latest()
+        if old is not None:
+            with suppress(OSError):  # the checkpoint is there; the next sweep() warns about what is left
+                remove(old)
+        return self._directory / self._tag
+
+    def discard(self) -> None:
+        """Removes the folder if it is not published. Raises nothing: what cannot be removed is left to `sweep()`."""
+        if self._phase is _Phase.PUBLISHED:
+            return
+        self._phase = _Phase.DISCARDED
+        with suppress(OSError):
+            remove(self.path)
+
+    def _require(self, phase: _Phase, call: str) -> None:
+        if self._phase is not phase:
+            raise RuntimeError(f"{call} when the checkpoint '{self._tag}' {self._phase.value}")
+
+    def _require_place(self) -> None:
+        """Nothing is replaced but a checkpoint of ours. A folder of another kind may be anything, data for example."""
+        place = self._directory / self._tag
+        kind = kind_of(place)
+        if kind not in (None, "a folder"):
+            raise CheckpointError(f"'{place}' is {kind}, which no checkpoint replaces: remove it or give another tag")
+        if kind == "a folder" and (names := os.listdir(place)) and MANIFEST not in names:
+            raise CheckpointError(f"the folder '{place}' is no checkpoint: move it away or give another tag")
+        latest = self._directory / LATEST
+        if (kind := kind_of(latest)) not in (None, "a file"):
+            raise CheckpointError(f"'{latest}' is {kind}, but is to be a file that names a checkpoint: remove it")
+
+    def _take_name(self) -> Path | None:
+        """Gives the folder the tag's name. Returns where the checkpoint is now that had this name."""
+        place = self._directory / self._tag
+        if kind_of(place) is None:
+            os.rename(self.path, place)
+            return None
+        if exchange(self.path, place):
+            return self.path
+        old = self._directory / aside_name(self._tag)
+        os.rename(place, old)
+        try:
+            os.rename(self.path, place)
+        except BaseException:
+            with suppress(OSError):
+                os.rename(old, place)
+            raise
+        return old
+
+    def _write_latest(self) -> None:
+        unfinished = self._directory / partial_name(LATEST)
+        write_durably(unfinished, self._tag.encode())
+        os.rename(unfinished, self._directory / LATEST)
+        sync_folder(self._directory)
+
+
+def sweep(directory: Path) -> list[Path]:
+    """Removes what saves that died have left, and returns what it has removed.
+
+    What cannot be removed stays, with a warning in the log. A checkpoint that was set aside, and whose successor did
+    not get its name, gets its name back.
+
+    Raises:
+        OSError: the directory cannot be read, or a checkpoint not be brought back.
+    """
+    left = _leftovers(directory)
+    aside: dict[str, list[Path]] = {}
+    for path, leftover in left.items():
+        if leftover.set_aside and kind_of(path) == "a folder" and kind_of(directory / leftover.tag) is None:
+            aside.setdefault(leftover.tag, []).append(path)
+    for tag, paths in aside.items():
+        best = best_aside(paths, tag)
+        os.rename(best, directory / tag)
+        del left[best]
+    if left or aside:
+        sync_folder(directory)  # a leftover may be a checkpoint whose successor's name is not on the disk yet
+    return [path for path in left if try_remove(path)]
+
+
+def _leftovers(directory: Path) -> dict[Path, Leftover]:
+    try:
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return {}
+    found = {directory / name: parse_leftover(name) for name in names}
+    return {path: leftover for path, leftover in found.items() if leftover is not None}

@@ -1,0 +1,142 @@
+"""Single effects on the file system, each with an error that names its path."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+logger = logging.getLogger("partita")
+
+# linux/fs.h and fcntl.h
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+# Answers of kernels and file systems (NFS, some of FUSE) that cannot exchange names.
+_CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+# Answers of file systems on which a folder needs no fsync, or cannot have one.
+_CANNOT_SYNC_FOLDERS = {errno.EINVAL, errno.EOPNOTSUPP}
+
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFREG: "a file", stat.S_IFLNK: "a link"}
+
+
+def kind_of(path: Path) -> str | None:
+    """What is there: "a folder", "a file", "a link" or "a special file". None: nothing. A link is not followed.
+
+    Raises:
+        OSError: the system does not say.
+    """
+    try:
+        return _KINDS.get(stat.S_IFMT(path.lstat().st_mode), "a special file")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of calls on file descriptors, which know no name, get this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Writes a new file, which is on the disk when this returns. A file that could not be written whole is removed.
+
+    Raises:
+        FileExistsError: there is something of this name, also if it is a link to nowhere.
+        OSError: anything else that the system says.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        with naming(path):
+            try:
+                left = memoryview(data)
+                while left:  # a call may write less; Python repeats one that a signal interrupts
+                    left = left[os.write(fd, left) :]
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(path)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in a folder are on the disk when this returns.
+
+    Raises:
+        OSError: what the system says.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with naming(folder):
+            os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC_FOLDERS:
+            raise
+    finally:
+        os.close(fd)
+
+
+def make_folders(folder: Path) -> None:
+    """Makes a folder with its parents; each new name is on the disk when this returns.
+
+    Raises:
+        OSError: what the system says, or NotADirectoryError: something else is there.
+    """
+    missing = [path for path in (folder, *folder.parents) if kind_of(path) is None]
+    for path in reversed(missing):
+        with suppress(FileExistsError):  # another process was faster
+            path.mkdir()
+        sync_folder(path.parent)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Two things change their names, both at once. False: this system or file system cannot, and nothing has changed.
+
+    Raises:
+        OSError: anything else that the system says.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), ctypes.c_uint(_RENAME_EXCHANGE)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(first), None, str(second))
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a folder with all that is in it, or a link, but never what a link leads to.
+
+    Raises:
+        OSError: what the system says. A part may be gone.
+    """
+    if kind_of(path) == "a folder":
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def try_remove(path: Path) -> bool:
+    """Removes what is of no use, as `remove()` does. False, and a warning in the log: it is still there, or a part."""
+    try:
+        remove(path)
+    except OSError as error:
+        logger.warning("'%s' is of no use, but cannot be removed: %s", path, error)
+        return False
+    return True

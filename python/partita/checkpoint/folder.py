@@ -1,0 +1,300 @@
+"""A folder of checkpoints: which there are, the one that is asked for, its files, and removing old ones.
+
+A checkpoint is a folder with a manifest and all files that the manifest names, in their sizes. Anything else is none.
+Links are not followed, since they may lead out of the folder. Reading changes nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from partita.checkpoint.disk import kind_of, sync_folder, try_remove
+from partita.checkpoint.errors import CheckpointError
+from partita.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest, plain_name
+from partita.checkpoint.tags import LATEST, check_tag, parse_leftover, partial_name
+
+logger = logging.getLogger("partita")
+
+_TAGS_NAMED = 5  # in an error
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint. path: of its folder. tag: the folder's name, or the name that it had until it was set aside."""
+
+    path: Path
+    tag: str
+    manifest: Manifest
+
+
+def find(directory: Path, tag: str | None) -> Found:
+    """The checkpoint of a tag; of the tag that `latest` names if `tag` is None.
+
+    A save that ended while it replaced a checkpoint of its own tag may have left that one under a hidden name, where it
+    is found.
+
+    Raises:
+        CheckpointError: there is none, or it is not whole. Says which there are, and what to do.
+    """
+    if (kind := _kind_behind(directory)) != "a folder":
+        what = f"is {kind}, not a folder" if kind else "is not there"
+        raise CheckpointError(f"'{directory}' {what}: give the folder in which checkpoints were saved")
+    try:
+        if tag is not None:
+            return read_checkpoint(_place(directory, check_tag(tag)), tag)
+        latest = latest_tag(directory)
+        path = _place(directory, latest)
+        if kind_of(path) is None:
+            raise CheckpointError(f"'{directory / LATEST}' names '{latest}', which is not there")
+        return read_checkpoint(path, latest)
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"{error}; {_what_there_is(directory)}") from None
+
+
+def checkpoints(directory: Path) -> list[Found]:
+    """All checkpoints, the newest first: by step, then by the time of creation. Empty: none, or no such folder.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    found = []
+    for tag, path in _places(directory).items():
+        with suppress(CheckpointError):
+            found.append(read_checkpoint(path, tag))
+    return sorted(found, key=age, reverse=True)
+
+
+def age(found: Found) -> tuple[int, str, str]:
+    """Newer checkpoints have larger values."""
+    return found.manifest.step, found.manifest.created, found.tag
+
+
+def latest_tag(directory: Path) -> str:
+    """The tag that the file `latest` holds.
+
+    Raises:
+        CheckpointError: there is no such file, or it holds no tag.
+    """
+    path = directory / LATEST
+    with _opened_folder(directory, follow=True) as fd:
+        try:
+            text = _read(fd, path, limit=4096).decode()
+        except UnicodeDecodeError:
+            raise CheckpointError(f"'{path}' does not hold a text") from None
+    try:
+        return check_tag(text.strip())
+    except CheckpointError:
+        raise CheckpointError(f"'{path}' holds {text[:60]!a}, which is not a tag") from None
+
+
+def read_checkpoint(path: Path, tag: str) -> Found:
+    """The checkpoint in a folder. The manifest is read; files are looked at for their sizes, and not read.
+
+    Raises:
+        CheckpointError: names what is missing or wrong.
+    """
+    with _opened_folder(path) as fd:
+        if not _has(fd, MANIFEST):
+            raise CheckpointError(f"'{path}' has no {MANIFEST}: it is no checkpoint, or of a save that did not finish")
+        manifest = parse_manifest(_read(fd, path / MANIFEST, MAX_MANIFEST_BYTES), f"'{path / MANIFEST}'")
+        for name, record in manifest.files.items():
+            size = _size(fd, path / name)
+            if size != record.size:
+                raise CheckpointError(f"'{path / name}' has {size} bytes, but its manifest says {record.size}")
+    return Found(path=path, tag=tag, manifest=manifest)
+
+
+def open_file(folder: Path, name: str) -> int:
+    """A file of a checkpoint, opened for reading. The caller closes the file descriptor.
+
+    Raises:
+        CheckpointError: the name is not a plain one, there is no such file, or it is a link, a folder, a pipe, ...
+    """
+    with _opened_folder(folder) as fd:
+        return _open(fd, folder / _plain(folder, name))
+
+
+def prune(directory: Path, keep_last: int) -> list[Path]:
+    """Removes all checkpoints but the newest ones and the one that `latest` names; returns what it has removed.
+
+    What is no checkpoint stays. A checkpoint that cannot be removed stays, with a warning in the log.
+
+    Args:
+        keep_last: how many of the newest stay, at least 1.
+
+    Raises:
+        ValueError: keep_last is less than 1.
+        OSError: the folder cannot be read.
+    """
+    if keep_last < 1:
+        raise ValueError(f"keep_last is {keep_last}: at least one checkpoint is kept")
+    latest = None
+    with suppress(CheckpointError):
+        latest = latest_tag(directory)
+    old = [found for found in checkpoints(directory)[keep_last:] if found.tag != latest]
+    return [found.path for found in old if _retire(found)]
+
+
+def _retire(found: Found) -> bool:
+    """Removes a checkpoint, which is none from the first moment on: half of it must not look like one."""
+    hidden = found.path.with_name(partial_name(found.tag))
+    try:
+        os.rename(found.path, hidden)
+        sync_folder(hidden.parent)
+    except OSError as error:
+        logger.warning("the old checkpoint '%s' cannot be removed: %s", found.path, error)
+        return False
+    return try_remove(hidden)
+
+
+# -- places
+
+
+def _places(directory: Path) -> dict[str, Path]:
+    """Where the folder of each tag is: under its name, or else where it was set aside."""
+    places: dict[str, Path] = {}
+    aside: dict[str, list[Path]] = {}
+    for path in _folders(directory):
+        leftover = parse_leftover(path.name)
+        if leftover is not None and leftover.set_aside:
+            aside.setdefault(leftover.tag, []).append(path)
+        elif leftover is None:
+            with suppress(CheckpointError):
+                places[check_tag(path.name)] = path
+    for tag, paths in aside.items():
+        if tag not in places and kind_of(directory / tag) is None:
+            places[tag] = best_aside(paths, tag)
+    return places
+
+
+def _place(directory: Path, tag: str) -> Path:
+    """Where the folder of one tag is, or would be; see `_places`."""
+    path = directory / tag
+    return path if kind_of(path) is not None else _places(directory).get(tag, path)
+
+
+def best_aside(paths: list[Path], tag: str) -> Path:
+    """The newest checkpoint of those that were set aside for one tag; any folder if none is whole."""
+    whole = []
+    for path in paths:
+        with suppress(CheckpointError):
+            whole.append(read_checkpoint(path, tag))
+    return max(whole, key=age).path if whole else paths[0]
+
+
+def _folders(directory: Path) -> list[Path]:
+    try:
+        with os.scandir(directory) as entries:
+            return sorted(directory / entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+    except FileNotFoundError:
+        return []
+
+
+def _kind_behind(directory: Path) -> str | None:
+    """What the folder of checkpoints is. Its name may be a link: it is the caller's, and not in the folder."""
+    try:
+        return "a folder" if directory.is_dir() else kind_of(directory)
+    except OSError as error:
+        raise CheckpointError(f"'{directory}' cannot be read: {error.strerror}") from None
+
+
+def _what_there_is(directory: Path) -> str:
+    try:
+        tags = [found.tag for found in checkpoints(directory)]
+    except OSError as error:
+        return f"the folder cannot be read: {error.strerror}"
+    if not tags:
+        return f"'{directory}' has no whole checkpoint: give the folder in which checkpoints were saved"
+    more = f" and {len(tags) - _TAGS_NAMED} older ones" if len(tags) > _TAGS_NAMED else ""
+    return f"whole checkpoints are, newest first, {', '.join(map(repr, tags[:_TAGS_NAMED]))}{more}: give one as tag"
+
+
+# -- files
+
+
+@contextmanager
+def _opened_folder(folder: Path, *, follow: bool = False) -> Iterator[int]:
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | (0 if follow else os.O_NOFOLLOW))
+    except OSError as error:
+        raise CheckpointError(_refusal(folder, error)) from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _plain(folder: Path, name: str) -> str:
+    try:
+        return plain_name(name)
+    except ValueError as error:
+        raise CheckpointError(f"'{folder}': {error}") from None
+
+
+def _has(folder_fd: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=folder_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        pass  # who opens it learns more
+    return True
+
+
+def _size(folder_fd: int, path: Path) -> int:
+    try:
+        status = os.stat(path.name, dir_fd=folder_fd, follow_symlinks=False)
+    except OSError as error:
+        raise CheckpointError(_refusal(path, error)) from None
+    _require_regular(status.st_mode, path)
+    return status.st_size
+
+
+def _open(folder_fd: int, path: Path) -> int:
+    """Not blocking: a pipe would wait for a writer. Regular files know no difference."""
+    try:
+        fd = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder_fd)
+    except OSError as error:
+        raise CheckpointError(_refusal(path, error)) from None
+    try:
+        _require_regular(os.fstat(fd).st_mode, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _read(folder_fd: int, path: Path, limit: int) -> bytes:
+    """All bytes of a file, which may have `limit` at most."""
+    with os.fdopen(_open(folder_fd, path), "rb") as file:
+        try:
+            data = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+        except OSError as error:
+            raise CheckpointError(_refusal(path, error)) from None
+    if data is None or len(data) > limit:
+        raise CheckpointError(f"'{path}' has more than the {limit} bytes that it may have")
+    return data
+
+
+def _require_regular(mode: int, path: Path) -> None:
+    if stat.S_ISLNK(mode):
+        raise CheckpointError(f"'{path}' is a link, which is not followed")
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"'{path}' is not a regular file")
+
+
+def _refusal(path: Path, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"there is no '{path}'"
+    if error.errno in (errno.ELOOP, errno.ENOTDIR) and path.is_symlink():
+        return f"'{path}' is a link, which is not followed"
+    if error.errno == errno.ENOTDIR:
+        return f"'{path}' is not a folder"
+    return f"'{path}' cannot be read: {error.strerror}"
