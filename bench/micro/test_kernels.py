@@ -1,12 +1,7 @@
-"""The native kernels against a copy of the same bytes and against the fastest others, in turns within one run.
-
-Each round times the copy and the peers in its set-up and ours as the benchmark, so that all see the same machine.
-"""
+"""The native kernels against a copy of the same bytes and against the fastest others, in turns within one run."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,12 +10,11 @@ from partita import _core
 from partita.device import kernels
 from partita.device.memory import flat_buffer
 from torch import Tensor
+from turns import Action, time_in_turns
 
 NUMEL = 40_000_000
-ROUNDS = 15
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEGMENTS = _core.Segments([(0, NUMEL, 0)])
-Action = Callable[[], object]
 
 
 @pytest.fixture(params=[1, 2], ids=lambda n: f"{n}-threads")
@@ -39,23 +33,8 @@ def copy_of(bytes_moved: int) -> Action:
 
 
 def in_turns(benchmark: Any, bytes_moved: int, ours: Action, peers: dict[str, Action]) -> None:
-    """Times `ours` as the benchmark and the others before each round; rows go into the table at the end of the run."""
-    others = {"copy": copy_of(bytes_moved), **peers}
-    times: dict[str, list[float]] = {name: [] for name in others}
-
-    def set_up() -> None:
-        for name, action in others.items():
-            start = time.perf_counter()
-            action()
-            times[name].append(time.perf_counter() - start)
-
-    set_up()
-    ours()
-    for row in times.values():
-        row.clear()
-    benchmark.pedantic(ours, setup=set_up, rounds=ROUNDS)
-    benchmark.extra_info["bytes"] = bytes_moved
-    benchmark.extra_info["others"] = times
+    """Times `ours` beside `peers` and beside a copy of as many bytes."""
+    time_in_turns(benchmark, bytes_moved, ours, {"copy": copy_of(bytes_moved), **peers})
 
 
 def filled(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
