@@ -15,6 +15,9 @@ from partita._core import AdamGroup, AdamPart, LossScaler, NormPart, Reduction, 
 DTYPES = {torch.float32: _core.DType.f32, torch.float16: _core.DType.f16, torch.bfloat16: _core.DType.bf16}
 NativePart = TypeVar("NativePart", NormPart, AdamPart)
 NOTHING = Span(0, 0, _core.DType.f32)
+# Where a storage has no memory, the address is that of the tensor in it, counted from 0: less than this.
+NO_MEMORY_BELOW = 1 << 40
+_OWN_MEMORY = Tensor.__torch_dispatch__  # of a class whose tensors compute with the memory that they have
 
 
 def span(tensor: Tensor, name: str = "tensor") -> Span:
@@ -37,20 +40,26 @@ def address(tensor: Tensor, name: str = "tensor") -> int:
         ValueError: a device without kernels, not contiguous, or no memory with the values: see `why_no_address`.
     """
     if not (tensor.is_cpu or tensor.is_cuda):
-        raise ValueError(
-            f"{name} is on device '{tensor.device}': the native core computes on the CPU and on CUDA devices"
-        )
+        raise _no_kernels(tensor, name)
     is_strided = tensor.layout is torch.strided
     if is_strided and not tensor.is_contiguous():
         raise ValueError(f"{name} of shape {tuple(tensor.shape)}, strides {tensor.stride()} is not contiguous")
-    pointer = tensor.data_ptr() if is_strided and not _is_made_of_others(tensor) else 0
-    # Where a storage has no memory, the address is that of the tensor in it, counted from 0. The rest of what
-    # `why_no_address` finds has the address 0: gradients pass here in every step, so they are looked at briefly.
-    nowhere = pointer == tensor.storage_offset() * tensor.element_size()
-    if (nowhere and tensor.numel()) or tensor.is_neg() or tensor.is_nested:
+    pointer = tensor.data_ptr() if is_strided and type(tensor).__torch_dispatch__ is _OWN_MEMORY else 0
+    # The rest of what `why_no_address` finds has the address 0: gradients pass here in every step, so they are looked
+    # at briefly.
+    if (pointer < NO_MEMORY_BELOW and _is_nowhere(tensor, pointer)) or tensor.is_neg() or tensor.is_nested:
         reason = why_no_address(tensor) or f"of shape {tuple(tensor.shape)} has no memory: its values are elsewhere"
         raise ValueError(f"{name} {reason}; the native core needs a tensor with memory of its own")
     return pointer
+
+
+def _no_kernels(tensor: Tensor, name: str) -> ValueError:
+    return ValueError(f"{name} is on device '{tensor.device}': the native core computes on the CPU and on CUDA devices")
+
+
+def _is_nowhere(tensor: Tensor, pointer: int) -> bool:
+    """Whether a tensor with this address has elements, and no memory for them."""
+    return pointer == tensor.storage_offset() * tensor.element_size() and tensor.numel() > 0
 
 
 def why_no_address(tensor: Tensor) -> str | None:
@@ -85,24 +94,24 @@ def why_no_memory(tensor: Tensor) -> str | None:
 
 def _is_made_of_others(tensor: Tensor) -> bool:
     """Whether the tensor's class computes with other tensors in place of the memory of this one."""
-    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return type(tensor).__torch_dispatch__ is not _OWN_MEMORY
 
 
-def _where(**tensors: Tensor | None) -> int | Stream:
+def _where(name: str, tensor: Tensor, **others: Tensor | None) -> int | Stream:
     """Where work on these tensors is done: on how many threads, or on which stream, the current one of their device.
 
     Raises:
-        ValueError: they are not all on one device.
+        ValueError: they are not all on one device, or on one without kernels.
     """
-    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    (first, tensor), *others = present.items()
-    for name, other in others:
-        if other.device != tensor.device:
-            raise ValueError(f"{name} is on device '{other.device}' but {first} is on '{tensor.device}'")
-    address(tensor, first)
+    device = tensor.device
+    for other_name, other in others.items():
+        if other is not None and other.device != device:
+            raise ValueError(f"{other_name} is on device '{other.device}' but {name} is on '{device}'")
     if tensor.is_cpu:
         return torch.get_num_threads()
-    return Stream(tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream)
+    if not tensor.is_cuda:
+        raise _no_kernels(tensor, name)
+    return Stream(device.index, torch.cuda.current_stream(device).cuda_stream)
 
 
 def pack(
@@ -119,14 +128,14 @@ def pack(
     destination = [destination +] source * scale [* factor], in fp32, rounded once. A span at address 0 counts as
     zeros. `factor` is one float64 on the same device, which the host need not know.
     """
-    where = _where(destination=destination, factor=factor)
+    where = _where("destination", destination, factor=factor)
     target, known = span(destination, "destination"), 0 if factor is None else address(_one_double(factor), "factor")
     _core.pack(target, sources, offsets, scale, known, accumulate, where)
 
 
 def cast(destination: Tensor, source: Tensor, *, scale: float = 1.0, accumulate: bool = False) -> None:
     """destination = [destination +] source * scale, in fp32, rounded once; both of the same number of elements."""
-    where = _where(destination=destination, source=source)
+    where = _where("destination", destination, source=source)
     _core.cast(span(destination, "destination"), span(source, "source"), scale, accumulate, where)
 
 
@@ -165,7 +174,7 @@ def norm_part(values: Tensor, segments: Segments) -> Part[NormPart]:
 
 def sum_of_squares(total: Tensor, parts: list[Part[NormPart]]) -> None:
     """Adds the sum of squares of all parts to `total` (float64, one element, on the device of all parts)."""
-    where, address_of_total = _where(total=total), address(_one_double(total), "total")
+    where, address_of_total = _where("total", total), address(_one_double(total), "total")
     native = _native_parts(parts, "total", total)
     if isinstance(where, Stream):
         blocks = sum(part.blocks for part in native)
@@ -180,13 +189,13 @@ def split_master(params: Tensor, master: Tensor, remainder: Tensor | None = None
 
     bf16 is rounded to nearest, ties away from zero: see [Note: split masters] in weights.h.
     """
-    where = _where(params=params, master=master, remainder=remainder)
+    where = _where("params", params, master=master, remainder=remainder)
     _core.split_master(span(params, "params"), _remainder(remainder, master), span(master, "master"), where)
 
 
 def join_master(master: Tensor, params: Tensor, remainder: Tensor) -> None:
     """The reverse of `split_master`, bit for bit."""
-    where = _where(master=master, params=params, remainder=remainder)
+    where = _where("master", master, params=params, remainder=remainder)
     _core.join_master(span(master, "master"), span(params, "params"), _remainder(remainder, master), where)
 
 
@@ -224,7 +233,8 @@ def adam_part(
     for name, buffer in buffers.items():
         if buffer.numel() != numel:
             raise ValueError(f"{name} has {buffer.numel()} elements, the weights have {numel}")
-    _where(**buffers, remainder=remainder)
+    (first, buffer), *others = buffers.items()
+    _where(first, buffer, **dict(others), remainder=remainder)
     spans = {name: span(buffer, name) for name, buffer in buffers.items()}
     native = AdamPart(
         spans["grads"],
@@ -245,7 +255,7 @@ def adam(parts: list[Part[AdamPart]], groups: list[AdamGroup], control: Tensor) 
     """
     if control.dtype != torch.uint8 or control.numel() != _core.StepControl.nbytes:
         raise TypeError(f"control is {_core.StepControl.nbytes} bytes, not {control.numel()} x {control.dtype}")
-    where = _where(control=control)
+    where = _where("control", control)
     _core.adam(_native_parts(parts, "control", control), groups, address(control, "control"), where)
 
 
@@ -253,7 +263,7 @@ def loss_scale_update(
     control: Tensor, state: Tensor, scaler: LossScaler, sum_of_squares: Tensor, *, mean: float, clip: float
 ) -> None:
     """Decides about a step, in memory (see loss_scale.h): `control` and `state` are the structs' bytes."""
-    where = _where(control=control, state=state, sum_of_squares=sum_of_squares)
+    where = _where("control", control, state=state, sum_of_squares=sum_of_squares)
     total = address(_one_double(sum_of_squares), "sum_of_squares")
     stream = where if isinstance(where, Stream) else None
     _core.loss_scale_update(address(control), address(state), scaler, total, mean, clip, stream)

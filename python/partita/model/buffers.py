@@ -32,7 +32,6 @@ class SharedBuffers:
         self._differing: set[str] = set()
         self._updates = 0
 
-    @torch.no_grad()
     def after_update(self) -> None:
         """Called after each update. A collective."""
         self._updates += 1
@@ -55,6 +54,7 @@ class SharedBuffers:
         agreed = any_rank_each(self._communicator, differs)
         self._differing |= {name for name, differed in zip(named, agreed, strict=True) if differed}
 
+    @torch.no_grad()
     def _share(self, buffers: list[Tensor]) -> None:
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for buffer in buffers:

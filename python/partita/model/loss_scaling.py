@@ -106,9 +106,9 @@ class LossScaling:
 
     def missing(self) -> Tensor | None:
         """What the gradients of the backward under way must be multiplied by to be those of a scaled loss; None: 1."""
-        carried = _carried().scale
         if self._is_scaled or self._own.scale is not None:
             return None
+        carried = _carried().scale
         if carried is None:
             return self._scale
         own = torch.ones_like(carried.factor) if self._scale is None else self._scale

@@ -10,7 +10,7 @@ from partita.optim.choose import (
     require_buildable,
 )
 from partita.optim.fused_adam import FusedAdam
-from partita.optim.groups import digest_of_step, group_entries
+from partita.optim.groups import StepDigest, group_entries
 from partita.optim.schedules import (
     LRRangeTest,
     OneCycle,
@@ -34,13 +34,13 @@ __all__ = [
     "ShardedOptimizer",
     "ShardedStep",
     "StepController",
+    "StepDigest",
     "WarmupCosineLR",
     "WarmupDecayLR",
     "WarmupLR",
     "choose_optimizer",
     "choose_scheduler",
     "decided_config",
-    "digest_of_step",
     "group_entries",
     "kept_groups",
     "make_optimizer",

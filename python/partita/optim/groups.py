@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -24,24 +25,53 @@ def group_entries(optimizer: Optimizer) -> Entries:
     ]
 
 
-def digest_of_step(optimizer: Optimizer, micro_batches: int, frozen: Iterable[str]) -> int:
-    """A number below 2^20 that ranks have in common when they take the same step.
+class StepDigest:
+    """What an optimizer takes a step with, as a number that ranks can compare.
 
-    Args:
-        frozen: names of the parameters that have no part in the step.
+    Most values are the objects that they were in the step before: only the others are put into words again.
     """
-    words = [str(micro_batches), *frozen]
-    for group in optimizer.param_groups:
-        words.extend(_words(group, optimizer.defaults))
-    return digest_number("\0".join(words), DIGESTS)
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._seen: list[Any] = []  # the values of the step before; `_CHANGES` for those that can change in place
+        self._words: list[str] = []  # of each of them
+        self._inputs: tuple[Any, ...] = ()
+        self._digest = 0
+
+    def take(self, micro_batches: int, frozen: Sequence[str]) -> int:
+        """A number below 2^20 that ranks have in common when they take the same step.
+
+        Args:
+            frozen: names of the parameters that have no part in the step.
+        """
+        keys = self._optimizer.defaults
+        found = [group.get(key, _MISSING) for group in self._optimizer.param_groups for key in keys]
+        inputs = (micro_batches, *frozen)
+        if len(found) != len(self._seen) or not all(map(is_, found, self._seen)):
+            self._put_into_words(found, list(keys))
+        elif inputs == self._inputs:
+            return self._digest
+        self._inputs = inputs
+        self._digest = digest_number("\0".join([*map(str, inputs), *self._words]), DIGESTS)
+        return self._digest
+
+    def _put_into_words(self, found: list[Any], keys: list[str]) -> None:
+        if len(found) != len(self._seen):
+            self._seen, self._words = [_CHANGES] * len(found), [""] * len(found)
+        for i, value in enumerate(found):
+            if value is not self._seen[i]:
+                self._seen[i] = value if _is_constant(value) else _CHANGES
+                self._words[i] = "" if value is _MISSING else f"{keys[i % len(keys)]}\0{in_words(value)}"
 
 
-def _words(group: dict[str, Any], keys: Iterable[str]) -> Iterator[str]:
-    for key in keys:
-        if key in group:
-            value = group[key]
-            yield key
-            yield repr(value) if type(value) in (float, bool, str) else in_words(value)
+_MISSING, _CHANGES = object(), object()
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether this object always has the same words."""
+    if type(value) is tuple:
+        return all(map(_is_constant, value))
+    return value is None or value is _MISSING or type(value) in (float, int, bool, str)
 
 
 def in_words(value: Any) -> str:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from partita.comm import ProcessGrid
 from partita.device import HOST, kernels
 from partita.optim.fused_adam import is_native
-from partita.optim.groups import digest_of_step
+from partita.optim.groups import StepDigest
 from partita.optim.step_control import StepController
 from partita.optim.step_hooks import StepCall, StepHooks
 from partita.optim.torch_update import TorchUpdate
@@ -40,7 +40,7 @@ class ShardedStep:
         controller: StepController,
         gathers: ParameterGathers,
     ) -> None:
-        self._inner = inner
+        self._digest = StepDigest(inner)
         self._units = list(units)
         self._grid = grid
         self._policy = policy
@@ -66,7 +66,7 @@ class ShardedStep:
                 frozen learn that from the outcome.
         """
         frozen = [slot.name for slots in frozen_slots(self._units) for slot in sorted(slots, key=lambda s: s.offset)]
-        total = self._controller.begin(digest_of_step(self._inner, micro_batches, frozen))
+        total = self._controller.begin(self._digest.take(micro_batches, frozen))
         kernels.sum_of_squares(total, self._norm_parts)
         if self._host_norm_parts:
             on_host = torch.zeros(1, dtype=torch.float64, device=HOST)

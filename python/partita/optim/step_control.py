@@ -55,11 +55,11 @@ class PendingOutcome:
 
     def _read(self) -> StepOutcome:
         memory = self._memory.wait()
-        state = memory[_core.StepControl.nbytes :]
-        _, loss, count, total, squares = memory[SUMS_BEGIN:].view(torch.float64).tolist()
+        _, loss, count, total, squares = memory.view(torch.float64).tolist()[-SUMS:]
+        control = kernels.address(memory)
         return StepOutcome(
-            _core.StepControl.read(kernels.address(memory)),
-            _core.LossScaleState.read(kernels.address(state)),
+            _core.StepControl.read(control),
+            _core.LossScaleState.read(control + _core.StepControl.nbytes),
             loss / count if count else None,
             digests_agree=self._world_size * int(squares) == int(total) ** 2,  # Cauchy, Schwarz: if all are
         )
@@ -89,22 +89,28 @@ class StepController:
         self._state: Tensor = self._memory[_core.StepControl.nbytes : SUMS_BEGIN]
         self.sums: Tensor = self._memory[SUMS_BEGIN:].view(torch.float64)
         self.sum_of_squares: Tensor = self.sums[:1]
-        self._loss, self._loss_count = self.sums[1:2], self.sums[2:3]
-        self._losses = 0  # told since the last step
-        self._digests = torch.zeros(2, dtype=torch.float64, device=streams.device)  # of this rank: digest and square
-        self._digest = 0
+        # What this rank adds to `sums`. The host knows what is there: losses told since the last step, and the digest.
+        self._own = torch.zeros(SUMS, dtype=torch.float64, device=streams.device)
+        self._loss, self._own_count, *self._own_digest = self._own[1:].unbind()
+        self._losses = self._count = self._digest = 0
         self._streams = streams
         self._world_size = world_size
 
     def add_loss(self, loss: Tensor) -> None:
         """A micro-batch's loss, a scalar, for the report of the step. Nobody waits for it."""
-        if loss.device == self._loss.device:
-            self._loss.add_(loss.detach().reshape(1))
-            self._losses += 1
+        if loss.device != self._loss.device:
+            return
+        loss = loss.detach()
+        if loss.dim():
+            loss = loss.reshape(())
+        if self._losses:
+            self._loss.add_(loss)
+        else:
+            self._loss.copy_(loss)  # what is there is of the last step
+        self._losses += 1
 
     def forget_losses(self) -> None:
         """The next step begins."""
-        self._loss.zero_()
         self._losses = 0
 
     def begin(self, digest: int) -> Tensor:
@@ -113,13 +119,17 @@ class StepController:
         Args:
             digest: of what all ranks must take the step with; below 2^20.
         """
-        self._loss_count.fill_(self._losses)
-        if digest != self._digest:  # written by kernels: a copy from the host might wait
+        if self._losses != self._count:  # written by kernels: a copy from the host might wait
+            self._count = self._losses
+            self._own_count.fill_(self._losses)
+        if not self._losses:
+            self._loss.zero_()
+        if digest != self._digest:
             self._digest = digest
-            self._digests[0].fill_(digest)
-            self._digests[1].fill_(digest * digest)
-        self.sums[3:].copy_(self._digests)
-        return self.sum_of_squares.zero_()
+            for place, value in zip(self._own_digest, (digest, digest * digest), strict=True):
+                place.fill_(value)
+        self.sums.copy_(self._own)
+        return self.sum_of_squares
 
     def remember(self) -> Callable[[], object]:
         """Returns what takes back the decisions since."""

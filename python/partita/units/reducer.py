@@ -158,19 +158,15 @@ class GradientReducer:
 
     def reset(self) -> None:
         """Forgets all gradients, those of an unfinished backward too."""
-        self._forget_taken()
-        with torch._C.DisableTorchFunctionSubclass():
-            for unit in self.units:
-                for parameter in unit.parameters:
-                    parameter.grad = None
+        self._forget_sums()
+        self._taken.clear()
 
-    def _forget_taken(self) -> None:
+    def _forget_sums(self) -> None:
         self.wait()
         if self._bucketer.in_backward:
             self._bucketer.finish()
         for unit in self.units:
             unit.grad_state = GradState.EMPTY
-        self._taken.withdraw()
         self._has_committed = False
         for producers in self._producers:
             producers.clear()
@@ -183,7 +179,8 @@ class GradientReducer:
         if is_empty and self._has_committed:
             self._bucketer.finish()
         elif is_empty:
-            self._forget_taken()
+            self._forget_sums()
+            self._taken.withdraw()
         elif dropped:
             self.wait()
             self._enter_stream()
@@ -251,10 +248,11 @@ class GradientReducer:
                 if fresh(parameter) is None and not self._bucketer.is_complete(p):
                     self.accumulated(p, parameter)
 
-    @torch.no_grad()
     def _launch_all(self, begin: int, end: int) -> None:
-        for i in range(begin, end):
-            self._launch(i)
+        if begin < end:
+            with torch.no_grad():
+                for i in range(begin, end):
+                    self._launch(i)
 
     @torch.no_grad()
     def _collect(self, index: int) -> None:

@@ -135,11 +135,12 @@ class TakenGradients:
         self._reading = ReadByHand()
         self._units = units
         self._marks = [[self._mark(slot.name, p) for slot, p in _named(unit)] for unit in units]
-        self._is_shown = [False] * len(units)
+        self._count = sum(len(marks) for marks in self._marks)
+        self._shown: set[int] = set()  # indices of units
 
     def show(self, index: int) -> None:
         """The gradients of a unit, by its index, have been taken."""
-        self._is_shown[index] = True
+        self._shown.add(index)
         with torch._C.DisableTorchFunctionSubclass():  # absent parameters are asked often here
             for i, (parameter, mark) in enumerate(zip(self._units[index].parameters, self._marks[index], strict=True)):
                 try:
@@ -151,30 +152,43 @@ class TakenGradients:
 
     def withdraw(self) -> None:
         """No gradient is shown any more; what autograd and the program have given since stays in `parameter.grad`."""
-        shown = [i for i, is_shown in enumerate(self._is_shown) if is_shown]
+        if not self._shown:
+            return
         with torch._C.DisableTorchFunctionSubclass():
-            for i in shown:
-                self._is_shown[i] = False
+            for i in self._shown:
                 for parameter, mark in zip(self._units[i].parameters, self._marks[i], strict=True):
                     if parameter.grad is mark:
                         parameter.grad = mark.more if self._reading.changed else None
+        self._forget()
+
+    def clear(self) -> None:
+        """No parameter has any gradient any more."""
+        with torch._C.DisableTorchFunctionSubclass():
+            for unit in self._units:
+                for parameter in unit.parameters:
+                    parameter.grad = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._shown.clear()
         for mark in self._reading.changed:
             mark.renew()
         self._reading.changed.clear()
 
     def receive(self, index: int, parameter: nn.Parameter) -> None:
         """Autograd has added to the gradient of a parameter of a unit, which may be shown."""
-        if self._is_shown[index] and isinstance(grad := parameter.grad, TakenGradient):
+        if index in self._shown and isinstance(grad := parameter.grad, TakenGradient):
             parameter.grad, grad.more = grad.more, None
 
     def dropped(self) -> list[tuple[int, Slot]]:
         """(index of the unit, slot) of the shown gradients that the program has dropped or replaced."""
-        found = []
-        shown = [i for i, is_shown in enumerate(self._is_shown) if is_shown]
+        found: list[tuple[int, Slot]] = []
+        if not self._shown:
+            return found
         dropped = {id(mark) for mark in self._reading.changed if mark.is_dropped}
         passed = {id(mark) for mark in self._reading.changed if mark.is_passed}
         with torch._C.DisableTorchFunctionSubclass():
-            for i in shown:
+            for i in sorted(self._shown):
                 slots = self._units[i].layout.slots
                 for j, (parameter, mark) in enumerate(zip(self._units[i].parameters, self._marks[i], strict=True)):
                     is_here = parameter.grad is mark  # the rest is for the few that were touched
@@ -201,8 +215,7 @@ class TakenGradients:
                 "is added already to the gradients of this step's micro-batches before: begin the whole step anew with "
                 "engine.zero_grad(), or keep the gradient from arising with requires_grad_(False)"
             )
-        count = sum(len(marks) for marks in self._marks)
-        return (True, []) if in_backward or len(dropped) == count > 0 else (False, dropped)
+        return (True, []) if in_backward or len(dropped) == self._count > 0 else (False, dropped)
 
     def _mark(self, name: str, parameter: nn.Parameter) -> TakenGradient:
         return TakenGradient(parameter, name, self._reading)
