@@ -1,7 +1,24 @@
 """Checkpoints: files that all ranks write together, and that any other run reads."""
 
 from partita.checkpoint.errors import CheckpointError
+from partita.checkpoint.export import export
+from partita.checkpoint.folder import Found, checkpoints, find, latest_tag, prune
 from partita.checkpoint.load import Wanted, load
 from partita.checkpoint.save import About, save
+from partita.checkpoint.verify import Verified, verify
 
-__all__ = ["About", "CheckpointError", "Wanted", "load", "save"]
+__all__ = [
+    "About",
+    "CheckpointError",
+    "Found",
+    "Verified",
+    "Wanted",
+    "checkpoints",
+    "export",
+    "find",
+    "latest_tag",
+    "load",
+    "prune",
+    "save",
+    "verify",
+]

@@ -11,11 +11,12 @@ from partita.comm import Communicator, text_by_rank
 T = TypeVar("T")
 
 
-def together(world: Communicator, what: str, action: Callable[[], T]) -> T:
+def together(world: Communicator, what: str, action: Callable[[], T], *, names_ranks: bool = True) -> T:
     """Does on each rank what may fail there. If it fails on any, all raise the same error. A collective.
 
     Args:
         what: has failed then; begins the message.
+        names_ranks: the message has the ranks that failed, unless all did.
 
     Raises:
         CheckpointError: names the ranks, and what each of them said.
@@ -34,13 +35,13 @@ def together(world: Communicator, what: str, action: Callable[[], T]) -> T:
         if text:
             ranks.setdefault(text, []).append(rank)
     everywhere = len(ranks) == 1 and world.world_size == len(next(iter(ranks.values())))
-    said = [text if everywhere else f"rank {', '.join(map(str, where))}: {text}" for text, where in ranks.items()]
+    said = [text if everywhere or not names_ranks else f"rank {', '.join(map(str, where))}: {text}" for text, where in ranks.items()]
     raise CheckpointError(f"{what}: {'; '.join(said)}") from error
 
 
 def from_rank_0(world: Communicator, what: str, action: Callable[[], str]) -> str:
     """What rank 0 says, on all ranks; its error too. A collective."""
-    text = together(world, what, lambda: action() if world.rank == 0 else "")
+    text = together(world, what, lambda: action() if world.rank == 0 else "", names_ranks=False)
     return text_by_rank(world, text)[0]
 
 

@@ -16,7 +16,7 @@ from partita.checkpoint.manifest import manifest_text, parse_manifest
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state
 from partita.checkpoint.stored import Stored, read_whole
 from partita.checkpoint.values import ValueReader
-from partita.model import WEIGHT, DiffersByRank, KeepsValues, Section, TrainState, from_plain
+from partita.model import DiffersByRank, KeepsValues, Section, TrainState, from_plain
 
 logger = logging.getLogger("partita")
 
@@ -26,12 +26,21 @@ OPTIMIZER, OPTIMIZER_STATES, SCHEDULE = "optimizer", "optimizer_states", "lr_sch
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is loaded beside the weights. strict: the names of the model and of the checkpoint are the same."""
+    """What is loaded beside the weights: `sections` at all, and of these the optimizer's and the schedule's.
+
+    strict: the names of the model and of the checkpoint are the same.
+    """
 
     sections: bool = True
     optimizer: bool = True
     schedule: bool = True
     strict: bool = True
+
+    def takes(self, section: str) -> bool:
+        """Whether a section of the training state is loaded."""
+        if section in (OPTIMIZER, OPTIMIZER_STATES):
+            return self.sections and self.optimizer
+        return self.sections and (self.schedule or section != SCHEDULE)
 
 
 def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) -> tuple[Path, Any]:
@@ -43,7 +52,7 @@ def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) ->
     Raises:
         RuntimeError: in the midst of a step.
         CheckpointError: there is no such checkpoint, it is damaged, or it does not fit; on all ranks alike. Nothing
-            has changed, unless the message says so.
+            has changed.
     """
     world = state.world
     state.require_idle("a checkpoint is loaded")
@@ -65,13 +74,15 @@ def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) ->
     with together(world, what, partial(Stored, folder, manifest)) as stored:
         reader = together(world, what, partial(ValueReader, state, stored, wanted.strict))
         states = together(world, what, partial(_sections, state, saved, wanted, reader))
+        kept = [
+            owner.values_of(states[name]) for name, owner in _keepers(state) if wanted.takes(name) and name in states
+        ]
+        together(world, what, lambda: reader.read([value for values in kept for value in sorted(values)]))
         state.load_sections(states)
-        broken = f"the checkpoint '{folder}' was loaded in part, so the engine has a mixture"
-        for quantity in state.quantities():
-            if quantity.name == WEIGHT:
-                quantity.write(together(world, broken, partial(reader.weights, quantity)))
-        together(world, broken, partial(reader.others, wanted.sections and wanted.optimizer))
-        logger.info(f"loaded '{folder}', step {manifest.step}; rank 0 read {reader.bytes_read:,} bytes")
+        reader.write()
+        if world.rank == 0:
+            logger.info(f"loaded '{folder}', step {manifest.step}; rank 0 read {reader.bytes_read:,} bytes")
+            _warn_of_what_is_left(state, saved, wanted, folder)
     return folder, from_plain(saved.client_state)
 
 
@@ -79,24 +90,34 @@ def _sections(state: TrainState, saved: SavedState, wanted: Wanted, reader: Valu
     """The state that each section takes."""
     if not wanted.sections:
         return {}
-    skipped = set() if wanted.optimizer else {OPTIMIZER, OPTIMIZER_STATES}
-    skipped |= set() if wanted.schedule else {SCHEDULE}
-    found = {s.name: _saved_by_ranks(s, state, saved) for s in state.sections if s.name not in skipped}
+    found = {s.name: _saved_by_ranks(s, state, saved) for s in state.sections if wanted.takes(s.name)}
+    steps = _applied_steps(saved)
     states = {name: value for name, value in found.items() if value is not None}
     if len(states) < len(found) and wanted.strict:
         missing = next(name for name in found if name not in states)
         raise CheckpointError(
             f"it has no state of '{missing}', which this run has: load_module_strict=False goes on without"
         )
-    for section in state.sections:
-        if isinstance(section.owner, KeepsValues):
-            if section.name in states:
-                reader.require(section.owner.values_of(states[section.name]))
-            names = reader.left_out if section.name in states else reader.parameters
-            kept = section.owner.keeping(states.get(section.name), names, _applied_steps(saved))
-            if kept is not None:
-                states[section.name] = kept
+    for name, owner in _keepers(state):
+        if name in states:
+            reader.require(owner.values_of(states[name]))
+        kept = owner.keeping(states.get(name), reader.left_out if name in states else reader.parameters, steps)
+        if kept is not None:
+            states[name] = kept
     return states
+
+
+def _warn_of_what_is_left(state: TrainState, saved: SavedState, wanted: Wanted, folder: Path) -> None:
+    """The program may have forgotten to give the engine what the run had."""
+    here = {section.name for section in state.sections}
+    for name in sorted({*saved.sections, *(name for one in saved.ranks for name in one)} - here):
+        if wanted.takes(name):
+            logger.warning(f"'{folder}' has the state of '{name}', which this run does not have: it is not used")
+
+
+def _keepers(state: TrainState) -> list[tuple[str, KeepsValues]]:
+    """The sections whose owners have a value per element beside."""
+    return [(s.name, s.owner) for s in state.sections if isinstance(s.owner, KeepsValues)]
 
 
 def _saved_by_ranks(section: Section, state: TrainState, saved: SavedState) -> dict[str, Any] | None:

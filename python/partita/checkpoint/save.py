@@ -20,7 +20,7 @@ from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.layout import FileLayout, TensorSpec, index_text, lay_out
 from partita.checkpoint.manifest import CHUNK_BYTES, FORMAT, MANIFEST, VERSION, FileRecord, Manifest, manifest_text
 from partita.checkpoint.pieces import MODEL, OPTIMIZER, Piece, Place, StoredNames, pieces, stem_of
-from partita.checkpoint.saved_state import STATE, SavedState, state_text
+from partita.checkpoint.saved_state import STATE, SavedState, parse_state, state_text
 from partita.checkpoint.transfer import Transfer, digest_text
 from partita.comm import Communicator, text_by_rank
 from partita.model import DiffersByRank, TrainState, to_plain
@@ -84,6 +84,7 @@ def save(state: TrainState, directory: Path, tag: str, about: About, client_stat
             assert staging is not None
             saved = _saved_state(state, sections, [end["differing"] for end in by_rank], client, names)
             texts = {STATE: state_text(saved)}
+            parse_state(texts[STATE].encode(), STATE)  # what could not be loaded is refused now
             for stem in (MODEL, OPTIMIZER):
                 index = index_text([file for file in files if stem_of(file.name) == stem])
                 if index is not None:

@@ -90,22 +90,6 @@ class Stored:
         """
         return sum(nbytes for _, _, nbytes, _ in self._transfer.finish())
 
-    def verify(self, name: str) -> Iterator[int]:
-        """Reads a file and compares its digests; gives the length of each chunk that is right."""
-        fd = self._fds.get(name)
-        fd = open_file(self._folder, name) if fd is None else fd
-        try:
-            begin = 0
-            for length, digest in self._records[name].chunks:
-                buffer = torch.empty(length, dtype=torch.uint8, device="cpu")
-                self._transfer.read(fd, begin, (begin, length, digest), buffer, (0, f"'{self._folder / name}'"))
-                self._transfer.finish()
-                begin += length
-                yield length
-        finally:
-            if name not in self._fds:
-                os.close(fd)
-
     def _open(self, name: str, record: FileRecord) -> None:
         fd = open_file(self._folder, name)
         self._exits.callback(os.close, fd)

@@ -23,8 +23,8 @@ Label = tuple[int, str]
 
 def digest_text(data: bytes | bytearray) -> str:
     """The digest of a chunk, as a manifest has it."""
-    raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return f"{xxh64(raw.data_ptr(), len(data)):016x}"
+    raw = torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)
+    return f"{xxh64(kernels.address(raw), len(data)):016x}"
 
 
 @dataclass

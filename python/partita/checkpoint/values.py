@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.pieces import MODEL, Place, StoredNames, of_quantity
 from partita.checkpoint.stored import Stored
 from partita.device import HOST, kernels
-from partita.model import WEIGHT, Quantity, TrainState
+from partita.model import WEIGHT, TrainState
 from partita.units import ShardSlice, Unit
 
 NAMED = 5  # problems in one message
@@ -19,7 +19,8 @@ OTHER_PLACES = ("parameter/", "buffer/")  # of the model's tensors that its stat
 
 
 class ValueReader:
-    """Reads what this rank has, and no more than that beside the rest of the chunks in which it begins and ends.
+    """Reads what this rank has, and beside that the rest of the chunks in which it begins and ends. Nothing of the
+    training state changes before everything has been read.
 
     Attributes:
         bytes_read: so far.
@@ -36,6 +37,9 @@ class ValueReader:
         shapes = {names.of_parameter(name): shape for name, shape in state.parameter_shapes().items()}
         shapes |= {names.of_buffer(name): tuple(buffer.shape) for name, buffer in state.buffers().items()}
         saved = {place: tensor.shape for place, tensor in stored.tensors.items()}
+        self._slices: dict[str, ShardSlice] = {}
+        self._values: dict[tuple[str, str], Tensor] = {}  # by parameter and quantity
+        self._others: dict[Place, Tensor] = {}
         self._missing = {place for place, shape in shapes.items() if saved.get(place) != shape}
         if strict:
             _require_same(shapes, saved)
@@ -60,78 +64,82 @@ class ValueReader:
                     "goes on without its states"
                 )
 
-    def weights(self, quantity: Quantity) -> Tensor:
-        """The weights of this rank's own range, as `Quantity.write` takes them."""
-        unit = quantity.unit
-        now = quantity.read()
-        values = torch.zeros(now.shape, dtype=now.dtype, device=HOST)
-        after: list[Callable[[], object]] = []
-        for s in quantity.slices:
-            part = values[s.in_shard]
-            if self._has(s.slot.name):
-                after += self._read_weights(s, part)
-            else:
-                part.copy_(now[s.in_shard])
-        self._finish(after)
-        return values.to(now.device if isinstance(unit, Unit) else unit.own_params.device)
+    def read(self, optimizer: Iterable[tuple[str, str]]) -> None:
+        """Reads all that this rank has into memory of its own, for `write()`.
 
-    def others(self, optimizer: bool) -> None:
-        """Reads into place what the optimizer keeps, if that is wanted, and what is not in units."""
+        Args:
+            optimizer: (parameter, quantity) of what the optimizer keeps.
+
+        Raises:
+            OSError, CheckpointError: a file cannot be read, or has other bytes than were saved.
+        """
         after: list[Callable[[], object]] = []
-        if optimizer:
-            for quantity in self._state.quantities():
-                if quantity.name != WEIGHT:
-                    self._read_quantity(quantity)
-        for name, tensor in self._state.untrained().items():
-            after += self._read_tensor(self._names.of_parameter(name), tensor)
-        for name, tensor in self._state.buffers().items():
-            after += self._read_tensor(self._names.of_buffer(name), tensor)
-        self._finish(after)
+        for quantity in self._state.quantities():
+            if quantity.name == WEIGHT:
+                for s in quantity.slices:
+                    self._slices[s.slot.name] = s
+                    if self._has(s.slot.name):
+                        dtype = torch.float32 if isinstance(quantity.unit, Unit) else quantity.unit.dtype
+                        after += self._read_weights(s, dtype)
+        for parameter, name in optimizer:
+            s, place = self._slices[parameter], of_quantity(name, parameter)
+            if self._has(parameter) and place in self._stored.tensors:
+                self._values[parameter, name] = self._read(place, s.parameter_offset, s.numel)
+        for place, tensor in self._other_tensors():
+            if place not in self._missing:
+                self._others[place] = self._read(place, 0, tensor.numel())
+        self.bytes_read += self._stored.finish()
+        for step in after:
+            step()
+
+    def write(self) -> None:
+        """The training state takes what was read. A collective."""
+        for quantity in self._state.quantities():
+            flat = quantity.read()
+            if quantity.name == WEIGHT:
+                values = torch.zeros_like(flat)
+                for s in quantity.slices:
+                    read = self._values.pop((s.slot.name, WEIGHT), None)
+                    values[s.in_shard] = flat[s.in_shard] if read is None else read.to(flat.device)
+                quantity.write(values)
+                continue
+            for s in quantity.slices:
+                if (read := self._values.pop((s.slot.name, quantity.name), None)) is not None:
+                    flat[s.in_shard].copy_(read)
+        for place, tensor in self._other_tensors():
+            if place in self._others:
+                tensor.copy_(self._others.pop(place).view(tensor.shape))
 
     def _has(self, parameter: str) -> bool:
         return self._names.of_parameter(parameter) not in self._missing
 
-    def _read_weights(self, s: ShardSlice, into: Tensor) -> list[Callable[[], object]]:
-        """Weights in the dtype of `into`, from what there is: fp32 masters, split masters, or what the model had."""
-        place = self._names.of_parameter(s.slot.name)
-        master, remainder = (of_quantity(kind, s.slot.name) for kind in (WEIGHT, "remainder"))
-        if master in self._stored.tensors and into.dtype == torch.float32:
-            return self._read_cast(master, s.parameter_offset, into)
-        if remainder in self._stored.tensors and into.dtype == torch.float32:
-            upper = torch.empty(into.numel(), dtype=torch.bfloat16, device=HOST)
-            lower = torch.empty(into.numel(), dtype=torch.int16, device=HOST)
-            self._stored.read(place, s.parameter_offset, upper)
-            self._stored.read(remainder, s.parameter_offset, lower)
-            return [lambda: kernels.join_master(into, upper, lower)]
-        return self._read_cast(place, s.parameter_offset, into)
+    def _other_tensors(self) -> Iterator[tuple[Place, Tensor]]:
+        """What is not in units."""
+        for name, tensor in self._state.untrained().items():
+            yield self._names.of_parameter(name), tensor
+        for name, tensor in self._state.buffers().items():
+            yield self._names.of_buffer(name), tensor
 
-    def _read_cast(self, place: Place, first: int, into: Tensor) -> list[Callable[[], object]]:
-        dtype = self._stored.dtype(place)
-        if dtype == into.dtype and into.is_contiguous():
-            self._stored.read(place, first, into)
-            return []
-        values = torch.empty(into.numel(), dtype=dtype, device=HOST)
+    def _read(self, place: Place, first: int, numel: int) -> Tensor:
+        """Elements from `first` on in the dtype that they have; they are there after `finish()`."""
+        values = torch.empty(numel, dtype=self._stored.dtype(place), device=HOST)
         self._stored.read(place, first, values)
-        return [lambda: into.copy_(values)]
+        return values
 
-    def _read_quantity(self, quantity: Quantity) -> None:
-        flat = quantity.read()
-        for s in quantity.slices:
-            place = of_quantity(quantity.name, s.slot.name)
-            if self._has(s.slot.name) and place in self._stored.tensors:
-                self._finish(self._read_cast(place, s.parameter_offset, flat[s.in_shard]))
-
-    def _read_tensor(self, place: Place, tensor: Tensor) -> list[Callable[[], object]]:
-        if place in self._missing:
+    def _read_weights(self, s: ShardSlice, dtype: torch.dtype) -> list[Callable[[], object]]:
+        """Weights from what there is: fp32 masters, split masters, or what the model computed with. Returns what is to
+        be done once they are there."""
+        name, first, numel = s.slot.name, s.parameter_offset, s.numel
+        place = self._names.of_parameter(name)
+        master, remainder = (of_quantity(kind, name) for kind in (WEIGHT, "remainder"))
+        if dtype == torch.float32 and master in self._stored.tensors:
+            place = master
+        values = self._values[name, WEIGHT] = self._read(place, first, numel)
+        if dtype != torch.float32 or remainder not in self._stored.tensors:
             return []
-        values = torch.empty(tensor.shape, dtype=self._stored.dtype(place), device=HOST)
-        self._stored.read(place, 0, values.view(-1))
-        return [lambda: tensor.copy_(values)]
-
-    def _finish(self, after: list[Callable[[], object]]) -> None:
-        self.bytes_read += self._stored.finish()
-        for step in after:
-            step()
+        joined = self._values[name, WEIGHT] = torch.empty(numel, dtype=torch.float32, device=HOST)
+        lower = self._read(remainder, first, numel)
+        return [lambda: kernels.join_master(joined, values, lower)]
 
 
 def _require_same(shapes: dict[Place, tuple[int, ...]], saved: dict[Place, tuple[int, ...]]) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from partita.cli import checkpoints
 from partita.config import Answer, ConfigError, Finding, answers_to, clean_form, load_config
 from partita.files import file_to_write
 from partita.optim import require_buildable
@@ -19,6 +20,7 @@ from partita.optim import require_buildable
 app = typer.Typer(help="Tools for Partita.", no_args_is_help=True, add_completion=False)
 config = typer.Typer(help="Look at config files.", no_args_is_help=True)
 app.add_typer(config, name="config")
+app.add_typer(checkpoints.app, name="checkpoint")
 
 _COLOURS = {Answer.WORKS: "green", Answer.NOTED: "yellow", Answer.REFUSED: "red"}
 _PLAIN_WIDTH = 160  # of what is written into a file or a pipe
