@@ -175,6 +175,13 @@ def test_hugging_face_loads_many_files(tmp_path):
     assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in tensors.items())
 
 
+def test_a_header_may_name_an_empty_tensor_behind_the_one_at_its_place():
+    text = json.dumps({"b": entry(0, 3, [3]), "a": entry(0, 0, [0]), "c": entry(3, 3, [0])}).encode()
+    head = len(text).to_bytes(8, "little") + text
+    assert list(parse_header(head, len(head) + 3, "model.safetensors")) == ["a", "b", "c"]
+    assert len(safetensors.deserialize(head + bytes(3))) == 3
+
+
 def test_no_tensors_are_one_file():
     [file] = lay_out("model", [])
     assert parse_header(file.header, file.size, file.name) == {}
@@ -249,3 +256,6 @@ def test_sizes_of_a_header_are_looked_at_first():
         header_nbytes(head, 9, "a")
     with pytest.raises(CheckpointError, match="at most 100000000 are read"):
         header_nbytes(head, 2**61, "a")
+    assert header_nbytes((3).to_bytes(8, "little"), 11, "a") == 11
+    with pytest.raises(CheckpointError, match="says that it has 4 bytes, but the file has 11"):
+        header_nbytes((4).to_bytes(8, "little"), 11, "a")
