@@ -51,6 +51,7 @@ void register_loss_scale(py::module_& m) {
     def_memory(control_type);
 
     py::class_<LossScaler>(m, "LossScaler")
+        .def_property_readonly("dynamic", [](const LossScaler& s) { return s.config().dynamic; })
         .def(py::init([](bool dynamic, double initial_scale, double minimum, std::int32_t window,
                          std::int32_t hysteresis, bool consecutive_hysteresis) {
                  LossScaler::Config config;

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cmath>
-#include <exception>
 #include <string>
 #include <utility>
 
@@ -17,23 +16,6 @@ using release = py::call_guard<py::gil_scoped_release>;
 std::chrono::milliseconds milliseconds(double seconds) {
     if (!(seconds > 0 && seconds <= 1e6)) throw py::value_error("a timeout is above 0 and at most 1e6 seconds");
     return std::chrono::milliseconds(static_cast<std::int64_t>(std::ceil(seconds * 1000)));
-}
-
-// Runs what the program wants to be done about a signal. Only the main thread can; the group's own thread knows no
-// Python. True: that raised, and the exception is set on this thread.
-bool is_interrupted() {
-    if (PyGILState_GetThisThreadState() == nullptr) return false;
-    const py::gil_scoped_acquire acquired;
-    return PyErr_CheckSignals() != 0;
-}
-
-// Lets the exception of the program's signal handler through, which is set already.
-void translate_interruption(std::exception_ptr thrown) {
-    try {
-        if (thrown) std::rethrow_exception(thrown);
-    } catch (const Interrupted&) {
-        if (PyErr_Occurred() == nullptr) PyErr_SetNone(PyExc_KeyboardInterrupt);
-    }
 }
 
 using GroupPointer = std::shared_ptr<Group>;
@@ -58,7 +40,6 @@ Token token_of(const std::string& bytes) {
 
 void register_requests(py::module_& m) {
     py::register_exception<CommunicationError>(m, "CommunicationError", PyExc_RuntimeError);
-    py::register_exception_translator(&translate_interruption);
     py::enum_<Element>(m, "Element")
         .value("f32", Element::f32)
         .value("f16", Element::f16)

@@ -29,6 +29,7 @@ LAYERS = (
     "data",
     "monitor",
     "step",
+    "checkpoint",
     "engine",
     "utils",
     "cli",

@@ -180,7 +180,7 @@ void Group::State::run_next(std::unique_lock<std::mutex>& lock) {
     if (operation->memory != nullptr) executed_.push_back(operation);
     done_.notify_all();
     if (queued_for_thread_ > 0) work_.notify_one();
-    if (interrupted) throw Interrupted();
+    if (interrupted) throw Interrupted("another rank");
 }
 
 void Group::State::communicate() {
@@ -244,8 +244,7 @@ void Group::State::close(const std::string& reason) {
     channels_.leave_pages();
 }
 
-Group::Group(Membership membership, std::chrono::milliseconds timeout, int threads,
-             std::function<bool()> is_interrupted)
+Group::Group(Membership membership, std::chrono::milliseconds timeout, int threads, IsInterrupted is_interrupted)
     : state_(std::make_unique<State>(std::move(membership), timeout, threads, std::move(is_interrupted))) {}
 
 Group::~Group() {

@@ -115,7 +115,7 @@ void Peers::await(std::vector<Awaited> missing, std::uint32_t target, const Desc
 void Peers::require_uninterrupted(const Describe& describe) {
     if (!is_interrupted_ || !is_interrupted_()) return;
     give_up("it was interrupted in " + describe() + " by Ctrl-C or another signal", Standing::interrupted);
-    throw Interrupted();
+    throw Interrupted("another rank");
 }
 
 void Peers::await_own_interruption(const Describe& describe) {

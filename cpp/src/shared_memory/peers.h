@@ -18,16 +18,13 @@
 #include <string>
 #include <vector>
 
+#include "partita/interruption.h"
 #include "partita/shared_memory/membership.h"
 #include "shared_memory/control.h"
 
 namespace partita {
 
 using Describe = std::function<std::string()>;  // what a rank was doing when it had to wait
-// Asked every now and then by a thread that waits: whether the wait is to end, as the program has been interrupted.
-using IsInterrupted = std::function<bool()>;
-
-inline constexpr auto look_around_every = std::chrono::milliseconds(50);
 
 class Peers {
   public:

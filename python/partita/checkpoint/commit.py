@@ -74,8 +74,11 @@ class Staging:
         self.path.mkdir()
         self._phase = _Phase.OPEN
 
-    def publish(self) -> Path:
-        """Makes the folder the checkpoint of its tag, which `latest` then names; see [Note: the commit].
+    def publish(self, is_latest: bool = True) -> Path:
+        """Makes the folder the checkpoint of its tag, see [Note: the commit].
+
+        Args:
+            is_latest: `latest` names it then.
 
         Returns:
             The checkpoint's folder, DIRECTORY/TAG.
@@ -96,7 +99,8 @@ class Staging:
             self._phase = _Phase.OPEN
             raise
         sync_folder(self._directory)
-        self._write_latest()
+        if is_latest:
+            self._write_latest()
         if old is not None:
             with suppress(OSError):  # the checkpoint is there; the next sweep() warns about what is left
                 remove(old)

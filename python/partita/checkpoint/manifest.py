@@ -77,7 +77,10 @@ def _checked_moment(text: str) -> str:
 
 def _checked_facts(facts: dict[str, JsonValue]) -> dict[str, JsonValue]:
     """Facts that are read back as they are written: no NaN, no half characters, no numbers beyond 64 bits."""
-    parse_json(json.dumps(facts).encode(), "the facts")
+    try:
+        parse_json(json.dumps(facts).encode(), "the facts")
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None  # which pydantic collects
     return facts
 
 

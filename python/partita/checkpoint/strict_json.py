@@ -18,7 +18,7 @@ def parse_json(data: bytes, where: str) -> Any:
     """The value that is written in `data`.
 
     What other readers of JSON let pass is refused: text that is not UTF-8, half a surrogate pair, a key written twice,
-    NaN and Infinity (also as 1e999), integers outside of 64 bits, and more than MAX_DEPTH levels.
+    NaN and Infinity (also as 1e999), integers outside of 64 bits and -0, and more than MAX_DEPTH levels.
 
     Args:
         where: names the file in the error.
@@ -69,6 +69,8 @@ def _integer(text: str) -> int:
     # Python's own conversion takes quadratic time.
     if len(text) > MAX_NUMBER_CHARACTERS or not -(2**63) <= int(text) < 2**63:
         raise ValueError(f"the number {text[:24]}{'...' if len(text) > 24 else ''} has more than 64 bits")
+    if text == "-0":
+        raise ValueError("-0 is written, which is no integer")
     return int(text)
 
 

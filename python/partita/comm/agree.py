@@ -89,7 +89,7 @@ def _bytes_by_rank(communicator: Communicator, data: bytes) -> list[bytes]:
     own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     communicator.slice_of(gathered).copy_(own)
     communicator.all_gather(gathered).wait()
-    everything = bytes(gathered.tolist())
+    everything = gathered.cpu().numpy().tobytes()
     return [everything[begin : begin + len(data)] for begin in range(0, len(everything), len(data))]
 
 

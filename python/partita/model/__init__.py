@@ -2,16 +2,21 @@
 
 from partita.model.access import ParameterAccess, access_of
 from partita.model.accumulation import Accumulation
-from partita.model.export import save_weights
+from partita.model.export import DTYPE_NAMES, save_weights
 from partita.model.loss_scaling import LossScaling
 from partita.model.part import ModelPart
+from partita.model.plain import from_plain, to_plain
 from partita.model.random_state import RandomState
-from partita.model.state import Quantity, Section, Snapshot, Stateful, TrainState
+from partita.model.state import WEIGHT, DiffersByRank, KeepsValues, Quantity, Section, Snapshot, Stateful, TrainState
 from partita.model.take import device_of, require_only_parameters_of
 from partita.model.weights import clone_state_dict
 
 __all__ = [
+    "DTYPE_NAMES",
+    "WEIGHT",
     "Accumulation",
+    "DiffersByRank",
+    "KeepsValues",
     "LossScaling",
     "ModelPart",
     "ParameterAccess",
@@ -24,6 +29,8 @@ __all__ = [
     "access_of",
     "clone_state_dict",
     "device_of",
+    "from_plain",
     "require_only_parameters_of",
     "save_weights",
+    "to_plain",
 ]

@@ -81,9 +81,12 @@ class Accumulation:
         self.micro_steps -= self.micro_steps % self._micro_batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Micro-batches so far."""
-        return {"micro_steps": self.micro_steps}
+        """Micro-batches so far, and those of a step."""
+        return {"micro_steps": self.micro_steps, "micro_batches": self._micro_batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse of `state_dict`."""
-        self.micro_steps = state["micro_steps"]
+        """The reverse of `state_dict`. Where a step has another number of micro-batches now, the same number of steps
+        counts: the next micro-batch begins a step."""
+        steps, amid = divmod(state["micro_steps"], state["micro_batches"])
+        same = state["micro_batches"] == self._micro_batches
+        self.micro_steps = steps * self._micro_batches + (amid if same else 0)

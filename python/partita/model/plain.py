@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MARKS = ("tuple", "items", "counter", "float", "bytes", "tensor")
+MARKS = ("tuple", "items", "counter", "int", "float", "bytes", "tensor")
+INTEGERS = range(-(2**63), 2**63)  # those that every reader of JSON reads
 
 
 def to_plain(value: Any, path: str) -> Any:
@@ -24,8 +25,10 @@ def to_plain(value: Any, path: str) -> Any:
     Raises:
         TypeError: something that is neither a number, a string, bytes, a tensor, nor a list, tuple or dict of such.
     """
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or isinstance(value, bool | str):
         return value
+    if isinstance(value, int):
+        return value if value in INTEGERS else {"int": str(value)}
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": repr(value)}
     if isinstance(value, np.generic):
@@ -66,6 +69,8 @@ def from_plain(plain: Any) -> Any:
             return {from_plain(key): from_plain(item) for key, item in content}
         if mark == "counter":
             return Counter({from_plain(key): from_plain(item) for key, item in content})
+        if mark == "int":
+            return int(content)
         if mark == "float":
             return float(content)
         if mark == "bytes":

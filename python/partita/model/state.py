@@ -13,13 +13,13 @@ a split master is what the parameter lacks of it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from partita.comm import Communicator, raise_together
 from partita.model.part import ModelPart
@@ -50,14 +50,30 @@ class KeepsValues(Stateful, Protocol):
             ValueError: the state is of other parameters.
         """
 
+    def keeping(self, state: dict[str, Any] | None, names: Collection[str], applied: int) -> dict[str, Any] | None:
+        """`state` (None: nothing is loaded), made such that these parameters go on with what they have now in a run
+        that has applied so many steps."""
+
+
+@runtime_checkable
+class DiffersByRank(Stateful, Protocol):
+    """Each rank has a state of its own."""
+
+    def from_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+        """The state that this rank loads.
+
+        Args:
+            states: of all ranks of the run that saved them. Their number, and what each had, may differ from here.
+            rank, world_size: of this process.
+        """
+
 
 @dataclass(frozen=True)
 class Section:
-    """A small state by name. `differs`: each rank has a state of its own."""
+    """A small state by name. The states of an owner that is `DiffersByRank` differ from rank to rank."""
 
     name: str
     owner: Stateful
-    differs: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,16 +158,41 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Buffers, and parameters that are not trained and not partitioned, by name."""
+        return {**self.untrained(), **self.buffers()}
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter, by name."""
+        shapes = {name: tuple(p.shape) for part in self._parts for name, p in part.untrained.items()}
+        for part in self._parts:
+            shapes.update((slot.name, slot.shape) for flat in (*part.units, *part.frozen) for slot in flat.layout.slots)
+        return shapes
+
+    def untrained(self) -> dict[str, Tensor]:
+        """Parameters that are not trained and not partitioned, by name; the same values on all ranks."""
         found: dict[str, Tensor] = {}
         for part in self._parts:
             partitioned = {p for flat in part.frozen for p in flat.parameters}
             found.update((n, p.detach()) for n, p in part.untrained.items() if p not in partitioned)
-            found.update(part.module.named_buffers())
         return found
 
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers by name, also those that a state dict leaves out."""
+        return {name: buffer for part in self._parts for name, buffer in part.module.named_buffers()}
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Of the parts."""
+        return [part.module for part in self._parts]
+
+    @property
+    def world(self) -> Communicator:
+        """The ranks that go on together."""
+        return self._world
+
     @torch.no_grad()
-    def copy(self) -> Snapshot:
-        """The state as it is between two steps. A collective.
+    def take_sections(self) -> dict[str, Any]:
+        """The small states by name, as JSON has them. All that was written counts, and ranks share their buffers. A
+        collective.
 
         Raises:
             RuntimeError: in the midst of a step, whose gradients are no part of the state.
@@ -166,6 +207,17 @@ class TrainState:
         self._agree(take_sections)
         for part in self._parts:
             part.share_buffers()
+        return sections
+
+    @torch.no_grad()
+    def copy(self) -> Snapshot:
+        """The state as it is between two steps. A collective.
+
+        Raises:
+            RuntimeError: in the midst of a step, whose gradients are no part of the state.
+            TypeError, ValueError: a section has something that cannot be saved; names it.
+        """
+        sections = self.take_sections()
         values = {}
         for quantity in self.quantities():
             flat = quantity.read()
@@ -180,9 +232,10 @@ class TrainState:
         Raises:
             ValueError: the state lacks something that this run has, or the other way round; names it.
         """
-        self._agree(partial(self._require_idle, "a training state is loaded"))
+        self.require_idle("a training state is loaded")
         self._agree(partial(self._require_all, snapshot))
-        self._agree(partial(self._load_sections, snapshot))
+        states = {name: from_plain(state) for name, state in snapshot.sections.items()}
+        self.load_sections(states)
         for quantity in self.quantities():
             flat = quantity.read().clone()
             for s in quantity.slices:
@@ -190,6 +243,26 @@ class TrainState:
             quantity.write(flat)
         for name, tensor in self.tensors().items():
             tensor.copy_(snapshot.tensors[name])
+
+    def require_idle(self, when: str) -> None:
+        """Between two steps all that was written counts. A collective.
+
+        Args:
+            when: for the error.
+
+        Raises:
+            RuntimeError: in the midst of a step.
+        """
+        self._agree(partial(self._require_idle, when))
+
+    def load_sections(self, states: Mapping[str, dict[str, Any]]) -> None:
+        """Sections take these states, all or none: a section may refuse what it is given. Sections without a state
+        stay. A collective.
+
+        Raises:
+            ValueError: a section refuses its state; nothing has changed then.
+        """
+        self._agree(partial(self._load_sections, states))
 
     def _agree(self, step: Callable[[], None]) -> None:
         """Does what may be refused on one rank; all ranks raise together."""
@@ -218,15 +291,18 @@ class TrainState:
         _require_equal("value", {f"{q} of {p}" for p, q in here}, {f"{q} of {p}" for p, q in snapshot.values})
         _require_equal("tensor", set(self.tensors()), snapshot.tensors)
 
-    def _load_sections(self, snapshot: Snapshot) -> None:
-        """All of them, or none: a section may refuse what it is given. Those that keep values come last, as they have
-        been asked already."""
-        sections = sorted(self.sections, key=lambda section: isinstance(section.owner, KeepsValues))
-        small = [section for section in sections if not isinstance(section.owner, KeepsValues)]
+    def _load_sections(self, states: Mapping[str, dict[str, Any]]) -> None:
+        """Those that keep values come last: they refuse before they change."""
+        given = [section for section in self.sections if section.name in states]
+        for section in given:
+            if isinstance(section.owner, KeepsValues):
+                section.owner.values_of(states[section.name])
+        given.sort(key=lambda section: isinstance(section.owner, KeepsValues))
+        small = [section for section in given if not isinstance(section.owner, KeepsValues)]
         before = [(section, to_plain(section.owner.state_dict(), section.name)) for section in small]
         try:
-            for section in sections:
-                section.owner.load_state_dict(from_plain(snapshot.sections[section.name]))
+            for section in given:
+                section.owner.load_state_dict(states[section.name])
         except Exception:
             for section, state in before:
                 section.owner.load_state_dict(from_plain(state))

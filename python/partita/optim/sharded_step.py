@@ -13,7 +13,8 @@ from partita.optim.fused_adam import is_native
 from partita.optim.groups import digest_of_step
 from partita.optim.step_control import StepController
 from partita.optim.step_hooks import StepCall, StepHooks
-from partita.optim.updates import NativeAdam, ShardUpdate, TorchUpdate
+from partita.optim.torch_update import TorchUpdate
+from partita.optim.updates import NativeAdam, ShardUpdate
 from partita.optim.waiting import frozen_slots
 from partita.units import ParameterGathers, StagePolicy, Unit
 

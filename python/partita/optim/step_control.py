@@ -23,6 +23,7 @@ LOSS_SCALE_FIELDS = (
     "consecutive_skips",
     "at_minimum",
 )
+STEP_FIELDS = ("applied_steps", "skipped_steps")  # of these
 SUMS_BEGIN = _core.StepControl.nbytes + _core.LossScaleState.nbytes  # a multiple of 8
 SUMS = 5
 CONTROL_FIELDS = ("grad_norm", "grad_scale", "skip", "step")
@@ -134,14 +135,20 @@ class StepController:
         outcome = self.outcome().wait()
         return {
             "loss_scale": {name: getattr(outcome.loss_scale, name) for name in LOSS_SCALE_FIELDS},
+            "scales": self.scaler.dynamic,
             "last_step": {name: getattr(outcome.control, name) for name in CONTROL_FIELDS},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse of `state_dict`."""
+        """The reverse of `state_dict`. A scale that is not the outcome of the same rules there and here stays as it
+        begins here, and only the steps are counted on."""
+        saved = dict(state["loss_scale"])
+        if not (self.scaler.dynamic and state["scales"]):
+            initial = self.scaler.initial()
+            saved |= {name: getattr(initial, name) for name in LOSS_SCALE_FIELDS if name not in STEP_FIELDS}
         memory = torch.zeros_like(self._memory, device=HOST)
         _core.StepControl(**state["last_step"]).write(kernels.address(memory))
-        _core.LossScaleState(**state["loss_scale"]).write(kernels.address(memory[_core.StepControl.nbytes :]))
+        _core.LossScaleState(**saved).write(kernels.address(memory[_core.StepControl.nbytes :]))
         self._memory.copy_(memory)
 
     def outcome(self) -> PendingOutcome:

@@ -1,23 +1,21 @@
-"""How the shards are updated: natively, or by any element-wise torch optimizer."""
+"""How the shards are updated: what an update is, and the native one."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from partita._core import AdamPart, Segments
-from partita.device import HOST, FreedMemory, kernels
+from partita.device import HOST, kernels
 from partita.optim.fused_adam import FusedAdam, adam_group
 from partita.optim.step_control import StepController
-from partita.optim.step_hooks import StepCall, step_without_hooks
+from partita.optim.step_hooks import StepCall
 from partita.optim.waiting import WaitedSteps, frozen_slots
-from partita.units import ShardSlice, Slot, Unit
+from partita.units import Slot, Unit
 
 # By parameter, and some optimizers' own by other keys.
 States = dict[Any, dict[str, Any]]
@@ -54,6 +52,20 @@ class ShardUpdate(ABC):
     @abstractmethod
     def values_of(self, state: dict[str, Any]) -> set[tuple[str, str]]:
         """(parameter, name in `Unit.states`) of the values that this rank has once `state` has been loaded."""
+
+    @abstractmethod
+    def from_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+        """What `load_state_dict()` takes here, out of the `state_dict()` of all ranks of a run whose ranks kept other
+        parts of the same parameters.
+
+        Raises:
+            ValueError: another kind of optimizer saved these states.
+        """
+
+    @abstractmethod
+    def keeping(self, state: dict[str, Any] | None, names: Collection[str], applied: int) -> dict[str, Any] | None:
+        """`state` (None: nothing is loaded), made such that these parameters go on with what they have now in a run
+        that has applied so many steps."""
 
     @abstractmethod
     def states(self) -> States:
@@ -134,6 +146,18 @@ class NativeAdam(ShardUpdate):
             raise ValueError(f"native Adam has nothing of '{others[0]}', of which there is a state")
         return {(s.slot.name, name) for unit in self._units for s in unit.own_slices() for name in unit.states}
 
+    def from_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+        waited = {name: steps for state in states for name, steps in state.get("waited", {}).items()}
+        others = {key: value for state in states for key, value in state.items() if key != "waited"}
+        return {**others, "waited": waited} if waited else others
+
+    def keeping(self, state: dict[str, Any] | None, names: Collection[str], applied: int) -> dict[str, Any] | None:
+        here = self._controller.loss_scale.applied_steps
+        waited = self._waits.after(here)
+        counts = {name: applied - (here - waited.get(name, 0)) for name in names}
+        kept = {**(state or {}).get("waited", {}), **{name: steps for name, steps in counts.items() if steps}}
+        return {**(state or {}), "waited": kept} if kept else state
+
     def states(self) -> States:
         applied = self._controller.loss_scale.applied_steps
         waited = self._waits.after(applied)
@@ -159,167 +183,6 @@ class NativeAdam(ShardUpdate):
         return  # its param groups are as they were
 
 
-class TorchUpdate(ShardUpdate):
-    """A torch optimizer whose param groups hold pieces of the flat fp32 masters while it steps. Programs and hooks see
-    the parameters there.
-
-    A parameter that lies whole in this rank's range keeps its shape, so in stage 0 every optimizer sees what it would
-    see without Partita. The optimizer runs once per step over all pieces: it may couple them.
-
-    After each step, every tensor of the optimizer's state that has an element for each element of its piece is moved
-    into `Unit.states`, and the optimizer has a view of it. A tensor that shares its memory with others stays where it
-    is, as somebody writes there through another name; the state of such an optimizer cannot be saved.
-
-    On a GPU the host waits for the decision whether the step is skipped: optimizers of others cannot read it there.
-    """
-
-    def __init__(self, optimizer: Optimizer, units: list[Unit], controller: StepController) -> None:
-        self._optimizer = optimizer
-        self._units = units
-        self._controller = controller
-        self._skips = False
-        # Some (Adagrad) make their state when constructed, and again when it is missing: the pieces take the place of
-        # the parameters that it belongs to.
-        optimizer.state.clear()
-        self._pieces = [[_piece(unit.full_precision(), s) for s in unit.own_slices()] for unit in units]
-        self._views: dict[tuple[int, str], Tensor] = {}  # of `Unit.states`, as the optimizer has them
-
-    def begin(self, call: StepCall) -> None:
-        control = self._controller.last
-        self._skips = control.skip
-        if self._skips:
-            return
-        for unit, pieces in zip(self._units, self._pieces, strict=True):
-            grads = unit.reduced
-            if grads.dtype != torch.float32:
-                grads = torch.empty_like(grads, dtype=torch.float32)
-            kernels.cast(grads, unit.reduced, scale=control.grad_scale)
-            frozen = unit.frozen_slots()
-            for s, piece in zip(unit.own_slices(), pieces, strict=True):
-                piece.grad = None if s.slot in frozen else _piece(grads, s)
-        with self._pieces_in_groups():
-            step_without_hooks(self._optimizer, call)
-        for pieces in self._pieces:
-            for piece in pieces:
-                piece.grad = None
-        self._take_states()
-
-    def update(self, indices: Iterable[int]) -> None:
-        for unit in (self._units[i] for i in indices):
-            if self._skips:
-                continue
-            if unit.dtype != torch.float32:
-                kernels.split_master(unit.updated, unit.full_precision())
-            unit.publish()
-
-    def state_dict(self) -> dict[str, Any]:
-        parameters: dict[str, Any] = {}
-        for unit, s, piece in self._all_pieces():
-            state = self._optimizer.state.get(piece)
-            if not state:
-                continue
-            views = {key: self._views.get((id(piece), key)) for key in state}
-            moved = {key: view for key, view in views.items() if view is not None and view is state[key]}
-            rest = {key: value for key, value in state.items() if key not in moved}
-            shared = next((key for key in rest if s.slot in unit.kept.get(key, {})), None)
-            if shared is not None:
-                raise ValueError(
-                    f"{type(self._optimizer).__name__} keeps '{shared}' of parameter '{s.slot.name}' in memory that it "
-                    "shares with something else, which could not be so after a restart: its state cannot be saved"
-                )
-            parameters[s.slot.name] = {
-                "elements": {key: (str(value.dtype), tuple(value.shape)) for key, value in moved.items()},
-                "rest": rest,
-                "beside": [k for k, v in rest.items() if isinstance(v, Tensor) and v.device == piece.device],
-            }
-        others = {key: value for key, value in self._optimizer.state.items() if not isinstance(key, Tensor)}
-        return {"parameters": parameters, "others": others}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.values_of(state)  # which refuses
-        self._optimizer.state.clear()
-        self._views.clear()
-        for unit in self._units:
-            unit.states, unit.kept = {}, {}
-        for unit, s, piece in self._all_pieces():
-            saved = state["parameters"].get(s.slot.name)
-            if saved is None:
-                continue
-            own = self._optimizer.state[piece]
-            for key, (dtype, shape) in saved["elements"].items():
-                own[key] = self._view(unit, s, piece, key, getattr(torch, dtype.removeprefix("torch.")), tuple(shape))
-            own.update(saved["rest"])
-            own.update((key, own[key].to(piece.device)) for key in saved["beside"])
-        self._optimizer.state.update(state["others"])
-
-    def values_of(self, state: dict[str, Any]) -> set[tuple[str, str]]:
-        names = {s.slot.name for _, s, _ in self._all_pieces()}
-        unknown = next((name for name in state["parameters"] if name not in names), None)
-        if unknown is not None:
-            raise ValueError(f"the optimizer has no parameter '{unknown}' on this rank, of which there is a state")
-        return {
-            (name, _flat_name(key, getattr(torch, dtype.removeprefix("torch."))))
-            for name, saved in state["parameters"].items()
-            for key, (dtype, _) in saved["elements"].items()
-        }
-
-    def states(self) -> States:
-        found: States = {key: value for key, value in self._optimizer.state.items() if not isinstance(key, Tensor)}
-        parameters = {s: p for unit in self._units for s, p in zip(unit.layout.slots, unit.parameters, strict=True)}
-        for _, s, piece in self._all_pieces():
-            if state := self._optimizer.state.get(piece):
-                values = ((key, v.clone() if isinstance(v, Tensor) else v) for key, v in state.items())
-                found[parameters[s.slot]] = dict(values)
-        return found
-
-    def close(self) -> None:
-        self._optimizer.state.clear()
-        self._views.clear()
-
-    @contextmanager
-    def _pieces_in_groups(self) -> Iterator[None]:
-        groups = self._optimizer.param_groups
-        given = [group["params"] for group in groups]
-        for i, group in enumerate(groups):
-            group["params"] = [piece for _, s, piece in self._all_pieces() if s.slot.group == i]
-        try:
-            yield
-        finally:
-            for group, parameters in zip(groups, given, strict=True):
-                group["params"] = parameters
-
-    def _all_pieces(self) -> Iterable[tuple[Unit, ShardSlice, Tensor]]:
-        for unit, pieces in zip(self._units, self._pieces, strict=True):
-            for s, piece in zip(unit.own_slices(), pieces, strict=True):
-                yield unit, s, piece
-
-    def _take_states(self) -> None:
-        freed = FreedMemory()
-        for unit, s, piece in self._all_pieces():
-            state = self._optimizer.state.get(piece, {})
-            for key, value in state.items():
-                view = self._views.get((id(piece), key))
-                if not isinstance(value, Tensor) or value is view or not _covers(key, value, piece):
-                    continue
-                if not _owns_its_memory(value, state):
-                    unit.kept.setdefault(key, {})[s.slot] = value
-                    continue
-                if view is None or view.dtype != value.dtype or view.shape != value.shape:
-                    view = self._view(unit, s, piece, key, value.dtype, tuple(value.shape))
-                    freed.add(value.nbytes)
-                state[key] = view.copy_(value)
-
-    def _view(
-        self, unit: Unit, s: ShardSlice, piece: Tensor, key: str, dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> Tensor:
-        name = _flat_name(key, dtype)
-        if name not in unit.states:
-            unit.states[name] = unit.state_buffer(dtype)
-        view = unit.states[name][s.in_shard].view(shape)
-        self._views[id(piece), key] = unit.kept.setdefault(key, {})[s.slot] = view
-        return view
-
-
 def _adam_part(unit: Unit, segments: Segments) -> kernels.Part[AdamPart]:
     return kernels.adam_part(
         grads=unit.reduced,
@@ -330,25 +193,3 @@ def _adam_part(unit: Unit, segments: Segments) -> kernels.Part[AdamPart]:
         params=None if unit.dtype == torch.float32 else unit.updated,
         segments=segments,
     )
-
-
-def _covers(key: str, value: Tensor, piece: Tensor) -> bool:
-    """Whether a state has an element for each element of a piece. A count of steps has not, even for one element."""
-    return key != "step" and (value.shape == piece.shape or value.numel() == piece.numel() > 1)
-
-
-def _owns_its_memory(value: Tensor, state: dict[str, Any]) -> bool:
-    """Whether nothing else of a parameter's state, and no larger buffer of the optimizer's, has this memory."""
-    storage = value.untyped_storage()
-    others = sum(isinstance(v, Tensor) and v.untyped_storage()._cdata == storage._cdata for v in state.values())
-    return storage.nbytes() == value.nbytes and others == 1
-
-
-def _flat_name(key: str, dtype: torch.dtype) -> str:
-    """The name in `Unit.states` of a state; optimizers may keep one state in several dtypes."""
-    return key if dtype == torch.float32 else f"{key}:{str(dtype).removeprefix('torch.')}"
-
-
-def _piece(flat: Tensor, s: ShardSlice) -> Tensor:
-    piece = flat[s.in_shard]
-    return piece.view(s.slot.shape) if s.numel == s.slot.numel else piece

@@ -130,6 +130,15 @@ class Unit(FlatParameters):
         if self.updated is not self.own_params:
             self.own_params.copy_(self.updated, non_blocking=True)
 
+    def stored_weights(self) -> dict[str, Tensor]:
+        """How the weights of this rank's own range are kept, nothing converted: "" what the model computes with, and
+        where that is 16 bits "weight", the fp32 masters, or "remainder", the int16 that a split master has beside it.
+        """
+        if self.dtype == torch.float32 and self.master is not None:
+            return {"": self.master}
+        beside = {"weight": self.master, "remainder": self.remainder}
+        return {"": self.updated, **{name: flat for name, flat in beside.items() if flat is not None}}
+
     def full_precision(self) -> Tensor:
         """The fp32 weights of this rank's own range: the masters themselves, or a copy where they are split."""
         if self.master is not None:

@@ -12,10 +12,10 @@
 
 #include <chrono>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <string>
 
+#include "partita/interruption.h"
 #include "partita/shared_memory/mapped_slices.h"
 #include "partita/shared_memory/membership.h"
 #include "partita/shared_memory/request.h"
@@ -30,8 +30,7 @@ class Group {
     // `timeout`: how long a rank may be waited for. `threads`: that reduce or copy one large buffer together.
     // `is_interrupted`: asked by threads that wait, the group's own one too, every 50 ms and after each signal handler.
     // Where the answer is true, the group has failed and the call throws Interrupted.
-    Group(Membership membership, std::chrono::milliseconds timeout, int threads,
-          std::function<bool()> is_interrupted = {});
+    Group(Membership membership, std::chrono::milliseconds timeout, int threads, IsInterrupted is_interrupted = {});
     ~Group();
 
     int rank() const;

@@ -14,12 +14,6 @@ class CommunicationError : public std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// A wait has ended because the program was interrupted (see Group); the group no longer works.
-class Interrupted : public std::runtime_error {
-  public:
-    Interrupted() : std::runtime_error("interrupted while waiting for another rank") {}
-};
-
 enum class Element : std::uint8_t { f32, f16, bf16, f64, byte };
 enum class Collective : std::uint8_t { barrier, all_reduce, reduce_scatter, all_gather, broadcast };
 

@@ -1,0 +1,113 @@
+"""Loading: every rank reads its own parts, whatever ranks, stage and precision the checkpoint was saved with."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from partita.checkpoint.agreement import from_rank_0, together
+from partita.checkpoint.errors import CheckpointError
+from partita.checkpoint.folder import find
+from partita.checkpoint.manifest import manifest_text, parse_manifest
+from partita.checkpoint.saved_state import STATE, SavedState, parse_state
+from partita.checkpoint.stored import Stored, read_whole
+from partita.checkpoint.values import ValueReader
+from partita.model import WEIGHT, DiffersByRank, KeepsValues, Section, TrainState, from_plain
+
+logger = logging.getLogger("partita")
+
+# Sections of the training state that a caller may leave out.
+OPTIMIZER, OPTIMIZER_STATES, SCHEDULE = "optimizer", "optimizer_states", "lr_scheduler"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is loaded beside the weights. strict: the names of the model and of the checkpoint are the same."""
+
+    sections: bool = True
+    optimizer: bool = True
+    schedule: bool = True
+    strict: bool = True
+
+
+def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) -> tuple[Path, Any]:
+    """Takes the state of a checkpoint; returns its path and the program's own state. A collective.
+
+    Args:
+        tag: None: what `directory/latest` names.
+
+    Raises:
+        RuntimeError: in the midst of a step.
+        CheckpointError: there is no such checkpoint, it is damaged, or it does not fit; on all ranks alike. Nothing
+            has changed, unless the message says so.
+    """
+    world = state.world
+    state.require_idle("a checkpoint is loaded")
+    what = f"the checkpoint in '{directory}' was not loaded"
+
+    def look() -> str:
+        found = find(directory, tag)
+        if STATE not in found.manifest.files:
+            raise CheckpointError(f"'{found.path}' has no {STATE} in its manifest: it was not written by Partita")
+        small = read_whole(found.path, STATE, found.manifest.files[STATE]).decode()
+        return json.dumps([str(found.path), manifest_text(found.manifest), small])
+
+    path, manifest_json, small = json.loads(from_rank_0(world, what, look))
+    folder = Path(path)
+    what = f"the checkpoint '{folder}' was not loaded"
+    manifest, saved = together(
+        world, what, lambda: (parse_manifest(manifest_json.encode(), path), parse_state(small.encode(), path))
+    )
+    with together(world, what, partial(Stored, folder, manifest)) as stored:
+        reader = together(world, what, partial(ValueReader, state, stored, wanted.strict))
+        states = together(world, what, partial(_sections, state, saved, wanted, reader))
+        state.load_sections(states)
+        broken = f"the checkpoint '{folder}' was loaded in part, so the engine has a mixture"
+        for quantity in state.quantities():
+            if quantity.name == WEIGHT:
+                quantity.write(together(world, broken, partial(reader.weights, quantity)))
+        together(world, broken, partial(reader.others, wanted.sections and wanted.optimizer))
+        logger.info(f"loaded '{folder}', step {manifest.step}; rank 0 read {reader.bytes_read:,} bytes")
+    return folder, from_plain(saved.client_state)
+
+
+def _sections(state: TrainState, saved: SavedState, wanted: Wanted, reader: ValueReader) -> dict[str, dict[str, Any]]:
+    """The state that each section takes."""
+    if not wanted.sections:
+        return {}
+    skipped = set() if wanted.optimizer else {OPTIMIZER, OPTIMIZER_STATES}
+    skipped |= set() if wanted.schedule else {SCHEDULE}
+    found = {s.name: _saved_by_ranks(s, state, saved) for s in state.sections if s.name not in skipped}
+    states = {name: value for name, value in found.items() if value is not None}
+    if len(states) < len(found) and wanted.strict:
+        missing = next(name for name in found if name not in states)
+        raise CheckpointError(
+            f"it has no state of '{missing}', which this run has: load_module_strict=False goes on without"
+        )
+    for section in state.sections:
+        if isinstance(section.owner, KeepsValues):
+            if section.name in states:
+                reader.require(section.owner.values_of(states[section.name]))
+            names = reader.left_out if section.name in states else reader.parameters
+            kept = section.owner.keeping(states.get(section.name), names, _applied_steps(saved))
+            if kept is not None:
+                states[section.name] = kept
+    return states
+
+
+def _saved_by_ranks(section: Section, state: TrainState, saved: SavedState) -> dict[str, Any] | None:
+    """The saved state of a section, for this rank; None: there is none."""
+    if isinstance(section.owner, DiffersByRank):
+        by_rank = [from_plain(one[section.name]) for one in saved.ranks if section.name in one]
+        return section.owner.from_ranks(by_rank, state.world.rank, state.world.world_size) if by_rank else None
+    return from_plain(saved.sections[section.name]) if section.name in saved.sections else None
+
+
+def _applied_steps(saved: SavedState) -> int:
+    """The updates that the run had made."""
+    step = from_plain(saved.sections.get("step", {}))
+    return int(step.get("loss_scale", {}).get("applied_steps", 0))

@@ -1,0 +1,213 @@
+"""Saving: all ranks write their own parts of the same files."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from partita.checkpoint.agreement import from_rank_0, together
+from partita.checkpoint.commit import Staging, sweep
+from partita.checkpoint.disk import write_durably
+from partita.checkpoint.errors import CheckpointError
+from partita.checkpoint.layout import FileLayout, TensorSpec, index_text, lay_out
+from partita.checkpoint.manifest import CHUNK_BYTES, FORMAT, MANIFEST, VERSION, FileRecord, Manifest, manifest_text
+from partita.checkpoint.pieces import MODEL, OPTIMIZER, Piece, Place, StoredNames, pieces, stem_of
+from partita.checkpoint.saved_state import STATE, SavedState, state_text
+from partita.checkpoint.transfer import Transfer, digest_text
+from partita.comm import Communicator, text_by_rank
+from partita.model import DTYPE_NAMES, DiffersByRank, TrainState, to_plain
+
+# (file, offset, length, digest) of what was written in one piece.
+Chunk = tuple[int, int, int, str]
+
+
+@dataclass(frozen=True)
+class About:
+    """What a manifest says about the run.
+
+    facts: for people. is_latest: the checkpoint is the one that is loaded when no tag is given.
+    """
+
+    step: int
+    samples: int
+    facts: dict[str, Any]
+    is_latest: bool = True
+
+
+def save(state: TrainState, directory: Path, tag: str, about: About, client_state: Mapping[str, Any]) -> Path:
+    """Writes a checkpoint DIRECTORY/TAG; returns its path. A collective.
+
+    Every rank writes its own part of every tensor, straight from where it is. An older checkpoint of the same tag is
+    there until the new one is complete.
+
+    Args:
+        client_state: the program's own; rank 0's is saved.
+
+    Raises:
+        RuntimeError: in the midst of a step.
+        TypeError, ValueError: a state has something that cannot be saved; names it.
+        CheckpointError: the checkpoint was not written, for the reason that it gives; on all ranks. What was there
+            before is still there.
+    """
+    world = state.world
+    sections = state.take_sections()
+    what = f"the checkpoint '{directory / tag}' was not saved"
+    client, names = together(world, what, lambda: (to_plain(client_state, "client_state"), StoredNames(state)))
+    mine = list(pieces(state, names))
+    files = together(world, what, partial(_lay_out, _all_specs(world, mine, names)))
+    staging: Staging | None = None
+
+    def begin() -> str:
+        nonlocal staging
+        sweep(directory)
+        staging = Staging(directory, tag)
+        staging.create()
+        for file in files:
+            _preallocate(staging.path / file.name, file.size)
+        return str(staging.path)
+
+    try:
+        folder = Path(from_rank_0(world, what, begin))
+        chunks = together(world, what, partial(_write, folder, files, mine, world.rank == 0))
+        ends = {"differing": _differing(state, sections), "chunks": chunks}
+        by_rank = [json.loads(text) for text in text_by_rank(world, json.dumps(ends))]
+
+        def commit() -> str:
+            assert staging is not None
+            saved = _saved_state(state, sections, [end["differing"] for end in by_rank], client, names)
+            texts = {STATE: state_text(saved)}
+            for stem in (MODEL, OPTIMIZER):
+                index = index_text([file for file in files if stem_of(file.name) == stem])
+                if index is not None:
+                    texts[f"{stem}.safetensors.index.json"] = index
+            records = _records(files, [tuple(chunk) for end in by_rank for chunk in end["chunks"]])
+            for name, text in texts.items():
+                write_durably(staging.path / name, text.encode())
+                records[name] = _record_of(text.encode())
+            manifest = Manifest(
+                format=FORMAT,
+                version=VERSION,
+                tag=tag,
+                step=about.step,
+                samples=about.samples,
+                world_size=world.world_size,
+                created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                engine=about.facts,
+                files=records,
+            )
+            write_durably(staging.path / MANIFEST, manifest_text(manifest).encode())
+            return str(staging.publish(is_latest=about.is_latest))
+
+        return Path(from_rank_0(world, what, commit))
+    except BaseException:
+        if staging is not None:
+            staging.discard()
+        raise
+
+
+def _all_specs(world: Communicator, mine: Sequence[Piece], names: StoredNames) -> dict[str, list[TensorSpec]]:
+    """Every tensor of the checkpoint by stem, the same on all ranks. Those of the model are in the order of its state
+    dict."""
+    described = {
+        (piece.place.stem, piece.place.name): (
+            DTYPE_NAMES.get(piece.values.dtype, str(piece.values.dtype)),
+            list(piece.shape),
+        )
+        for piece in mine
+    }
+    found: dict[str, dict[str, TensorSpec]] = {MODEL: {}, OPTIMIZER: {}}
+    for text in text_by_rank(world, json.dumps([[*key, *value] for key, value in described.items()])):
+        for stem, name, dtype, shape in json.loads(text):
+            found[stem].setdefault(name, TensorSpec(name, dtype, tuple(shape)))
+    in_order = [found[MODEL][name] for name in names.order if name in found[MODEL]]
+    return {MODEL: in_order, OPTIMIZER: list(found[OPTIMIZER].values())}
+
+
+def _lay_out(specs: Mapping[str, list[TensorSpec]]) -> list[FileLayout]:
+    return [file for stem, tensors in specs.items() for file in lay_out(stem, tensors)]
+
+
+def _preallocate(path: Path, size: int) -> None:
+    """A new file of this size, whose bytes have their place on the disk."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        why = f"{os.strerror(error.errno or 0)} (there is no room for {size:,} bytes)"
+        raise OSError(error.errno, why, str(path)) from None
+    finally:
+        os.close(fd)
+
+
+def _write(folder: Path, files: Sequence[FileLayout], mine: Sequence[Piece], heads: bool) -> list[Chunk]:
+    """Writes this rank's pieces, and the headers if `heads`; they are on the disk afterwards."""
+    index = {Place(stem_of(file.name), name): i for i, file in enumerate(files) for name in file.begin}
+    with ExitStack() as exits:
+        transfer = exits.enter_context(Transfer())
+        fds = [_open(folder, file, exits) for file in files]
+        for i, file in enumerate(files):
+            if heads:
+                transfer.write_bytes(fds[i], 0, file.header, (i, file.name))
+        for piece in mine:
+            i = index[piece.place]
+            begin = files[i].begin[piece.place.name] + piece.first * piece.values.element_size()
+            transfer.write(fds[i], begin, piece.values, (i, f"'{piece.place.name}' in {files[i].name}"))
+        for i, fd in enumerate(fds):
+            transfer.sync(fd, (i, files[i].name))
+        return transfer.finish()
+
+
+def _open(folder: Path, file: FileLayout, exits: ExitStack) -> int:
+    try:
+        fd = os.open(folder / file.name, os.O_WRONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"host {socket.gethostname()} does not see '{folder / file.name}', which rank 0 has made: all ranks must "
+            "save into one folder, on a file system that all hosts share"
+        ) from None
+    exits.callback(os.close, fd)
+    return fd
+
+
+def _differing(state: TrainState, sections: Mapping[str, Any]) -> dict[str, Any]:
+    return {s.name: sections[s.name] for s in state.sections if isinstance(s.owner, DiffersByRank)}
+
+
+def _saved_state(
+    state: TrainState, sections: Mapping[str, Any], by_rank: list[Any], client: Any, names: StoredNames
+) -> SavedState:
+    differing = _differing(state, sections)
+    same = {name: section for name, section in sections.items() if name not in differing}
+    return SavedState(sections=same, ranks=by_rank, client_state=client, aliases=names.aliases)
+
+
+def _records(files: Sequence[FileLayout], chunks: Iterable[Any]) -> dict[str, FileRecord]:
+    """The chunks of every file, in the order of their offsets."""
+    by_file: list[list[tuple[int, int, str]]] = [[] for _ in files]
+    for i, offset, length, digest in chunks:
+        by_file[i].append((offset, length, digest))
+    records = {}
+    for file, written in zip(files, by_file, strict=True):
+        end = 0
+        for offset, length, _ in sorted(written):
+            if offset != end:
+                raise CheckpointError(f"{file.name}: no rank wrote the bytes from {end} on, or two did")
+            end += length
+        if end != file.size:
+            raise CheckpointError(f"{file.name}: no rank wrote the bytes from {end} to {file.size}")
+        in_order = [(length, digest) for _, length, digest in sorted(written)]
+        records[file.name] = FileRecord(size=file.size, chunks=in_order)
+    return records
+
+
+def _record_of(data: bytes) -> FileRecord:
+    parts = [data[begin : begin + CHUNK_BYTES] for begin in range(0, len(data), CHUNK_BYTES)]
+    return FileRecord(size=len(data), chunks=[(len(part), digest_text(part)) for part in parts])

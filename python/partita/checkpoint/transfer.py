@@ -1,0 +1,139 @@
+"""Bytes between tensors and files, in chunks with digests, by native threads."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from partita._core import FileQueue, xxh64
+from partita.checkpoint.errors import CheckpointError
+from partita.checkpoint.manifest import CHUNK_BYTES
+from partita.device import HOST, kernels
+
+COPIED_BYTES = 64 << 20  # of copies on the host that wait to be written, at most
+THREADS = 2
+
+# What a job is about: the number of a file, and words for an error.
+Label = tuple[int, str]
+
+
+def digest_text(data: bytes | bytearray) -> str:
+    """The digest of a chunk, as a manifest has it."""
+    raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return f"{xxh64(raw.data_ptr(), len(data)):016x}"
+
+
+@dataclass
+class _Job:
+    """offset, nbytes: in the file. expected: the digest, of what is read. kept: memory that must last until then."""
+
+    label: Label
+    offset: int
+    nbytes: int
+    expected: str | None = None
+    kept: list[Tensor] = field(default_factory=list)
+    then: tuple[Tensor, Tensor] | None = None  # (to, from): copied once it has been read
+
+
+class Transfer:
+    """Reads and writes of one rank, under way together.
+
+    Errors are raised by the call that waits: `finish()`, or one that needs room for copies.
+    """
+
+    def __init__(self) -> None:
+        self._queue = FileQueue(THREADS)
+        self._jobs: list[_Job] = []
+        self._done: list[tuple[int, int, int, str]] = []
+        self._copied = 0
+
+    def __enter__(self) -> Transfer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._queue.wait()  # the memory and the files must last until nobody uses them
+        self._jobs.clear()
+
+    def write(self, fd: int, offset: int, values: Tensor, label: Label) -> None:
+        """Writes a flat tensor, which must not change until `finish()`. Values of a device are copied."""
+        step = CHUNK_BYTES // values.element_size()
+        for first in range(0, values.numel(), step):
+            part = values[first : first + step]
+            if part.device.type != "cpu":
+                part = part.to(HOST)
+                self._make_room(part.nbytes)
+            self._write(fd, offset + first * values.element_size(), part, label)
+
+    def write_bytes(self, fd: int, offset: int, data: bytes, label: Label) -> None:
+        """Writes bytes as one chunk."""
+        self._write(fd, offset, torch.frombuffer(bytearray(data), dtype=torch.uint8), label)
+
+    def sync(self, fd: int, label: Label) -> None:
+        """What was written to `fd` so far will be on the disk."""
+        self._queue.sync(fd)
+        self._jobs.append(_Job(label, 0, 0))
+
+    def read(self, fd: int, offset: int, chunk: tuple[int, int, str], into: Tensor, label: Label) -> None:
+        """Reads a part of a chunk, whose digest is compared.
+
+        Args:
+            offset: of the part in the file; the part has as many bytes as `into`.
+            chunk: its offset in the file, its length and its digest.
+            into: flat.
+        """
+        begin, length, digest = chunk
+        raw = into.view(torch.uint8)
+        if into.device.type == "cpu" and (begin, length) == (offset, into.nbytes):
+            self._queue.read(fd, begin, kernels.address(into), length)
+            self._jobs.append(_Job(label, begin, length, digest, [into]))
+            return
+        self._make_room(length)
+        whole = torch.empty(length, dtype=torch.uint8, device=HOST)
+        self._queue.read(fd, begin, kernels.address(whole), length)
+        then = (raw, whole[offset - begin : offset - begin + into.nbytes])
+        self._jobs.append(_Job(label, begin, length, digest, [whole], then))
+
+    def finish(self) -> list[tuple[int, int, int, str]]:
+        """Waits for everything; (file, offset, length, digest) of all that was written or read.
+
+        Raises:
+            OSError: what the system said, with file and place.
+            CheckpointError: bytes are not those that were saved.
+        """
+        self._settle()
+        done, self._done = self._done, []
+        return done
+
+    def _write(self, fd: int, offset: int, part: Tensor, label: Label) -> None:
+        if part.nbytes:
+            self._queue.write(fd, offset, kernels.address(part), part.nbytes)
+            self._jobs.append(_Job(label, offset, part.nbytes, kept=[part]))
+
+    def _make_room(self, nbytes: int) -> None:
+        self._copied += nbytes
+        if self._copied > COPIED_BYTES:
+            self._settle()
+            self._copied = nbytes
+
+    def _settle(self) -> None:
+        jobs, self._jobs = self._jobs, []
+        for job, (error, digest) in zip(jobs, self._queue.wait(), strict=True):
+            place = f"{job.label[1]}, bytes {job.offset:,} to {job.offset + job.nbytes:,}"
+            if error < 0:
+                raise CheckpointError(f"{place}: the file is shorter")
+            if error:
+                raise OSError(error, f"{os.strerror(error)}: {place}")
+            text = f"{digest:016x}"
+            if job.expected is not None and text != job.expected:
+                raise CheckpointError(f"{place}: these are not the bytes that were saved (their digest differs)")
+            if job.then is not None:
+                to, values = job.then
+                to.copy_(values)
+            if job.nbytes:
+                self._done.append((job.label[0], job.offset, job.nbytes, text))

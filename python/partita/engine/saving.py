@@ -1,0 +1,229 @@
+"""What an engine keeps: weights and training state, read, written, saved and loaded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.modules.module import _IncompatibleKeys
+
+from partita.checkpoint import About, Wanted, load, save
+from partita.config import Config, save_config
+from partita.data import ShardedLoader
+from partita.engine.as_module import AsModule
+from partita.model import ModelPart, RandomState, Section, TrainState, clone_state_dict, save_weights
+from partita.optim import HyperParameters, ShardedOptimizer
+from partita.run import Run
+from partita.step import OptimizerStep
+from partita.zero import WeightSource, load_weights
+
+
+class KeepsState(AsModule):
+    """The part of an engine that reads, writes, saves and loads what it trains. See `EngineBase` for the attributes."""
+
+    config: Config
+    optimizer: ShardedOptimizer | None
+    lr_scheduler: Any
+    dataloader: ShardedLoader | None
+    _run: Run
+    _parts: list[ModelPart]
+    _step: OptimizerStep
+
+    def module_state_dict(self, rank: int | None = None) -> dict[str, Any]:
+        """The model's state dict with memory of its own (a plain `state_dict()` shares the flat buffers).
+
+        In stage 3 a collective, unit by unit.
+
+        Args:
+            rank: the one that wants it. The others get an empty dict and need no memory for it. None: all want it.
+        """
+        with self._call_of_all("module_state_dict()") if self._run.policy.shards_params else nullcontext():
+            self._wait_for_parameters()
+            return clone_state_dict(self.module, wanted=rank in (None, self.global_rank))
+
+    def load_module_state_dict(self, source: WeightSource, *, strict: bool = True, rank: int = 0) -> list[str]:
+        """Gives the model the weights of a full state dict or of safetensors files, see `partita.zero.load_weights`."""
+        with self._call_of_all("load_module_state_dict()"):
+            self._wait_for_parameters()
+            return load_weights(self.module, source, strict=strict, rank=rank)
+
+    def sync_buffers(self) -> None:
+        """All ranks have rank 0's buffers, BatchNorm's statistics say: those that a state dict has. A collective.
+
+        The engine does that after every update. A program calls it where it has changed buffers otherwise and evaluates
+        or saves before the next update.
+        """
+        for part in self._parts:
+            part.share_buffers()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The model's state dict as any module gives it, names with "module."; its tensors are the parameters.
+
+        Raises:
+            RuntimeError: parameters are partitioned (stage 3): `module_state_dict()` gathers them.
+        """
+        self._wait_for_parameters()
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Gives the model the weights of a dict with the names of `state_dict()`; a collective, rank 0's values count.
+
+        Raises:
+            ValueError: names or shapes do not fit, or `assign` is asked for.
+        """
+        if assign:
+            raise ValueError("load_state_dict(assign=True) would replace parameters that are trained: leave assign out")
+        bare = next((name for name in state_dict if not name.startswith("module.")), None)
+        if bare is not None:
+            raise ValueError(
+                f"'{bare}' does not begin with 'module.', as the names of engine.state_dict() do: give a state dict of "
+                "the model to engine.load_module_state_dict()"
+            )
+        state = {name.removeprefix("module."): value for name, value in state_dict.items()}
+        missing = self.load_module_state_dict(state, strict=strict)
+        unexpected = state.keys() - self.module.state_dict(keep_vars=True).keys()
+        return _IncompatibleKeys([f"module.{name}" for name in missing], [f"module.{name}" for name in unexpected])
+
+    def save_model(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Writes the model's state dict to one safetensors file, which rank 0 writes and all ranks gather.
+
+        No rank holds more than one unit of whole parameters at a time. The file appears when it is complete. Shared
+        parameters are written under each of their names.
+
+        Args:
+            dtype: of the floating-point tensors; None: as the model computes. torch.float32 writes the masters of
+                what is trained.
+
+        Raises:
+            ValueError: something in the state dict is no tensor, or safetensors has no such dtype.
+            OSError: the file cannot be written; raised on all ranks.
+        """
+        with self._call_of_all("save_model()"):
+            self._wait_for_parameters()
+            save_weights(self.module, path, dtype, self._run.grid.data)
+
+    def save_16bit_model(self, save_dir: str | os.PathLike[str], save_filename: str = "model.safetensors") -> None:
+        """`save_model` in the dtype that the model computes in, under DeepSpeed's name."""
+        with self._call_of_all("save_16bit_model()"):
+            self.save_model(Path(save_dir) / save_filename)
+
+    def save_config(self, path: str | os.PathLike[str] = "partita_config.json") -> Path:
+        """Writes the whole config as JSON, batch sizes resolved; returns the path."""
+        save_config(self.config, path)
+        return Path(path)
+
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: str | int | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+    ) -> Path:
+        """Saves all that the run needs to go on as `save_dir/tag`; returns that path. A collective.
+
+        All ranks write their own parts into the same files, so all must see one folder. A checkpoint appears when it
+        is complete and on the disk; an older one of the same tag is there until then. Any number of ranks, stage and
+        precision loads it, and `from_pretrained` opens its weights. docs/checkpoint-format.md describes the files.
+
+        Args:
+            tag: the checkpoint's name; None: global_stepN.
+            client_state: what the program wants back: numbers, strings, bytes, tensors, and lists, tuples and dicts of
+                such. Rank 0's is saved.
+            save_latest: the checkpoint is the one that is loaded when no tag is given.
+
+        Raises:
+            RuntimeError: in the midst of a step.
+            TypeError, ValueError: a state cannot be saved; names it.
+            CheckpointError: the checkpoint was not written; says why, on all ranks. Earlier ones are still there.
+        """
+        with self._call_of_all("save_checkpoint()"):
+            name = f"global_step{self._step.global_steps}" if tag is None else str(tag)
+            about = About(self._step.global_steps, self._step.global_samples, self._facts(), save_latest)
+            return save(self.train_state(), Path(save_dir), name, about, dict(client_state or {}))
+
+    def load_checkpoint(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: str | int | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+    ) -> tuple[Path, dict[str, Any]]:
+        """Goes on from a checkpoint; returns its path and the program's `client_state`. A collective.
+
+        Every rank reads its own parts, and compares them with the digests. With the ranks and settings of the run that
+        saved, everything that follows is what that run would have done, bit for bit. With others the samples are the
+        same, the random numbers are not.
+
+        Args:
+            tag: the checkpoint's name; None: the one that `load_dir/latest` names.
+            load_module_strict: the model must have the parameters and buffers of the checkpoint. False loads those
+                that are there and have the same shape.
+            load_optimizer_states: False leaves out the optimizer's hyper-parameters and states.
+            load_lr_scheduler_states: False leaves out the schedule.
+            load_module_only: loads weights and buffers, and nothing else.
+
+        Raises:
+            RuntimeError: in the midst of a step.
+            CheckpointError: there is no such checkpoint, it is damaged, or it does not fit; says which file, tensor
+                or parameter, on all ranks.
+        """
+        with self._call_of_all("load_checkpoint()"):
+            wanted = Wanted(
+                sections=not load_module_only,
+                optimizer=load_optimizer_states,
+                schedule=load_lr_scheduler_states,
+                strict=load_module_strict,
+            )
+            path, client_state = load(self.train_state(), Path(load_dir), None if tag is None else str(tag), wanted)
+            return path, client_state
+
+    def _facts(self) -> dict[str, Any]:
+        """What people want to know of a checkpoint."""
+        return {
+            "partita": importlib.metadata.version("partita"),
+            "torch": torch.__version__,
+            "stage": self._run.policy.stage,
+            "precision": self._run.precision.name,
+            "transport": self._run.grid.world.transport,
+            "parameters": sum(slot.numel for part in self._parts for unit in part.units for slot in unit.layout.slots),
+        }
+
+    def train_state(self) -> TrainState:
+        """Everything that must survive a restart.
+
+        Raises:
+            TypeError: the lr_scheduler has no state that could be saved.
+        """
+        sections = [Section("step", self._step)]
+        for i, part in enumerate(self._parts):
+            sections.append(Section(f"accumulation.{i}" if i else "accumulation", part.accumulation))
+        if self.optimizer is not None and self._step.sharded is not None:
+            sections.append(Section("optimizer", HyperParameters(self.optimizer)))
+            sections.append(Section("optimizer_states", self._step.sharded.update))
+        if self.lr_scheduler is not None:
+            if not hasattr(self.lr_scheduler, "state_dict"):
+                name = type(self.lr_scheduler).__name__
+                raise TypeError(f"lr_scheduler: a {name} has no state_dict(), so it could not go on after a restart")
+            sections.append(Section("lr_scheduler", self.lr_scheduler))
+        if self.dataloader is not None:
+            sections.append(Section("data", self.dataloader))
+        sections.append(Section("random", RandomState(self.device)))
+        return TrainState(self._parts, sections, self._run.grid.world)
+
+    def _call_of_all(self, name: str) -> AbstractContextManager[None]:
+        """The block of a call that is a collective; other ranks in other calls are named."""
+        return self._run.grid.world.call_of_all(name)
+
+    def _wait_for_parameters(self) -> None:
+        for part in self._parts:
+            part.gathers.wait()
