@@ -146,6 +146,9 @@ class Trial:
             self.wrong.append(f"{where}: killed is {killed}")
         if problem := self.message_problem(message, call, kind, error):
             self.wrong.append(f"{where}: {problem}")
+        if self.scenario.tells and kind == FAIL:
+            places = [self.work / tag for tag, versions in self.scenario.tags.items() if tag and 0 not in versions]
+            self.wrong += [f"{where}: nothing is at {place}" for place in places if not place.is_dir()]
         self.consequences(where, returned)
         if killed:  # the next process sweeps first
             self.child(lambda directory: sweep(directory), 0, NONE, 0)
@@ -197,13 +200,15 @@ class Trial:
             assert version_at(below, "a") in ({2} if returned else {0, 2})
 
     def go_on(self) -> None:
-        """sweep() leaves nothing hidden and changes nothing that counts; saving works."""
+        """sweep() leaves nothing hidden and nothing half, and changes nothing that counts; saving works."""
         directory = self.copy if self.scenario.tags else self.copy / "new" / "er"
         before = {tag: version_at(directory, tag) for tag in self.scenario.tags}
         sweep(directory)
         hidden = [path.name for path in directory.iterdir() if path.name.startswith(".")] if directory.exists() else []
         assert not hidden, f"sweep() leaves {hidden}"
         assert before == {tag: version_at(directory, tag) for tag in self.scenario.tags}, "sweep() changes"
+        folders = {path.name for path in directory.iterdir() if path.is_dir()} if directory.exists() else set()
+        assert folders == {found.tag for found in checkpoints(directory)}, "a folder is no checkpoint"
         for tag, version in (("a", 90), ("next", 91)):
             save(directory, tag, version)
             assert version_at(directory, "") == version_at(directory, tag) == version

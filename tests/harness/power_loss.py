@@ -41,7 +41,7 @@ def outcomes(tree: Path, copy: Path, unsafe: Unsafe, before: dict[str, bytes]) -
     """Makes `copy` what a power failure may leave of `tree`, one way after the other, and says each in words.
 
     In all ways the unsafe bytes are lost: zeros are there in their place. In one way all names are there; in each of
-    the others the last changes of one folder's names have not happened.
+    the others the last changes of one folder's names have not happened, or one change that no later one builds upon.
 
     Args:
         before: name -> content of the files right in `tree`, before anything was replaced.
@@ -50,6 +50,9 @@ def outcomes(tree: Path, copy: Path, unsafe: Unsafe, before: dict[str, bytes]) -
     for folder, changes in unsafe.names.items():
         for count in range(1, len(changes) + 1):
             ways.append((f"the last {count} changes of names in {folder.name} are lost", changes[-count:]))
+        for number, change in enumerate(changes[:-1], 1):
+            if not any(set(change[1:]) & set(later[1:]) for later in changes[number:]):
+                ways.append((f"{change} alone is lost", [change]))
     for words, lost in ways:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(tree, copy, symlinks=True)
