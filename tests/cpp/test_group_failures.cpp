@@ -296,8 +296,12 @@ TEST(GroupThreadsFailures, TheCallIsNamedWithADifferentCollective) {
 TEST(GroupThreadsFailures, AnInterruptedWait) {
     for (const std::int64_t numel : {std::int64_t{30}, large}) {
         std::atomic<bool> interrupted{false};
+        // A signal reaches the thread of the program alone, never the communication thread.
+        const auto is_interrupted = [&, program = std::this_thread::get_id()] {
+            return interrupted.load() && std::this_thread::get_id() == program;
+        };
         ThreadRanks ranks(2, 20s, 64 << 20, [&](int rank) {
-            return rank == 0 ? std::function<bool()>([&] { return interrupted.load(); }) : std::function<bool()>();
+            return rank == 0 ? std::function<bool()>(is_interrupted) : std::function<bool()>();
         });
         Bytes buffer(static_cast<std::size_t>(4 * numel));
         const auto operation = ranks.group(0).launch(all_reduce_of(numel), buffer.data());

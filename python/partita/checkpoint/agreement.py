@@ -35,7 +35,10 @@ def together(world: Communicator, what: str, action: Callable[[], T], *, names_r
         if text:
             ranks.setdefault(text, []).append(rank)
     everywhere = len(ranks) == 1 and world.world_size == len(next(iter(ranks.values())))
-    said = [text if everywhere or not names_ranks else f"rank {', '.join(map(str, where))}: {text}" for text, where in ranks.items()]
+    if everywhere or not names_ranks:
+        said = list(ranks)
+    else:
+        said = [f"rank {', '.join(map(str, where))}: {text}" for text, where in ranks.items()]
     raise CheckpointError(f"{what}: {'; '.join(said)}") from error
 
 

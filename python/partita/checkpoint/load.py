@@ -99,9 +99,8 @@ def _sections(state: TrainState, saved: SavedState, wanted: Wanted, reader: Valu
             f"it has no state of '{missing}', which this run has: load_module_strict=False goes on without"
         )
     for name, owner in _keepers(state):
-        if name in states:
-            reader.require(owner.values_of(states[name]))
-        kept = owner.keeping(states.get(name), reader.left_out if name in states else reader.parameters, steps)
+        names = reader.left_out(owner.values_of(states[name])) if name in states else reader.parameters
+        kept = owner.keeping(states.get(name), names, steps)
         if kept is not None:
             states[name] = kept
     return states

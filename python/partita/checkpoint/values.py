@@ -32,6 +32,7 @@ class ValueReader:
     def __init__(self, state: TrainState, stored: Stored, strict: bool) -> None:
         self._state = state
         self._stored = stored
+        self._strict = strict
         self.bytes_read = 0
         self._names = names = StoredNames(state)
         shapes = {names.of_parameter(name): shape for name, shape in state.parameter_shapes().items()}
@@ -49,20 +50,23 @@ class ValueReader:
         """Of the model."""
         return list(self._state.parameter_shapes())
 
-    @property
-    def left_out(self) -> list[str]:
-        """Parameters that the checkpoint does not have, or with another shape."""
-        return [name for name in self.parameters if not self._has(name)]
+    def left_out(self, values: Iterable[tuple[str, str]]) -> set[str]:
+        """Parameters of which the checkpoint does not have these (parameter, quantity), or not the parameter.
 
-    def require(self, values: Iterable[tuple[str, str]]) -> None:
-        """Raises CheckpointError unless there are these (parameter, quantity), but for parameters that are left out."""
+        Raises:
+            CheckpointError: the states of a parameter that it has are missing (`strict`).
+        """
+        names = {name for name in self.parameters if not self._has(name)}
         for parameter, quantity in sorted(values):
-            place = of_quantity(quantity, parameter)
-            if self._has(parameter) and place not in self._stored.tensors:
+            if parameter in names or of_quantity(quantity, parameter) in self._stored.tensors:
+                continue
+            if self._strict:
                 raise CheckpointError(
-                    f"it has no {quantity} of '{parameter}', which the optimizer needs: load_optimizer_states=False "
-                    "goes on without its states"
+                    f"it has no {quantity} of '{parameter}', which is trained here: load_module_strict=False begins "
+                    "its states anew, load_optimizer_states=False those of all parameters"
                 )
+            names.add(parameter)
+        return names
 
     def read(self, optimizer: Iterable[tuple[str, str]]) -> None:
         """Reads all that this rank has into memory of its own, for `write()`.

@@ -106,7 +106,7 @@ def test_what_is_not_whole_is_refused(ranks, copy, name):
 
 
 def test_a_missing_checkpoint_says_which_there_are(ranks, saved, tmp_path):
-    refused(ranks, saved, "'step9'", TAG, tag="step9")
+    refused(ranks, saved, "step9'", TAG, tag="step9")
     refused(ranks, tmp_path / "nothing", "is not there", str(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()
     refused(ranks, tmp_path / "empty", str(tmp_path / "empty"))
