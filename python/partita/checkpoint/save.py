@@ -17,8 +17,8 @@ from partita.checkpoint.agreement import from_rank_0, together
 from partita.checkpoint.commit import Staging, sweep
 from partita.checkpoint.disk import write_durably
 from partita.checkpoint.errors import CheckpointError
-from partita.checkpoint.layout import FileLayout, TensorSpec, index_text, lay_out
-from partita.checkpoint.manifest import CHUNK_BYTES, FORMAT, MANIFEST, VERSION, FileRecord, Manifest, manifest_text
+from partita.checkpoint.layout import MIN_CHUNK_BYTES, FileLayout, TensorSpec, chunk_bytes, index_text, lay_out
+from partita.checkpoint.manifest import FORMAT, MANIFEST, VERSION, FileRecord, Manifest, manifest_text
 from partita.checkpoint.pieces import MODEL, OPTIMIZER, Piece, Place, StoredNames, pieces, stem_of
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state, state_text
 from partita.checkpoint.transfer import Transfer, digest_text
@@ -145,7 +145,7 @@ def _write(folder: Path, files: Sequence[FileLayout], mine: Sequence[Piece], hea
     """Writes this rank's pieces, and the headers if `heads`; they are on the disk afterwards."""
     index = {Place(stem_of(file.name), name): i for i, file in enumerate(files) for name in file.begin}
     with ExitStack() as exits:
-        transfer = exits.enter_context(Transfer())
+        transfer = exits.enter_context(Transfer(chunk_bytes(files)))
         fds = [_open(folder, file, exits) for file in files]
         for i, file in enumerate(files):
             if heads:
@@ -203,5 +203,5 @@ def _records(files: Sequence[FileLayout], chunks: Iterable[Any]) -> dict[str, Fi
 
 
 def _record_of(data: bytes) -> FileRecord:
-    parts = [data[begin : begin + CHUNK_BYTES] for begin in range(0, len(data), CHUNK_BYTES)]
+    parts = [data[begin : begin + MIN_CHUNK_BYTES] for begin in range(0, len(data), MIN_CHUNK_BYTES)]
     return FileRecord(size=len(data), chunks=[(len(part), digest_text(part)) for part in parts])
