@@ -20,10 +20,10 @@ std::vector<std::pair<int, std::uint64_t>> wait(FileQueue& queue, std::optional<
 
 void register_files(py::module_& m) {
     m.def(
-        "xxh64",
+        "xxh3_64",
         [](std::uintptr_t address, std::int64_t nbytes) {
             if (nbytes < 0) throw std::invalid_argument("nbytes must not be negative: " + std::to_string(nbytes));
-            return xxh64(pointer<const void>(address), nbytes);
+            return xxh3_64(pointer<const void>(address), nbytes);
         },
         py::arg("address"), py::arg("nbytes"), release());
     py::class_<FileQueue>(m, "FileQueue")

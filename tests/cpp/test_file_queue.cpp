@@ -40,7 +40,7 @@ void expect_done(const std::vector<FileResult>& results, std::size_t count) {
 }
 
 TEST(FileQueue, WritesAndReadsWithDigests) {
-    const std::int64_t sizes[] = {0, 1, 4096, (256 << 10) - 1, 256 << 10, (256 << 10) + 1, (3 << 20) + 5};
+    const std::int64_t sizes[] = {0, 1, 4096, (512 << 10) - 1, 512 << 10, (512 << 10) + 1, (3 << 20) + 5};
     for (const int threads : {1, 2, 5}) {
         FileQueue queue(threads);
         File file;
@@ -64,7 +64,7 @@ TEST(FileQueue, WritesAndReadsWithDigests) {
         EXPECT_TRUE(std::equal(bytes.begin(), bytes.begin() + offset, back.begin()));
         offset = 0;
         for (std::size_t i = 0; i < std::size(sizes); offset += sizes[i++]) {
-            EXPECT_EQ(written[i].digest, xxh64(bytes.data() + offset, sizes[i]));
+            EXPECT_EQ(written[i].digest, xxh3_64(bytes.data() + offset, sizes[i]));
             EXPECT_EQ(read[i].digest, written[i].digest);
         }
     }
@@ -85,7 +85,7 @@ TEST(FileQueue, HoweverLittleTheSystemTakes) {
     expect_done(results, 3);
     EXPECT_EQ(file.content(), bytes);
     EXPECT_EQ(back, bytes);
-    EXPECT_EQ(results[2].digest, xxh64(bytes.data(), 600'000));
+    EXPECT_EQ(results[2].digest, xxh3_64(bytes.data(), 600'000));
 }
 
 TEST(FileQueue, ErrorsBelongToTheirJobs) {
@@ -116,14 +116,14 @@ TEST(FileQueue, ErrorsBelongToTheirJobs) {
 TEST(FileQueue, AFileThatEndsTooEarly) {
     FileQueue queue(1);
     File file;
-    const Bytes bytes = random_bytes(300'000);
-    queue.write(file.fd(), 0, bytes.data(), 300'000);
+    const Bytes bytes = random_bytes(600'000);
+    queue.write(file.fd(), 0, bytes.data(), 600'000);
     expect_done(queue.wait(), 1);
-    Bytes back(300'001);
-    queue.read(file.fd(), 0, back.data(), 300'000);
-    queue.read(file.fd(), 0, back.data(), 300'001);
-    queue.read(file.fd(), 300'000, back.data(), 1);
-    queue.read(file.fd(), 300'000, back.data(), 0);
+    Bytes back(600'001);
+    queue.read(file.fd(), 0, back.data(), 600'000);
+    queue.read(file.fd(), 0, back.data(), 600'001);
+    queue.read(file.fd(), 600'000, back.data(), 1);
+    queue.read(file.fd(), 600'000, back.data(), 0);
     const auto results = queue.wait();
     ASSERT_EQ(results.size(), 4u);
     EXPECT_EQ(results[0].error, 0);
@@ -138,7 +138,7 @@ TEST(FileQueue, AFileThatMayNotGrow) {
     const Bytes bytes = random_bytes(600'000);
     rlimit before{};
     getrlimit(RLIMIT_FSIZE, &before);
-    const rlimit limit{400'003, before.rlim_max};
+    const rlimit limit{560'003, before.rlim_max};
     FileQueue queue(1);
     setrlimit(RLIMIT_FSIZE, &limit);
     queue.write(file.fd(), 0, bytes.data(), 600'000);
@@ -148,7 +148,7 @@ TEST(FileQueue, AFileThatMayNotGrow) {
     ASSERT_EQ(results.size(), 2u);
     EXPECT_EQ(results[0].error, EFBIG);
     EXPECT_EQ(results[1].error, 0);
-    EXPECT_EQ(file.content(), Bytes(bytes.begin(), bytes.begin() + 400'003));
+    EXPECT_EQ(file.content(), Bytes(bytes.begin(), bytes.begin() + 560'003));
 }
 
 TEST(FileQueue, ADeviceWithoutSpace) {
@@ -245,7 +245,7 @@ TEST(FileQueue, TakesOverWhatHasNotBegun) {
     Gate gate;
     FileQueue queue(1);
     File file;
-    constexpr std::int64_t nbytes = 300'000, jobs = 6;
+    constexpr std::int64_t nbytes = 600'000, jobs = 6;
     Bytes memory = random_bytes(jobs * nbytes), other = random_bytes(nbytes, 2);
     const Bytes before = memory, other_before = other;
     queue.write(file.fd(), jobs * nbytes, gate.page(), gate.nbytes);
@@ -266,7 +266,7 @@ TEST(FileQueue, TakesOverWhatHasNotBegun) {
     content.resize(before.size());
     EXPECT_EQ(content, before);
     for (std::size_t i = 0; i < jobs; ++i) {
-        EXPECT_EQ(results[i + 1].digest, xxh64(before.data() + static_cast<std::int64_t>(i) * nbytes, nbytes));
+        EXPECT_EQ(results[i + 1].digest, xxh3_64(before.data() + static_cast<std::int64_t>(i) * nbytes, nbytes));
     }
     EXPECT_EQ(queue.take_over(0, jobs + 3, nullptr), 0) << "all are done";
 }
@@ -309,7 +309,7 @@ TEST(FileQueue, TakesOverWhileJobsRun) {
         expect_done(results, jobs + 1);
         ASSERT_TRUE(file.content() == before) << "round " << round;
         for (std::size_t i = 0; i < jobs; ++i) {
-            ASSERT_EQ(results[i].digest, xxh64(before.data() + static_cast<std::int64_t>(i) * nbytes, nbytes));
+            ASSERT_EQ(results[i].digest, xxh3_64(before.data() + static_cast<std::int64_t>(i) * nbytes, nbytes));
         }
     }
 }

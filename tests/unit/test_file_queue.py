@@ -1,4 +1,4 @@
-"""partita._core.FileQueue and xxh64: the digests of the xxhash package, files, errors, waits that a signal ends."""
+"""partita._core.FileQueue and xxh3_64: the digests of the xxhash package, files, errors, waits that a signal ends."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from partita._core import FileQueue, xxh64
+from partita._core import FileQueue, xxh3_64
 
-JOB_BYTES = 300_000
+JOB_BYTES = 600_000
 JOBS = 5
 
 
@@ -30,7 +30,7 @@ def address(memory: np.ndarray) -> int:
 
 
 def digest(memory: np.ndarray) -> int:
-    return xxhash.xxh64(memory.tobytes()).intdigest()
+    return xxhash.xxh3_64_intdigest(memory.tobytes())
 
 
 @pytest.fixture
@@ -43,22 +43,24 @@ def fd(tmp_path: Path) -> Iterator[int]:
 # -- digests
 
 
-@pytest.mark.parametrize("nbytes", [*range(301), 4096, 1_000_003])
-def test_the_digest_is_that_of_the_package(nbytes: int) -> None:
-    memory = random_bytes(nbytes + 3)[3:]
-    assert xxh64(address(memory), nbytes) == digest(memory)
+@pytest.mark.parametrize("misalignment", [0, 1, 3, 8, 61])
+def test_the_digest_is_that_of_the_package(misalignment: int) -> None:
+    memory = random_bytes((8 << 20) + 200)[misalignment:]
+    around = [end + more for end in (2048, 4096, 1 << 18, 8 << 20) for more in (-1, 0, 1, 63, 64, 65)]
+    for nbytes in [*range(1101), *around, 1_000_003]:
+        assert xxh3_64(address(memory), nbytes) == digest(memory[:nbytes]), nbytes
 
 
 @given(st.binary(max_size=2000))
 @settings(deadline=None)
 def test_the_digest_of_any_bytes(data: bytes) -> None:
     memory = np.frombuffer(data, dtype=np.uint8)
-    assert f"{xxh64(address(memory), len(data)):016x}" == xxhash.xxh64(data).hexdigest()
+    assert f"{xxh3_64(address(memory), len(data)):016x}" == xxhash.xxh3_64_hexdigest(data)
 
 
 def test_a_negative_size_has_no_digest() -> None:
     with pytest.raises(ValueError, match="nbytes must not be negative: -1"):
-        xxh64(0, -1)
+        xxh3_64(0, -1)
 
 
 # -- files
@@ -152,14 +154,17 @@ def test_a_signal_ends_a_wait(endless: FileQueue) -> None:
 def test_other_threads_run_during_a_wait(endless: FileQueue) -> None:
     """The main thread waits until another one, which needs Python's lock, interrupts it."""
     steps: list[int] = []
+    begun = threading.Event()
 
     def count() -> None:
+        begun.wait()
         steps.extend(range(100_000))
         _thread.interrupt_main()
 
     thread = threading.Thread(target=count)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
+        begun.set()
         endless.wait()
     thread.join()
     assert len(steps) == 100_000

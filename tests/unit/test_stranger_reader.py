@@ -34,7 +34,7 @@ def stranger(name: str) -> Callable[..., Any]:
 def digests(data: bytes, lengths: Sequence[int]) -> list[tuple[int, str]]:
     found, end = [], 0
     for length in lengths:
-        found.append((length, xxhash.xxh64(data[end : end + length]).hexdigest()))
+        found.append((length, xxhash.xxh3_64_hexdigest(data[end : end + length])))
         end += length
     return found
 

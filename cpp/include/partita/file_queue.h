@@ -24,7 +24,7 @@ struct FileResult {
     static constexpr int unexpected_end = -1;
 
     int error = 0;             // 0, an errno, or unexpected_end: the file was shorter than what was to be read
-    std::uint64_t digest = 0;  // XXH64 of the bytes; 0 after an error, and of a sync
+    std::uint64_t digest = 0;  // XXH3-64 of the bytes; 0 after an error, and of a sync
 };
 
 class FileQueue {

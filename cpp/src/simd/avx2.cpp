@@ -81,6 +81,29 @@ struct Avx2 {
             return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
         }
     };
+
+    struct Numbers {
+        static constexpr int width = 4;
+        __m256i x;
+
+        static Numbers load(const unsigned char* from) {
+            return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))};
+        }
+        void store(unsigned char* to) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x); }
+        friend Numbers operator+(Numbers a, Numbers b) { return {_mm256_add_epi64(a.x, b.x)}; }
+        friend Numbers operator^(Numbers a, Numbers b) { return {_mm256_xor_si256(a.x, b.x)}; }
+        template <int bits>
+        Numbers shifted_right() const {
+            return {_mm256_srli_epi64(x, bits)};
+        }
+        Numbers swapped() const { return {_mm256_shuffle_epi32(x, _MM_SHUFFLE(1, 0, 3, 2))}; }
+        Numbers times(std::uint32_t factor) const {
+            const __m256i factors = _mm256_set1_epi64x(factor);
+            const __m256i high = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factors);
+            return {_mm256_add_epi64(_mm256_mul_epu32(x, factors), _mm256_slli_epi64(high, 32))};
+        }
+        Numbers product_of_halves() const { return {_mm256_mul_epu32(x, _mm256_srli_epi64(x, 32))}; }
+    };
 };
 
 }  // namespace

@@ -75,6 +75,23 @@ struct Avx512 {
         }
         double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
     };
+
+    struct Numbers {
+        static constexpr int width = 8;
+        __m512i x;
+
+        static Numbers load(const unsigned char* from) { return {_mm512_loadu_si512(from)}; }
+        void store(unsigned char* to) const { _mm512_storeu_si512(to, x); }
+        friend Numbers operator+(Numbers a, Numbers b) { return {_mm512_add_epi64(a.x, b.x)}; }
+        friend Numbers operator^(Numbers a, Numbers b) { return {_mm512_xor_si512(a.x, b.x)}; }
+        template <int bits>
+        Numbers shifted_right() const {
+            return {_mm512_srli_epi64(x, bits)};
+        }
+        Numbers swapped() const { return {_mm512_permutex_epi64(x, _MM_SHUFFLE(2, 3, 0, 1))}; }
+        Numbers times(std::uint32_t factor) const { return {_mm512_mullo_epi64(x, _mm512_set1_epi64(factor))}; }
+        Numbers product_of_halves() const { return {_mm512_mul_epu32(x, _mm512_srli_epi64(x, 32))}; }
+    };
 };
 
 }  // namespace

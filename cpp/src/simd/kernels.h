@@ -30,6 +30,11 @@ struct Kernels {
     using Split = void (*)(void* params, std::uint16_t* remainder, const float* master, std::int64_t numel);
     using Join = void (*)(float* master, const void* params, const std::uint16_t* remainder, std::int64_t numel);
     using Adam = void (*)(const AdamRange& range, const AdamFactors& factors);
+    // Of XXH3: takes stripes of 64 bytes into its 8 sums, the first of them with secret[0, 64), each other one with
+    // what begins 8 bytes further on. After every 16th of them scrambles the sums with secret[128, 192) and begins
+    // anew.
+    using Digest = void (*)(std::uint64_t* sums, const unsigned char* data, std::int64_t stripes,
+                            const unsigned char* secret);
 
     Convert copy[dtype_count][dtype_count];        // [from][to]: to = from * scale
     Convert accumulate[dtype_count][dtype_count];  // [from][to]: to += from * scale
@@ -40,6 +45,7 @@ struct Kernels {
     Join join;                            // bf16
     Adam adam[dtype_count][dtype_count];  // [grads][params]
     Adam split_adam[dtype_count];         // [grads]
+    Digest digest;
 };
 
 constexpr int index(DType dtype) { return static_cast<int>(dtype); }

@@ -1,13 +1,14 @@
 // The loops themselves, written once over a vector type V and instantiated by one source file per processor level.
 //
 // V holds V::width floats and has load, store (for float, f16, bf16), fma, arithmetic operators, sqrt, max (a NaN
-// wins), store_high, store_low and load_joined ([Note: split masters]), and a Squares accumulator in fp64. The last,
-// incomplete vector goes through a zero-padded copy, so an element's result never depends on where in a buffer it
-// stands: shards of any size give the bits that the whole buffer would give.
+// wins), store_high, store_low and load_joined ([Note: split masters]), a Squares accumulator in fp64, and Numbers
+// (digest.h). The last, incomplete vector goes through a zero-padded copy, so an element's result never depends on
+// where in a buffer it stands: shards of any size give the bits that the whole buffer would give.
 #pragma once
 
 #include <cstring>
 
+#include "simd/digest.h"
 #include "simd/element.h"
 #include "simd/kernels.h"
 
@@ -261,6 +262,7 @@ Kernels make_kernels() {
     fill_row<V, f16>(k);
     fill_row<V, bf16>(k);
     k.join = join<V>;
+    k.digest = digest<typename V::Numbers>;
     return k;
 }
 

@@ -42,6 +42,27 @@ struct Scalar {
         void add(Scalar v) { sum += static_cast<double>(v.x) * v.x; }
         double total() const { return sum; }
     };
+
+    struct Numbers {
+        static constexpr int width = 2;
+        std::uint64_t x, y;
+
+        static Numbers load(const unsigned char* from) {
+            Numbers numbers;
+            std::memcpy(&numbers, from, sizeof numbers);
+            return numbers;
+        }
+        void store(unsigned char* to) const { std::memcpy(to, this, sizeof *this); }
+        friend Numbers operator+(Numbers a, Numbers b) { return {a.x + b.x, a.y + b.y}; }
+        friend Numbers operator^(Numbers a, Numbers b) { return {a.x ^ b.x, a.y ^ b.y}; }
+        template <int bits>
+        Numbers shifted_right() const {
+            return {x >> bits, y >> bits};
+        }
+        Numbers swapped() const { return {y, x}; }
+        Numbers times(std::uint32_t factor) const { return {x * factor, y * factor}; }
+        Numbers product_of_halves() const { return {(x & 0xffffffff) * (x >> 32), (y & 0xffffffff) * (y >> 32)}; }
+    };
 };
 
 }  // namespace

@@ -95,7 +95,7 @@ def _checked_names(files: dict[str, FileRecord]) -> dict[str, FileRecord]:
 class FileRecord(BaseModel):
     """A file: its size in bytes, and its chunks (length in bytes, digest) in their order, without holes.
 
-    A digest is XXH64 with seed 0 of the chunk, as 16 lower-case hex digits. A file of size 0 has no chunks.
+    A digest is XXH3-64 with seed 0 of the chunk, as 16 lower-case hex digits. A file of size 0 has no chunks.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")

@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from partita._core import FileQueue, xxh64
+from partita._core import FileQueue, xxh3_64
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.layout import MIN_CHUNK_BYTES
 from partita.device import HOST, kernels
@@ -24,7 +24,7 @@ Label = tuple[int, str]
 def digest_text(data: bytes | bytearray) -> str:
     """The digest of a chunk, as a manifest has it."""
     raw = torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)
-    return f"{xxh64(kernels.address(raw), len(data)):016x}"
+    return f"{xxh3_64(kernels.address(raw), len(data)):016x}"
 
 
 @dataclass
