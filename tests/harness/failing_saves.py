@@ -45,7 +45,7 @@ class Outcome:
 
     of: the case. said: the error; "": none. calls: (name, "ok" or "failed", path) of the rank with the fault, about in
     their order: a rank writes with two threads. there: tag -> step, before the save and after it. step, latest: the one
-    that was saved, the one of the latest checkpoint. wrong: what was not right.
+    that was saved, the one of the latest checkpoint. left: hidden names after the save. wrong: what was not right.
     """
 
     of: Any
@@ -54,6 +54,7 @@ class Outcome:
     there: tuple[dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}))
     step: int = 0
     latest: int = 0
+    left: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
 
@@ -98,6 +99,10 @@ class Run:
         """The step of the latest checkpoint."""
         return int(self._of_rank_0(lambda: find(self.folder, None).manifest.step))
 
+    def left(self) -> list[str]:
+        """Hidden names in the folder, as rank 0 sees them."""
+        return list(self._of_rank_0(lambda: hidden(self.folder)))
+
     def unsound(self, *tags: str) -> list[str]:
         """What of all checkpoints has not the bytes that it should have; which of some of them (else of all) has not
         the state of its step."""
@@ -118,7 +123,7 @@ class Run:
         wrong = [f"the next save says: {said}"] if (said := self.save(tag)) else []
         if self.there().get(tag) != step or self.latest() != step:
             wrong.append(f"the next save leads to {self.there()}, latest {self.latest()}, at step {step}")
-        if left := self._of_rank_0(lambda: hidden(self.folder)):
+        if left := self.left():
             wrong.append(f"the next save leaves {left}")
         wrong += self.unsound(tag)
         self._of_rank_0(lambda: prune(self.folder, 2))
@@ -152,7 +157,7 @@ def _try(run: Run, log: Path, fault: Fault) -> Outcome:
         lines = [line.split("\t") for line in log.read_text().splitlines()]
         outcome.calls = [(call, how, path) for call, how, path, _ in lines]
     outcome.there = (before, run.there())
-    outcome.latest = run.latest()
+    outcome.latest, outcome.left = run.latest(), run.left()
     outcome.wrong = run.unsound() + run.goes_on(tag)
     if not fault.same:  # the next case has the same calls: no pruned folder, and the tag that is saved again
         outcome.wrong += run.goes_on(SAME)

@@ -81,6 +81,8 @@ def problems(outcome: Outcome, folder: Path) -> list[str]:
         wrong += ["more than a line"] if "\n" in outcome.said else []
     if after != (before | {tag: outcome.step} if committed or not tells else before):
         wrong.append(f"leads from {before} to {after}")
+    if outcome.left and fault.kind == FAIL and tells and not committed:
+        wrong.append(f"leaves {outcome.left}")
     if outcome.latest not in ({before[SAME], outcome.step} if committed else {before[SAME] if tells else outcome.step}):
         wrong.append(f"the latest is {outcome.latest}")
     return [f"{fault} {names[failed : failed + 1]}: {line}" for line in wrong]
