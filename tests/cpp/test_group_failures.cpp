@@ -1,6 +1,7 @@
 // Every way in which a group of threads can fail, and what its ranks are told.
 #include <atomic>
 #include <future>
+#include <thread>
 
 #include "group_support.h"
 

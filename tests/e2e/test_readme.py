@@ -45,6 +45,17 @@ def test_the_example_learns_on_any_number_of_ranks(tmp_path, ranks):
     assert all(loss < 0.3 for loss in losses.values()), losses  # the targets' variance, where it starts, is about 1
 
 
+def test_the_example_of_checkpoints_goes_on_on_another_number_of_ranks(tmp_path):
+    assert "goes on" not in _run_example(2, 2, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "global_step10",
+        "global_step20",
+        "latest",
+    ]
+    output = _run_example(2, 1, tmp_path)
+    assert output == "rank 0: goes on from checkpoints/global_step20, with {'note': 'mine'}\n"
+
+
 def test_every_make_command_exists():
     if shutil.which("make") is None:
         pytest.skip("no make on this machine")

@@ -22,10 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-# Hundreds of forks, each in milliseconds: a process without torch, which the checkpoints' own code does not need.
-_package = ModuleType("partita")
-_package.__path__ = list(importlib.util.find_spec("partita").submodule_search_locations or [])  # type: ignore[union-attr]
-sys.modules["partita"] = _package
+# Hundreds of forks, each in milliseconds: a process without torch, which committing does not need. The modules are the
+# real ones; what is left out is what their packages import.
+for _name in ("partita", "partita.checkpoint"):
+    _spec = importlib.util.find_spec(_name)
+    assert _spec is not None
+    sys.modules[_name] = ModuleType(_name)
+    sys.modules[_name].__path__ = list(_spec.submodule_search_locations or [])
 
 from checkpoints import save, version_of  # noqa: E402
 from partita.checkpoint.commit import sweep  # noqa: E402

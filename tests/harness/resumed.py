@@ -49,12 +49,13 @@ class Model(nn.Module):
 
     Args:
         noise: of three generators, in forward.
+        by_batch: a buffer follows the batches of this rank. So the ranks of another number have other values.
     """
 
-    def __init__(self, seed: int, noise: bool = False) -> None:
+    def __init__(self, seed: int, noise: bool = False, by_batch: bool = True) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.noise = noise
+        self.noise, self.by_batch = noise, by_batch
         self.frozen = nn.Linear(6, WIDTH)
         self.frozen.requires_grad_(False)
         self.register_buffer("mean", torch.rand(WIDTH))
@@ -72,7 +73,7 @@ class Model(nn.Module):
             self.seen += [round(value * SAMPLES) for value in x[:, 0].tolist()]
         x = self.frozen(x.to(self.frozen.weight.dtype))
         with torch.no_grad():
-            self.mean.mul_(0.9).add_(x.float().mean(0), alpha=0.1)
+            self.mean.mul_(0.9).add_(x.float().mean(0) if self.by_batch else 1.0, alpha=0.1)
             self.count.add_(1)
         x = x - self.mean.to(x.dtype)
         for layer in self.layers:
@@ -100,11 +101,11 @@ def config_for(
     }
 
 
-def engine_for(config: dict[str, Any], seed: int, noise: bool = False) -> partita.Engine:
+def engine_for(config: dict[str, Any], seed: int, noise: bool = False, by_batch: bool = True) -> partita.Engine:
     """An engine whose model and random numbers follow from the seed."""
     random.seed(seed)
     np.random.seed(seed)
-    return partita.Engine(Model(seed, noise), train_data=Numbers(), config=config)
+    return partita.Engine(Model(seed, noise, by_batch), train_data=Numbers(), config=config)
 
 
 def take_steps(engine: partita.Engine, steps: int) -> dict[str, Any]:

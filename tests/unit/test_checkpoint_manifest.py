@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from partita.checkpoint.errors import CheckpointError
-from partita.checkpoint.manifest import CHUNK_BYTES, FileRecord, Manifest, manifest_text, parse_manifest, plain_name
+from partita.checkpoint.layout import MIN_CHUNK_BYTES
+from partita.checkpoint.manifest import FileRecord, Manifest, manifest_text, parse_manifest, plain_name
 from partita.checkpoint.strict_json import parse_json
 from pydantic import ValidationError
 
@@ -67,7 +68,7 @@ def test_a_manifest_does_not_change():
 
 def test_two_hundred_thousand_chunks_are_read():
     """70 billion parameters: bf16 weights, and masters and two moments in fp32."""
-    record = FileRecord(size=2000 * CHUNK_BYTES, chunks=[(CHUNK_BYTES, DIGEST)] * 2000)
+    record = FileRecord(size=2000 * MIN_CHUNK_BYTES, chunks=[(MIN_CHUNK_BYTES, DIGEST)] * 2000)
     large = manifest(files={f"optimizer-{i:05d}-of-00100.safetensors": record for i in range(100)})
     assert parse_manifest(manifest_text(large).encode(), "here") == large
 

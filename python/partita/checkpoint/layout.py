@@ -35,6 +35,10 @@ DTYPE_BYTES = {
     "C64": 8,
 }
 LENGTH_BYTES = 8
+# A rank reads whole chunks, for their digests: small ones are better for it, and many of them worse for the manifest.
+MIN_CHUNK_BYTES = 2**20
+MAX_CHUNK_BYTES = 64 * 2**20
+CHUNKS = 2**16  # that a manifest should have at most
 # The limit of the safetensors library, which opens nothing beyond.
 MAX_HEADER_BYTES = 100_000_000
 METADATA = "__metadata__"
@@ -86,6 +90,15 @@ class StoredTensor:
     shape: tuple[int, ...]
     begin: int
     nbytes: int
+
+
+def chunk_bytes(files: Sequence[FileLayout]) -> int:
+    """Up to which size chunks of these files are written: a power of two."""
+    total = sum(file.size for file in files)
+    size = MIN_CHUNK_BYTES
+    while size < MAX_CHUNK_BYTES and size * CHUNKS < total:
+        size *= 2
+    return size
 
 
 def lay_out(stem: str, tensors: Sequence[TensorSpec], max_bytes: int = 5_000_000_000) -> list[FileLayout]:

@@ -19,14 +19,13 @@ from pydantic import (
 )
 
 from partita.checkpoint.errors import CheckpointError
-from partita.checkpoint.layout import LENGTH_BYTES, MAX_HEADER_BYTES
+from partita.checkpoint.layout import LENGTH_BYTES, MAX_CHUNK_BYTES, MAX_HEADER_BYTES
 from partita.checkpoint.strict_json import parse_json, shown
 
 MANIFEST = "manifest.json"
 FORMAT: Literal["partita-checkpoint"] = "partita-checkpoint"
 VERSION = 1
-# Chunks are written up to this size. A header is one chunk, whatever its size.
-CHUNK_BYTES = 8 * 2**20
+# A header is one chunk, whatever its size.
 MAX_FIRST_BYTES = MAX_HEADER_BYTES + LENGTH_BYTES
 # Some nine million chunks, 75 TB.
 MAX_MANIFEST_BYTES = 256 * 2**20
@@ -60,7 +59,7 @@ def _checked_chunks(chunks: Any) -> list[tuple[int, str]]:
         if not isinstance(chunk, list | tuple) or len(chunk) != 2:
             raise ValueError(f"chunk {number} is not [length, digest]")
         length, digest = chunk
-        if type(length) is not int or not 1 <= length <= (CHUNK_BYTES if number else MAX_FIRST_BYTES):
+        if type(length) is not int or not 1 <= length <= (MAX_CHUNK_BYTES if number else MAX_FIRST_BYTES):
             raise ValueError(f"chunk {number} has the length {shown(length)}")
         if not isinstance(digest, str) or len(digest) != 16 or not _DIGESTS.fullmatch(digest):
             raise ValueError(f"chunk {number} has the digest {shown(digest)}, not 16 hex digits")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,8 +17,8 @@ from partita.checkpoint.agreement import from_rank_0, together
 from partita.checkpoint.commit import Staging, sweep
 from partita.checkpoint.disk import write_durably
 from partita.checkpoint.errors import CheckpointError
-from partita.checkpoint.layout import FileLayout, TensorSpec, index_text, lay_out
-from partita.checkpoint.manifest import CHUNK_BYTES, FORMAT, MANIFEST, VERSION, FileRecord, Manifest, manifest_text
+from partita.checkpoint.layout import MIN_CHUNK_BYTES, FileLayout, TensorSpec, chunk_bytes, index_text, lay_out
+from partita.checkpoint.manifest import FORMAT, MANIFEST, VERSION, FileRecord, Manifest, manifest_text
 from partita.checkpoint.pieces import MODEL, OPTIMIZER, Piece, Place, StoredNames, pieces, stem_of
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state, state_text
 from partita.checkpoint.transfer import Transfer, digest_text
@@ -63,55 +63,74 @@ def save(state: TrainState, directory: Path, tag: str, about: About, client_stat
     client, names = together(world, what, lambda: (to_plain(client_state, "client_state"), StoredNames(state)))
     mine = list(pieces(state, names))
     files = together(world, what, partial(_lay_out, _all_specs(world, mine, names)))
-    staging: Staging | None = None
-
-    def begin() -> str:
-        nonlocal staging
-        sweep(directory)
-        staging = Staging(directory, tag)
-        staging.create()
-        for file in files:
-            _preallocate(staging.path / file.name, file.size)
-        return str(staging.path)
-
+    staging = together(world, what, lambda: Staging(directory, tag))  # rank 0's is used
     try:
-        folder = Path(from_rank_0(world, what, begin))
+        folder = Path(from_rank_0(world, what, partial(_begin, staging, directory, files)))
         chunks = together(world, what, partial(_write, folder, files, mine, world.rank == 0))
-        ends = {"differing": _differing(state, sections), "chunks": chunks}
-        by_rank = [json.loads(text) for text in text_by_rank(world, json.dumps(ends))]
+        differing = {s.name: sections.pop(s.name) for s in state.sections if isinstance(s.owner, DiffersByRank)}
+        by_rank = [json.loads(text) for text in text_by_rank(world, json.dumps([differing, chunks]))]
 
         def commit() -> str:
-            assert staging is not None
-            saved = _saved_state(state, sections, [end["differing"] for end in by_rank], client, names)
-            texts = {STATE: state_text(saved)}
-            parse_state(texts[STATE].encode(), STATE)  # what could not be loaded is refused now
-            for stem in (MODEL, OPTIMIZER):
-                index = index_text([file for file in files if stem_of(file.name) == stem])
-                if index is not None:
-                    texts[f"{stem}.safetensors.index.json"] = index
-            records = _records(files, [tuple(chunk) for end in by_rank for chunk in end["chunks"]])
-            for name, text in texts.items():
-                write_durably(staging.path / name, text.encode())
-                records[name] = _record_of(text.encode())
-            manifest = Manifest(
-                format=FORMAT,
-                version=VERSION,
-                tag=tag,
-                step=about.step,
-                samples=about.samples,
-                world_size=world.world_size,
-                created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                engine=about.facts,
-                files=records,
+            small = SavedState(
+                sections=sections, ranks=[one for one, _ in by_rank], client_state=client, aliases=names.aliases
             )
-            write_durably(staging.path / MANIFEST, manifest_text(manifest).encode())
-            return str(staging.publish(is_latest=about.is_latest))
+            records = _records(files, [tuple(chunk) for _, written in by_rank for chunk in written])
+            manifest = partial(_manifest, tag, about, world.world_size)
+            return _commit(staging, _small_files(small, files), records, manifest, about.is_latest)
 
         return Path(from_rank_0(world, what, commit))
     except BaseException:
-        if staging is not None:
-            staging.discard()
+        staging.discard()
         raise
+
+
+def _begin(staging: Staging, directory: Path, files: Sequence[FileLayout]) -> str:
+    """On rank 0: makes the folder and its large files; returns the folder's path."""
+    sweep(directory)
+    staging.create()
+    for file in files:
+        _preallocate(staging.path / file.name, file.size)
+    return str(staging.path)
+
+
+def _small_files(small: SavedState, files: Sequence[FileLayout]) -> dict[str, str]:
+    """The texts of what is not tensors."""
+    texts = {STATE: state_text(small)}
+    parse_state(texts[STATE].encode(), STATE)  # what could not be loaded is refused now
+    for stem in (MODEL, OPTIMIZER):
+        index = index_text([file for file in files if stem_of(file.name) == stem])
+        if index is not None:
+            texts[f"{stem}.safetensors.index.json"] = index
+    return texts
+
+
+def _commit(
+    staging: Staging,
+    texts: Mapping[str, str],
+    records: dict[str, FileRecord],
+    manifest: Callable[[dict[str, FileRecord]], Manifest],
+    is_latest: bool,
+) -> str:
+    """On rank 0: writes the small files, the manifest last; returns the path of the checkpoint, which there is now."""
+    for name, text in texts.items():
+        write_durably(staging.path / name, text.encode())
+        records[name] = _record_of(text.encode())
+    write_durably(staging.path / MANIFEST, manifest_text(manifest(records)).encode())
+    return str(staging.publish(is_latest))
+
+
+def _manifest(tag: str, about: About, world_size: int, files: dict[str, FileRecord]) -> Manifest:
+    return Manifest(
+        format=FORMAT,
+        version=VERSION,
+        tag=tag,
+        step=about.step,
+        samples=about.samples,
+        world_size=world_size,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        engine=about.facts,
+        files=files,
+    )
 
 
 def _all_specs(world: Communicator, mine: Sequence[Piece], names: StoredNames) -> dict[str, list[TensorSpec]]:
@@ -145,7 +164,7 @@ def _write(folder: Path, files: Sequence[FileLayout], mine: Sequence[Piece], hea
     """Writes this rank's pieces, and the headers if `heads`; they are on the disk afterwards."""
     index = {Place(stem_of(file.name), name): i for i, file in enumerate(files) for name in file.begin}
     with ExitStack() as exits:
-        transfer = exits.enter_context(Transfer())
+        transfer = exits.enter_context(Transfer(chunk_bytes(files)))
         fds = [_open(folder, file, exits) for file in files]
         for i, file in enumerate(files):
             if heads:
@@ -171,18 +190,6 @@ def _open(folder: Path, file: FileLayout, exits: ExitStack) -> int:
     return fd
 
 
-def _differing(state: TrainState, sections: Mapping[str, Any]) -> dict[str, Any]:
-    return {s.name: sections[s.name] for s in state.sections if isinstance(s.owner, DiffersByRank)}
-
-
-def _saved_state(
-    state: TrainState, sections: Mapping[str, Any], by_rank: list[Any], client: Any, names: StoredNames
-) -> SavedState:
-    differing = _differing(state, sections)
-    same = {name: section for name, section in sections.items() if name not in differing}
-    return SavedState(sections=same, ranks=by_rank, client_state=client, aliases=names.aliases)
-
-
 def _records(files: Sequence[FileLayout], chunks: Iterable[Any]) -> dict[str, FileRecord]:
     """The chunks of every file, in the order of their offsets."""
     by_file: list[list[tuple[int, int, str]]] = [[] for _ in files]
@@ -203,5 +210,5 @@ def _records(files: Sequence[FileLayout], chunks: Iterable[Any]) -> dict[str, Fi
 
 
 def _record_of(data: bytes) -> FileRecord:
-    parts = [data[begin : begin + CHUNK_BYTES] for begin in range(0, len(data), CHUNK_BYTES)]
+    parts = [data[begin : begin + MIN_CHUNK_BYTES] for begin in range(0, len(data), MIN_CHUNK_BYTES)]
     return FileRecord(size=len(data), chunks=[(len(part), digest_text(part)) for part in parts])

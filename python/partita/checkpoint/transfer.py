@@ -11,7 +11,7 @@ from torch import Tensor
 
 from partita._core import FileQueue, xxh64
 from partita.checkpoint.errors import CheckpointError
-from partita.checkpoint.manifest import CHUNK_BYTES
+from partita.checkpoint.layout import MIN_CHUNK_BYTES
 from partita.device import HOST, kernels
 
 COPIED_BYTES = 64 << 20  # of copies on the host that wait to be written, at most
@@ -43,9 +43,13 @@ class Transfer:
     """Reads and writes of one rank, under way together.
 
     Errors are raised by the call that waits: `finish()`, or one that needs room for copies.
+
+    Args:
+        chunk_bytes: of what is written; a multiple of the size of every element.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, chunk_bytes: int = MIN_CHUNK_BYTES) -> None:
+        self._chunk_bytes = chunk_bytes
         self._queue = FileQueue(THREADS)
         self._jobs: list[_Job] = []
         self._done: list[tuple[int, int, int, str]] = []
@@ -62,7 +66,7 @@ class Transfer:
 
     def write(self, fd: int, offset: int, values: Tensor, label: Label) -> None:
         """Writes a flat tensor, which must not change until `finish()`. Values of a device are copied."""
-        step = CHUNK_BYTES // values.element_size()
+        step = self._chunk_bytes // values.element_size()
         for first in range(0, values.numel(), step):
             part = values[first : first + step]
             if part.device.type != "cpu":

@@ -93,6 +93,8 @@ def prune_command(
 ) -> None:
     """Delete all but the newest checkpoints; the latest and what cannot be read stay."""
     try:
+        if not checkpoints(folder):
+            _fail(f"'{folder}': there is no whole checkpoint")
         for path in prune(folder, keep):
             typer.echo(f"deleted '{path}'")
     except (CheckpointError, OSError) as error:

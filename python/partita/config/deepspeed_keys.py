@@ -136,15 +136,12 @@ _OTHER_SECTIONS: dict[str, Rule] = {
     "bf16.check_overflow": (noted("gradients are always checked, and a step that is not finite is skipped"),),
     "bf16.immediate_grad_update": (noted("it says when DeepSpeed copies gradients"),),
     "checkpoint.checkpoint_serialization": (noted("it tunes DeepSpeed's writer"),),
-    "checkpoint.load_universal": (
-        noted(_NOTHING, only(False, None)),
-        refused("DeepSpeed's checkpoints cannot be loaded: give the weights to engine.load_module_state_dict()"),
-    ),
+    "checkpoint.load_universal": (noted("every checkpoint is one that any ranks, stage and precision load"),),
     "checkpoint.parallel_write": (noted("it tunes DeepSpeed's writer"),),
     "checkpoint.tag_validation": (noted("it checks names of DeepSpeed's checkpoints"),),
     "checkpoint.use_node_local_storage": (
         noted(_NOTHING, only(False, None)),
-        refused("rank 0 writes what is saved: give a path that it can reach, and remove the key"),
+        refused("all ranks save into one folder: give one that all hosts see, and remove the key"),
     ),
     "checkpoint.writer": (noted("it tunes DeepSpeed's writer"),),
     "data_types.keep_in_fp32_modules": (

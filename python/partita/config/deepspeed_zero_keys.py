@@ -44,10 +44,7 @@ _KEYS: dict[str, Rule] = {
         ),
     ),
     "cpu_offload_use_pin_memory": (noted("host memory is pinned unless offload_*.pin_memory is false"),),
-    "elastic_checkpoint": (
-        noted(_NOTHING, only(False, None)),
-        refused("DeepSpeed's elastic checkpoints are not written: remove it"),
-    ),
+    "elastic_checkpoint": (noted("every checkpoint is one that any number of ranks loads"),),
     "enable_sanity_checks": (noted("it checks DeepSpeed's internals"),),
     "ignore_unused_parameters": (noted("a parameter without a gradient counts as zero"),),
     "leaf_module": (noted("blocks are found by themselves; zero_optimization.unit_classes names others"),),

@@ -332,8 +332,9 @@ class Engine(EngineBase):
 
     def _heed(self) -> None:
         """Gradients that the program has dropped are gone, also from the order of calls."""
-        if any(part.heed() for part in self._parts):
-            self._forget_backwards()
+        for part in self._parts:
+            if part.heed():
+                self._forget_backwards()
 
     def _warn_of_restart(self) -> None:
         if not self._has_warned_of_restart and self._run.is_first:

@@ -7,13 +7,12 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
-from partita.checkpoint import About, Wanted, load, save
-from partita.config import Config, save_config
+from partita.config import save_config
 from partita.data import ShardedLoader
 from partita.engine.as_module import AsModule
 from partita.model import ModelPart, RandomState, Section, TrainState, clone_state_dict, save_weights
@@ -21,6 +20,9 @@ from partita.optim import HyperParameters, ShardedOptimizer
 from partita.run import Run
 from partita.step import OptimizerStep
 from partita.zero import WeightSource, load_weights
+
+if TYPE_CHECKING:
+    from partita.config import Config
 
 
 class KeepsState(AsModule):
@@ -144,6 +146,8 @@ class KeepsState(AsModule):
             TypeError, ValueError: a state cannot be saved; names it.
             CheckpointError: the checkpoint was not written; says why, on all ranks. Earlier ones are still there.
         """
+        from partita.checkpoint import About, save  # with pydantic, which `import partita` leaves out
+
         with self._call_of_all("save_checkpoint()"):
             name = f"global_step{self._step.global_steps}" if tag is None else str(tag)
             about = About(self._step.global_steps, self._step.global_samples, self._facts(), save_latest)
@@ -177,6 +181,8 @@ class KeepsState(AsModule):
             CheckpointError: there is no such checkpoint, it is damaged, or it does not fit; says which file, tensor
                 or parameter, on all ranks.
         """
+        from partita.checkpoint import Wanted, load
+
         with self._call_of_all("load_checkpoint()"):
             wanted = Wanted(
                 sections=not load_module_only,

@@ -128,8 +128,9 @@ class ModelPart:
         Raises:
             RuntimeError: they cannot be told from those of earlier micro-batches any more; names a parameter.
         """
-        is_broken = self.reducer.in_backward
-        is_empty = self.reducer.heed()
+        reducer = self._backward.reducer
+        is_broken = reducer.in_backward
+        is_empty = reducer.heed()
         if is_empty and is_broken:
             self.rest()
         return is_empty

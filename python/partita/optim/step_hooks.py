@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from torch.optim import Optimizer
@@ -11,6 +12,8 @@ from torch.optim.optimizer import (  # torch's hooks for all optimizers, which h
     _global_optimizer_post_hooks,
     _global_optimizer_pre_hooks,
 )
+
+_pre_hooks, _post_hooks = attrgetter("_optimizer_step_pre_hooks"), attrgetter("_optimizer_step_post_hooks")
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,12 @@ class StepHooks:
     @property
     def precede(self) -> bool:
         """Whether there are hooks to run before a step."""
-        return bool(_global_optimizer_pre_hooks) or any(o._optimizer_step_pre_hooks for o in self._optimizers)
+        return bool(_global_optimizer_pre_hooks) or any(map(_pre_hooks, self._optimizers))
 
     @property
     def follow(self) -> bool:
         """Whether there are hooks to run after a step."""
-        return bool(_global_optimizer_post_hooks) or any(o._optimizer_step_post_hooks for o in self._optimizers)
+        return bool(_global_optimizer_post_hooks) or any(map(_post_hooks, self._optimizers))
 
     def before(self) -> StepCall:
         """Runs the hooks that precede a step; returns what they make of its arguments.

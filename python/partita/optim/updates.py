@@ -141,20 +141,20 @@ class NativeAdam(ShardUpdate):
         self._frozen = []  # so that the next step looks
 
     def values_of(self, state: dict[str, Any]) -> set[tuple[str, str]]:
-        names = {slot.name for unit in self._units for slot in unit.layout.slots}
-        if others := sorted(state.keys() - {"waited"}) or sorted(state.get("waited", {}).keys() - names):
+        if others := sorted(state.keys() - {"waited"}) or sorted(state.get("waited", {}).keys() - self._names()):
             raise ValueError(f"native Adam has nothing of '{others[0]}', of which there is a state")
         return {(s.slot.name, name) for unit in self._units for s in unit.own_slices() for name in unit.states}
 
     def from_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
-        waited = {name: steps for state in states for name, steps in state.get("waited", {}).items()}
+        known = self._names()
+        waited = {name: n for state in states for name, n in state.get("waited", {}).items() if name in known}
         others = {key: value for state in states for key, value in state.items() if key != "waited"}
         return {**others, "waited": waited} if waited else others
 
     def keeping(self, state: dict[str, Any] | None, names: Collection[str], applied: int) -> dict[str, Any] | None:
         here = self._controller.loss_scale.applied_steps
         waited = self._waits.after(here)
-        counts = {name: applied - (here - waited.get(name, 0)) for name in names}
+        counts = {name: applied - (here - waited.get(name, 0)) for name in self._names() & set(names)}
         kept = {**(state or {}).get("waited", {}), **{name: steps for name, steps in counts.items() if steps}}
         return {**(state or {}), "waited": kept} if kept else state
 
@@ -181,6 +181,10 @@ class NativeAdam(ShardUpdate):
 
     def close(self) -> None:
         return  # its param groups are as they were
+
+    def _names(self) -> set[str]:
+        """Of the parameters that are trained."""
+        return {slot.name for unit in self._units for slot in unit.layout.slots}
 
 
 def _adam_part(unit: Unit, segments: Segments) -> kernels.Part[AdamPart]:

@@ -329,10 +329,12 @@ class GradientReducer:
         """Moves the gradients of a unit into a full buffer; autograd's own tensors are released."""
         unit = self.units[index]
         self._enter_stream()
+        given = [fresh(p) for p in unit.parameters]
         for stream in self._producers[index]:
-            self._streams.come_after(stream, [g for p in unit.parameters if (g := fresh(p)) is not None])
+            self._streams.come_after(stream, (g for g in given if g is not None))
         self._producers[index].clear()
-        grads = [_dense(fresh(p)) for p in unit.parameters]
+        grads = [None if g is None else _dense(g) for g in given]
+        del given  # a gradient that is not dense goes
         if self.watches_finiteness:
             named = zip(unit.layout.slots, grads, strict=True)
             self._finiteness += [(slot.name, kernels.is_finite(g)) for slot, g in named if g is not None]
@@ -372,10 +374,8 @@ def has_reducer(parameter: Tensor) -> bool:
     return any(hook.args[0]() is not None for hook in ours)
 
 
-def _dense(grad: Tensor | None) -> Tensor | None:
+def _dense(grad: Tensor) -> Tensor:
     """A gradient as a contiguous strided tensor; a sparse one is densified."""
-    if grad is None:
-        return None
     if grad.layout is not torch.strided:
         grad = grad.to_dense()
     return grad.contiguous()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -189,9 +190,12 @@ class TakenGradients:
         passed = {id(mark) for mark in self._reading.changed if mark.is_passed}
         with torch._C.DisableTorchFunctionSubclass():
             for i in sorted(self._shown):
+                grads = [parameter.grad for parameter in self._units[i].parameters]
+                if not self._reading.changed and all(map(is_, grads, self._marks[i])):  # almost always
+                    continue
                 slots = self._units[i].layout.slots
-                for j, (parameter, mark) in enumerate(zip(self._units[i].parameters, self._marks[i], strict=True)):
-                    is_here = parameter.grad is mark  # the rest is for the few that were touched
+                for j, (grad, mark) in enumerate(zip(grads, self._marks[i], strict=True)):
+                    is_here = grad is mark
                     if (is_here and dropped and id(mark) in dropped) or not (is_here or id(mark) in passed):
                         found.append((i, slots[j]))
         return found
@@ -206,7 +210,7 @@ class TakenGradients:
         Raises:
             RuntimeError: what was dropped cannot be told from these; names a parameter.
         """
-        if in_backward and not self.are_all_gone:
+        if not self.are_all_gone if in_backward else not self._shown:
             return False, []
         dropped = self.dropped()
         if dropped and has_committed:
@@ -230,11 +234,7 @@ class TakenGradients:
     def has_fresh(self) -> bool:
         """Whether a parameter has a gradient that has not been taken."""
         with torch._C.DisableTorchFunctionSubclass():
-            return any(
-                (grad := parameter.grad) is not None and type(grad) is not TakenGradient
-                for unit in self._units
-                for parameter in unit.parameters
-            )
+            return any(fresh(parameter) is not None for unit in self._units for parameter in unit.parameters)
 
 
 def _result_in_place(changed: Any) -> Any:
@@ -254,4 +254,4 @@ def _named(unit: Unit) -> Iterator[tuple[Slot, nn.Parameter]]:
 def fresh(parameter: nn.Parameter) -> Tensor | None:
     """The gradient that autograd or the program has given and the engine has not taken."""
     grad = parameter.grad
-    return None if isinstance(grad, TakenGradient) else grad
+    return None if type(grad) is TakenGradient else grad

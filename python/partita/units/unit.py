@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from partita.units.layout import Slot, UnitLayout
 from partita.units.parameters import FlatParameters, fill_from_rank_0
 from partita.units.policy import RESIDENT, Offload, StagePolicy
 from partita.units.residence import Residence
+
+_requires_grad = attrgetter("requires_grad")
 
 
 class GradState(Enum):
@@ -76,7 +79,7 @@ class Unit(FlatParameters):
     def frozen_slots(self) -> frozenset[Slot]:
         """The parameters that the program has frozen since: they do not require gradients now."""
         with torch._C.DisableTorchFunctionSubclass():
-            if all(parameter.requires_grad for parameter in self.parameters):  # almost always
+            if all(map(_requires_grad, self.parameters)):  # almost always
                 return frozenset()
             slots = zip(self.layout.slots, self.parameters, strict=True)
             return frozenset(slot for slot, parameter in slots if not parameter.requires_grad)

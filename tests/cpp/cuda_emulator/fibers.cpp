@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
-#include <iterator>
 #include <new>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -90,11 +89,21 @@ struct Thread {
     unsigned char values[2][8] = {};  // in turn: a thread may be one exchange ahead of the others of its warp
 };
 
+struct Warp {
+    std::vector<int> order;  // of its threads
+    std::size_t at_exchange = 0;
+};
+
 class Block {
   public:
     Block(const std::vector<int>& order, const std::function<void(int)>& enter, const std::function<void()>& body)
-        : order_(order), enter_(enter), body_(body), threads_(order.size()) {
-        make_ready(0, size());
+        : order_(order),
+          enter_(enter),
+          body_(body),
+          threads_(order.size()),
+          warps_((order.size() + warp_size - 1) / warp_size) {
+        for (const int i : order) warps_[static_cast<std::size_t>(i / warp_size)].order.push_back(i);
+        make_ready(order_);
     }
 
     void run() {
@@ -128,9 +137,13 @@ class Block {
     // A complete warp goes on at once and as far as it can, before all others.
     void wait_for_warp() {
         thread().state = State::at_exchange;
-        const int first = index_ / warp_size * warp_size, last = std::min(first + warp_size, size());
-        if (count(State::at_exchange, first, last) == last - first) make_ready(first, last);
-        thread().fiber->switch_to(scheduler);
+        Fiber* fiber = thread().fiber;
+        Warp& warp = warps_[static_cast<std::size_t>(index_ / warp_size)];
+        if (++warp.at_exchange == warp.order.size()) {
+            warp.at_exchange = 0;
+            make_ready(warp.order);
+        }
+        fiber->switch_to(scheduler);
     }
 
     Thread& thread() { return threads_[static_cast<std::size_t>(index_)]; }
@@ -154,23 +167,22 @@ class Block {
         enter_(index_);
     }
 
-    // The threads [first, last) are the next ones, in the block's order.
-    void make_ready(int first, int last) {
-        for (int i = first; i < last; ++i) threads_[static_cast<std::size_t>(i)].state = State::ready;
-        std::copy_if(order_.rbegin(), order_.rend(), std::back_inserter(ready_),
-                     [=](int i) { return i >= first && i < last; });
+    // These threads are the next ones, in this order.
+    void make_ready(const std::vector<int>& order) {
+        for (const int i : order) threads_[static_cast<std::size_t>(i)].state = State::ready;
+        ready_.insert(ready_.end(), order.rbegin(), order.rend());
     }
 
     // When none can go on: all are done, or all are at the barrier.
     void pass_barrier() {
-        const int waiting = count(State::at_barrier, 0, size());
-        if (count(State::at_exchange, 0, size()) > 0) fail("only a part of a warp reaches a shuffle");
+        const int waiting = count(State::at_barrier);
+        if (count(State::at_exchange) > 0) fail("only a part of a warp reaches a shuffle");
         if (waiting > 0 && waiting < size()) fail("only a part of the block reaches __syncthreads");
-        if (waiting > 0) make_ready(0, size());
+        if (waiting > 0) make_ready(order_);
     }
-    int count(State state, int first, int last) const {
-        return static_cast<int>(std::count_if(threads_.begin() + first, threads_.begin() + last,
-                                              [state](const Thread& t) { return t.state == state; }));
+    int count(State state) const {
+        return static_cast<int>(
+            std::count_if(threads_.begin(), threads_.end(), [state](const Thread& t) { return t.state == state; }));
     }
 
     [[noreturn]] static void fail(const char* what) {
@@ -182,6 +194,7 @@ class Block {
     const std::function<void(int)>& enter_;
     const std::function<void()>& body_;
     std::vector<Thread> threads_;
+    std::vector<Warp> warps_;
     std::vector<int> ready_;  // the next one is the last
     int index_ = 0;
 };

@@ -168,6 +168,8 @@ class Residence(ABC):
     def moved(self) -> Iterator[Slot]:
         """The parameters whose memory somebody replaced, by assigning `.data` for instance."""
         places = self._current_places()
+        if places == self._places:  # almost always
+            return
         for slot, now, then in zip(self.layout.slots, places, self._places, strict=True):
             if now != then:
                 yield slot
