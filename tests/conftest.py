@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from ranks import RankPool
@@ -29,3 +32,16 @@ def ranks(transport: str) -> Iterator[Callable[[int], RankPool]]:
     yield lambda world_size: pools.setdefault(world_size, RankPool(world_size, transport))
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def fault_shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of harness/fault_shim.c, for LD_PRELOAD."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    library = tmp_path_factory.mktemp("shim") / "fault_shim.so"
+    source = Path(__file__).parent / "harness" / "fault_shim.c"
+    command = [compiler, "-Wall", "-Wextra", "-Werror", "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"]
+    subprocess.run(command, check=True)
+    return library

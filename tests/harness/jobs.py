@@ -26,9 +26,10 @@ class Job:
     """Processes that run `function(rank, report, *args)` and report as they go; killed at the end of the block."""
 
     def __init__(self, world_size: int, function: Callable[..., None], *args: Any) -> None:
-        # Forked from a process that has imported torch, so that a job starts in a fraction of a second.
+        # Forked from a process that has imported torch, so that a job starts in a fraction of a second. The first
+        # optimizer of a process imports torch._dynamo, in seconds.
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "partita", "support"])
+        context.set_forkserver_preload(["torch.distributed", "torch._dynamo", "partita", "support"])
         self.store = Path(tempfile.mkdtemp(prefix="partita-faults-"))
         self.processes: list[Any] = []
         self.reports: list[Connection] = []

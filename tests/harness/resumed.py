@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,19 @@ def whole_state(engine: partita.Engine, optimizer: str) -> dict[str, Any]:
                 state[f"{key} {name}"] = safe_get_full_optimizer_state(parameter, key)
     state["counts"] = (engine.global_steps, engine.global_samples, engine.skipped_steps, engine.get_lr())
     return state
+
+
+def digest_of(state: dict[str, Any]) -> str:
+    """Of all bits of a `whole_state()`: one short text, which processes tell each other."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(state.items()):
+        bits = (
+            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            if torch.is_tensor(value)
+            else b""
+        )
+        digest.update(repr((name, getattr(value, "dtype", value), getattr(value, "shape", ()))).encode() + bits)
+    return digest.hexdigest()
 
 
 def train_and_save(folder: str, config: dict[str, Any], optimizer: str = "AdamW", steps: int = 3) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,23 +22,12 @@ SCENARIOS = {
 }
 
 
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("there is no C compiler")
-    library = tmp_path_factory.mktemp("shim") / "fault_shim.so"
-    command = [compiler, "-Wall", "-Wextra", "-Werror", "-O1", "-shared", "-fPIC", "-o", library]
-    subprocess.run([*command, HARNESS / "fault_shim.c", "-ldl"], check=True)
-    return library
-
-
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_fault_in_any_call_leaves_the_old_checkpoint_or_the_new_one(shim, tmp_path, scenario):
+def test_a_fault_in_any_call_leaves_the_old_checkpoint_or_the_new_one(fault_shim, tmp_path, scenario):
     """EIO, ENOSPC, a short write, SIGKILL before and after; then a power failure that loses all that is not synced."""
     command = [sys.executable, HARNESS / "commit_faults.py", tmp_path, scenario]
     paths = os.pathsep.join([str(HARNESS), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "LD_PRELOAD": str(shim), "PYTHONPATH": paths}
+    environment = {**os.environ, "LD_PRELOAD": str(fault_shim), "PYTHONPATH": paths}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

@@ -2,11 +2,12 @@
 
 [Note: the commit] Files are written and synced in a hidden folder. Then, in this order:
 
-1. the hidden folder is synced: all its names are on the disk;
-2. it gets the name of the tag. If there is a checkpoint of this name, the two change names in one call; where there is
-   no such call, the old one is set aside first, under a name by which `find()` knows it;
+1. the hidden folder is synced: all its names are on the disk. The new `latest` is written and synced under a hidden
+   name. What needs room on the disk has it now;
+2. the folder gets the name of the tag. If there is a checkpoint of this name, the two change names in one call; where
+   there is no such call, the old one is set aside first, under a name by which `find()` knows it;
 3. the directory is synced;
-4. `latest` is written anew: a file beside it, synced, takes its name, and the directory is synced;
+4. the new `latest` takes its name, and the directory is synced;
 5. the old checkpoint is removed. What step 2 did is on the disk, so no crash can bring back a name for half a folder.
 
 A save that dies leaves hidden names, which `sweep()` knows. An error before the end of step 2 leaves what was there; a
@@ -92,15 +93,19 @@ class Staging:
             raise RuntimeError(f"'{self.path}' has no {MANIFEST}, which is written last")
         self._require_place()
         sync_folder(self.path)
+        latest = self._write_latest() if is_latest else None
         self._phase = _Phase.PUBLISHED  # from here on `path` may be the old checkpoint
         try:
             old = self._take_name()
         except OSError:
             self._phase = _Phase.OPEN
+            if latest is not None:
+                try_remove(latest)
             raise
         sync_folder(self._directory)
-        if is_latest:
-            self._write_latest()
+        if latest is not None:
+            os.rename(latest, self._directory / LATEST)
+            sync_folder(self._directory)
         if old is not None:
             with suppress(OSError):  # the checkpoint is there; the next sweep() warns about what is left
                 remove(old)
@@ -148,11 +153,11 @@ class Staging:
             raise
         return old
 
-    def _write_latest(self) -> None:
+    def _write_latest(self) -> Path:
+        """The coming `latest`, under a hidden name."""
         unfinished = self._directory / partial_name(LATEST)
         write_durably(unfinished, self._tag.encode())
-        os.rename(unfinished, self._directory / LATEST)
-        sync_folder(self._directory)
+        return unfinished
 
 
 def sweep(directory: Path) -> list[Path]:
