@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from partita.checkpoint.manifest import manifest_text, parse_manifest
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state
 from partita.checkpoint.stored import Stored, read_whole
 from partita.checkpoint.values import ValueReader
+from partita.comm import require_same
 from partita.model import DiffersByRank, KeepsValues, Section, TrainState, from_plain
 
 logger = logging.getLogger("partita")
@@ -51,15 +53,17 @@ def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) ->
 
     Raises:
         RuntimeError: in the midst of a step.
+        ValueError: the ranks were not given the same.
         CheckpointError: there is no such checkpoint, it is damaged, or it does not fit; on all ranks alike. Nothing
             has changed.
     """
     world = state.world
+    require_same(world, [("load_dir", str(directory)), ("tag", str(tag)), ("what is loaded", str(wanted))])
     state.require_idle("a checkpoint is loaded")
     what = f"the checkpoint in '{directory}' was not loaded"
 
     def look() -> str:
-        found = find(directory, tag)
+        found = find(Path(os.path.abspath(directory)), tag)
         if STATE not in found.manifest.files:
             raise CheckpointError(f"'{found.path}' has no {STATE} in its manifest: it was not written by Partita")
         small = read_whole(found.path, STATE, found.manifest.files[STATE]).decode()
@@ -72,6 +76,7 @@ def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) ->
         world, what, lambda: (parse_manifest(manifest_json.encode(), path), parse_state(small.encode(), path))
     )
     with together(world, what, partial(Stored, folder, manifest)) as stored:
+        client_state = together(world, what, lambda: from_plain(saved.client_state))
         reader = together(world, what, partial(ValueReader, state, stored, wanted.strict))
         states = together(world, what, partial(_sections, state, saved, wanted, reader))
         kept = [
@@ -83,7 +88,7 @@ def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) ->
         if world.rank == 0:
             logger.info(f"loaded '{folder}', step {manifest.step}; rank 0 read {reader.bytes_read:,} bytes")
             _warn_of_what_is_left(state, saved, wanted, folder)
-    return folder, from_plain(saved.client_state)
+    return folder, client_state
 
 
 def _sections(state: TrainState, saved: SavedState, wanted: Wanted, reader: ValueReader) -> dict[str, dict[str, Any]]:

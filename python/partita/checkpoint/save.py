@@ -22,8 +22,8 @@ from partita.checkpoint.manifest import FORMAT, MANIFEST, VERSION, FileRecord, M
 from partita.checkpoint.pieces import MODEL, OPTIMIZER, Piece, Place, StoredNames, pieces, stem_of
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state, state_text
 from partita.checkpoint.transfer import Transfer, digest_text
-from partita.comm import Communicator, text_by_rank
-from partita.model import DiffersByRank, TrainState, to_plain
+from partita.comm import Communicator, require_same, text_by_rank
+from partita.model import DiffersByRank, TrainState, from_plain, to_plain
 
 # (file, offset, length, digest) of what was written in one piece.
 Chunk = tuple[int, int, int, str]
@@ -53,15 +53,17 @@ def save(state: TrainState, directory: Path, tag: str, about: About, client_stat
 
     Raises:
         RuntimeError: in the midst of a step.
-        TypeError, ValueError: a state has something that cannot be saved; names it.
+        TypeError, ValueError: a state has something that cannot be saved; names it. The ranks were not given the same.
         CheckpointError: the checkpoint was not written, for the reason that it gives; on all ranks. What was there
             before is still there.
     """
     world = state.world
+    require_same(world, [("save_dir", str(directory)), ("tag", tag), ("save_latest", str(about.is_latest))])
     sections = state.take_sections()
     what = f"the checkpoint '{directory / tag}' was not saved"
-    client, names = together(world, what, lambda: (to_plain(client_state, "client_state"), StoredNames(state)))
-    mine = list(pieces(state, names))
+    client = together(world, what, lambda: _plain_client_state(client_state))
+    names = together(world, what, lambda: StoredNames(state))
+    mine = together(world, what, lambda: list(pieces(state, names)))
     files = together(world, what, partial(_lay_out, _all_specs(world, mine, names)))
     staging = together(world, what, lambda: Staging(directory, tag))  # rank 0's is used
     try:
@@ -82,6 +84,14 @@ def save(state: TrainState, directory: Path, tag: str, about: About, client_stat
     except BaseException:
         staging.discard()
         raise
+
+
+def _plain_client_state(client_state: Mapping[str, Any]) -> Any:
+    if not isinstance(client_state, Mapping):
+        raise TypeError(f"client_state is a {type(client_state).__name__}: give a dict")
+    plain = to_plain(dict(client_state), "client_state")
+    from_plain(plain)  # what could not be loaded is refused now
+    return plain
 
 
 def _begin(staging: Staging, directory: Path, files: Sequence[FileLayout]) -> str:

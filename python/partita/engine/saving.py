@@ -149,9 +149,10 @@ class KeepsState(AsModule):
         from partita.checkpoint import About, save  # with pydantic, which `import partita` leaves out
 
         with self._call_of_all("save_checkpoint()"):
+            self._require_parts("save_checkpoint()")
             name = f"global_step{self._step.global_steps}" if tag is None else str(tag)
             about = About(self._step.global_steps, self._step.global_samples, self._facts(), save_latest)
-            return save(self.train_state(), Path(save_dir), name, about, dict(client_state or {}))
+            return save(self.train_state(), Path(save_dir), name, about, {} if client_state is None else client_state)
 
     def load_checkpoint(
         self,
@@ -184,6 +185,7 @@ class KeepsState(AsModule):
         from partita.checkpoint import Wanted, load
 
         with self._call_of_all("load_checkpoint()"):
+            self._require_parts("load_checkpoint()")
             wanted = Wanted(
                 sections=not load_module_only,
                 optimizer=load_optimizer_states,
@@ -192,6 +194,11 @@ class KeepsState(AsModule):
             )
             path, client_state = load(self.train_state(), Path(load_dir), None if tag is None else str(tag), wanted)
             return path, client_state
+
+    def _require_parts(self, call: str) -> None:
+        """Raises RuntimeError if the engine has let go of the model: it would save nothing, over something perhaps."""
+        if not self._parts:
+            raise RuntimeError(f"{call} was called after engine.destroy(): call it before")
 
     def _facts(self) -> dict[str, Any]:
         """What people want to know of a checkpoint."""

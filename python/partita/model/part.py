@@ -196,9 +196,10 @@ class ModelPart:
             self._buffers.after_update()
 
     def adopt_written_parameters(self) -> None:
-        """The masters have what a program wrote into 16-bit parameters."""
+        """The masters have what a program wrote into 16-bit parameters, also where nothing counted the writes. The host
+        waits."""
         for unit in self.units:
-            unit.adopt_written_parameters()
+            unit.adopt_written_parameters(looks=True)
 
     def rest(self) -> None:
         """Nothing computes, and no parameter is gathered: what a forward without a backward left is released."""

@@ -173,3 +173,70 @@ def test_another_model_is_refused_by_the_names_of_its_parameters(ranks, saved, s
         assert "is not in the model" in message or "more" in message
         assert rest_is_kept and steps == 3
         assert is_a_first_step
+
+
+def _wrong_calls(folder: str) -> list[str]:
+    """What each error says; the engine goes on after all of them."""
+    engine = engine_for(CONFIG, seed=1)
+    take_steps(engine, 1)
+    first = engine.global_rank == 0
+    calls: list[Callable[[], object]] = [
+        lambda: engine.save_checkpoint(folder, "a" if first else "b"),
+        lambda: engine.save_checkpoint(folder, client_state={} if first else [1]),
+        lambda: engine.save_checkpoint(folder, client_state={"a": {1}} if first else {}),
+        lambda: engine.save_checkpoint(folder, "../a"),
+        lambda: engine.load_checkpoint(folder, TAG if first else "other"),
+        lambda: engine.load_checkpoint(folder, load_optimizer_states=first),
+    ]
+    said = []
+    for call in calls:
+        with pytest.raises((RuntimeError, ValueError)) as raised:
+            call()
+        said.append(str(raised.value))
+        take_steps(engine, 1)
+    engine.destroy()
+    for late in (lambda: engine.save_checkpoint(folder), lambda: engine.load_checkpoint(folder)):
+        with pytest.raises(RuntimeError, match=r"after engine\.destroy\(\)"):
+            late()
+    return said
+
+
+def test_a_wrong_call_is_the_same_error_on_all_ranks(ranks, copy):
+    before = sorted(copy.rglob("*"))
+    first, second = ranks(2).run(_wrong_calls, str(copy))
+    assert first == second
+    for text, words in zip(
+        first,
+        (
+            "tag is a on rank 0 and b on rank 1",
+            "rank 1: client_state is a list: give a dict",
+            "rank 0: client_state.a is a set",
+            "'../a'",
+            f"tag is {TAG} on rank 0 and other on rank 1",
+            "optimizer=True",
+        ),
+        strict=True,
+    ):
+        assert words in text
+    assert sorted(copy.rglob("*")) == before
+
+
+def _written_through_data(folder: str, stage: int) -> bool:
+    config = {**config_for(2, stage, "bf16"), "scheduler": None}
+    config["optimizer"] = {"type": "AdamW", "params": {"lr": 0.0, "weight_decay": 0.0}}
+    engine = engine_for(config, seed=1)
+    take_steps(engine, 4)
+    engine.module.layers[1].weight.data.fill_(0.5)
+    engine.save_checkpoint(folder)
+    engine.destroy()
+    engine = engine_for(config, seed=2)
+    engine.load_checkpoint(folder)
+    take_steps(engine, 1)
+    kept = bool((engine.module.layers[1].weight == 0.5).all())
+    engine.destroy()
+    return kept
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_what_was_written_without_being_counted_is_saved(ranks, tmp_path, stage):
+    assert ranks(2).run(_written_through_data, str(tmp_path), stage) == [True, True]
