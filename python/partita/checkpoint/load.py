@@ -18,6 +18,7 @@ from partita.checkpoint.saved_state import STATE, SavedState, parse_state
 from partita.checkpoint.stored import Stored, read_whole
 from partita.checkpoint.values import ValueReader
 from partita.comm import require_same
+from partita.device import FreedMemory
 from partita.model import DiffersByRank, KeepsValues, Section, TrainState, from_plain
 
 logger = logging.getLogger("partita")
@@ -85,6 +86,7 @@ def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) ->
         together(world, what, lambda: reader.read([value for values in kept for value in sorted(values)]))
         state.load_sections(states)
         reader.write()
+        FreedMemory().add(reader.bytes_read)
         if world.rank == 0:
             logger.info(f"loaded '{folder}', step {manifest.step}; rank 0 read {reader.bytes_read:,} bytes")
             _warn_of_what_is_left(state, saved, wanted, folder)
