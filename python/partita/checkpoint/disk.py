@@ -22,6 +22,8 @@ _CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 # Answers of file systems on which a folder needs no fsync, or cannot have one.
 _CANNOT_SYNC_FOLDERS = {errno.EINVAL, errno.EOPNOTSUPP}
 
+_TRIES = 100
+
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFREG: "a file", stat.S_IFLNK: "a link"}
 
 
@@ -126,10 +128,16 @@ def remove(path: Path) -> None:
     Raises:
         OSError: what the system says. A part may be gone.
     """
-    if kind_of(path) == "a folder":
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            shutil.rmtree(path) if kind_of(path) == "a folder" else path.unlink()
+        except FileNotFoundError:  # somebody else removes it, or things in it
+            if kind_of(path) is None:
+                return
+            if not tries_left:
+                raise
+        else:
+            return
 
 
 def try_remove(path: Path) -> bool:

@@ -15,10 +15,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from partita.checkpoint.claim import new_claim
 from partita.checkpoint.disk import kind_of, sync_folder, try_remove
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest, plain_name
-from partita.checkpoint.tags import LATEST, check_tag, parse_leftover, partial_name
+from partita.checkpoint.tags import LATEST, aside_name, check_tag, parse_leftover, partial_name
 
 logger = logging.getLogger("partita")
 
@@ -139,19 +140,51 @@ def prune(directory: Path, keep_last: int) -> list[Path]:
     with suppress(CheckpointError):
         latest = latest_tag(directory)
     old = [found for found in checkpoints(directory)[keep_last:] if found.tag != latest]
-    return [found.path for found in old if _retire(found)]
-
-
-def _retire(found: Found) -> bool:
-    """Removes a checkpoint, which is none from the first moment on: half of it must not look like one."""
-    hidden = found.path.with_name(partial_name(found.tag))
+    if not old:
+        return []
     try:
-        os.rename(found.path, hidden)
+        claim = new_claim(directory)
+    except OSError as error:
+        logger.warning("the old checkpoints in '%s' cannot be removed: %s", directory, error)
+        return []
+    try:
+        return [found.path for found in old if _retire(found, claim.token)]
+    finally:
+        claim.try_release()
+
+
+def _retire(found: Found, token: str) -> bool:
+    """Removes a checkpoint, which is none from a moment on: half of it must not look like one.
+
+    Another program may have replaced the checkpoint since it was found. The new one gets its name back; until then it
+    has a name under which it is found.
+    """
+    aside = found.path.with_name(aside_name(found.tag, token))
+    hidden = found.path.with_name(partial_name(found.tag, token))
+    try:
+        os.rename(found.path, aside)
+        try:
+            if not _is_still(found, aside):
+                raise FileNotFoundError(errno.ENOENT, "another checkpoint has its name", str(found.path))
+            os.rename(aside, hidden)
+        except BaseException:
+            with suppress(OSError):  # there may be one more of this name, a newer one
+                os.rename(aside, found.path)
+            raise
         sync_folder(hidden.parent)
+    except FileNotFoundError:
+        return False  # another program was faster
     except OSError as error:
         logger.warning("the old checkpoint '%s' cannot be removed: %s", found.path, error)
         return False
     return try_remove(hidden)
+
+
+def _is_still(found: Found, path: Path) -> bool:
+    try:
+        return read_checkpoint(path, found.tag).manifest == found.manifest
+    except CheckpointError:
+        return False
 
 
 # -- places
