@@ -39,6 +39,15 @@ def kind_of(path: Path) -> str | None:
         return None
 
 
+def dead_link(path: Path) -> Path | None:
+    """The path, or one of its parents, if that is a link to nothing or in a circle.
+
+    Raises:
+        OSError: the system does not say.
+    """
+    return next((place for place in (path, *path.parents) if place.is_symlink() and not place.exists()), None)
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Errors of calls on file descriptors, which know no name, get this one."""
@@ -94,8 +103,10 @@ def make_folders(folder: Path) -> None:
     """Makes a folder with its parents; each new name is on the disk when this returns.
 
     Raises:
-        OSError: what the system says, or NotADirectoryError: something else is there.
+        OSError: what the system says, or NotADirectoryError: something else is there, or a link to nothing.
     """
+    if (link := dead_link(folder)) is not None:
+        raise NotADirectoryError(errno.ENOTDIR, "Not a folder, but a link to nothing", str(link))
     missing = [path for path in (folder, *folder.parents) if kind_of(path) is None]
     for path in reversed(missing):
         with suppress(FileExistsError):  # another process was faster
