@@ -216,11 +216,11 @@ class KeepsState(AsModule):
         if self.optimizer is not None and self._step.sharded is not None:
             sections.append(Section("optimizer", HyperParameters(self.optimizer)))
             sections.append(Section("optimizer_states", self._step.sharded.update))
-        if self.lr_scheduler is not None and self._step.schedule is not None:
+        if self.lr_scheduler is not None:
             if not hasattr(self.lr_scheduler, "state_dict"):
                 name = type(self.lr_scheduler).__name__
                 raise TypeError(f"lr_scheduler: a {name} has no state_dict(), so it could not go on after a restart")
-            sections.append(Section("lr_scheduler", self._step.schedule))
+            sections.append(Section("lr_scheduler", self._step.schedule or self.lr_scheduler))
         if self.dataloader is not None:
             sections.append(Section("data", self.dataloader))
         sections.append(Section("random", RandomState(self.device)))
