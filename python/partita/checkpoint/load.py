@@ -14,12 +14,15 @@ from partita.checkpoint.agreement import from_rank_0, together
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.folder import find
 from partita.checkpoint.manifest import manifest_text, parse_manifest
+from partita.checkpoint.pieces import OPTIMIZER as OPTIMIZER_FILES
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state
 from partita.checkpoint.stored import Stored, read_whole
-from partita.checkpoint.values import ValueReader
+from partita.checkpoint.values import OTHER_PLACES, ValueReader
 from partita.comm import require_same
 from partita.device import FreedMemory
-from partita.model import DiffersByRank, KeepsValues, Section, TrainState, from_plain
+from partita.model import WEIGHT, DiffersByRank, KeepsValues, Section, TrainState, from_plain
+from partita.optim import HyperParameters
+from partita.units import Unit
 
 logger = logging.getLogger("partita")
 
@@ -84,12 +87,14 @@ def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) ->
             owner.values_of(states[name]) for name, owner in _keepers(state) if wanted.takes(name) and name in states
         ]
         together(world, what, lambda: reader.read([value for values in kept for value in sorted(values)]))
-        state.load_sections(states)
+        state.load_sections(states, partial(together, world, what))
         reader.write()
         FreedMemory().add(reader.bytes_read)
         if world.rank == 0:
             logger.info(f"loaded '{folder}', step {manifest.step}; rank 0 read {reader.bytes_read:,} bytes")
             _warn_of_what_is_left(state, saved, wanted, folder)
+            if any(wanted.takes(name) for name, _ in _keepers(state)):
+                _say_what_is_not_trained(state, stored, folder)
     return folder, client_state
 
 
@@ -110,6 +115,20 @@ def _sections(state: TrainState, saved: SavedState, wanted: Wanted, reader: Valu
         kept = owner.keeping(states.get(name), names, steps)
         if kept is not None:
             states[name] = kept
+    return _with_learning_rates(state, states)
+
+
+def _with_learning_rates(state: TrainState, states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The states, such that the optimizer has the learning rates of the schedule that it has from now on, where only
+    one of the two is loaded: many schedules go on from what the optimizer has."""
+    owners = {section.name: section.owner for section in state.sections}
+    optimizer = owners.get(OPTIMIZER)
+    if not isinstance(optimizer, HyperParameters) or SCHEDULE not in owners:
+        return states
+    if OPTIMIZER in states and SCHEDULE not in states:
+        return {**states, OPTIMIZER: optimizer.without_schedule(states[OPTIMIZER])}
+    if SCHEDULE in states and OPTIMIZER not in states:
+        return {**states, OPTIMIZER: optimizer.under_schedule(states[SCHEDULE])}
     return states
 
 
@@ -119,6 +138,19 @@ def _warn_of_what_is_left(state: TrainState, saved: SavedState, wanted: Wanted, 
     for name in sorted({*saved.sections, *(name for one in saved.ranks for name in one)} - here):
         if wanted.takes(name):
             logger.warning(f"'{folder}' has the state of '{name}', which this run does not have: it is not used")
+
+
+def _say_what_is_not_trained(state: TrainState, stored: Stored, folder: Path) -> None:
+    """A parameter may have been frozen or left out since."""
+    trained = {slot.name for q in state.quantities() if isinstance(q.unit, Unit) for slot in q.unit.layout.slots}
+    kept = (place.name.partition("/") for place in stored.tensors if place.stem == OPTIMIZER_FILES)
+    beside = {WEIGHT, "remainder", *(name.rstrip("/") for name in OTHER_PLACES)}
+    unused = sorted({parameter for quantity, _, parameter in kept if quantity not in beside} - trained)
+    if unused:
+        logger.info(
+            f"'{folder}' has optimizer states of {len(unused)} parameters that are not trained here, '{unused[0]}' "
+            "say: they are not used"
+        )
 
 
 def _keepers(state: TrainState) -> list[tuple[str, KeepsValues]]:
