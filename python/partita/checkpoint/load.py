@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from partita.checkpoint.agreement import from_rank_0, together
 from partita.checkpoint.errors import CheckpointError
@@ -17,7 +21,7 @@ from partita.checkpoint.manifest import manifest_text, parse_manifest
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state
 from partita.checkpoint.stored import Stored, read_whole
 from partita.checkpoint.values import ValueReader
-from partita.comm import require_same
+from partita.comm import require_same, text_by_rank
 from partita.model import DiffersByRank, KeepsValues, Section, TrainState, from_plain
 
 logger = logging.getLogger("partita")
@@ -45,6 +49,7 @@ class Wanted:
         return self.sections and (self.schedule or section != SCHEDULE)
 
 
+@torch.inference_mode(mode=False)  # what is made now is trained later
 def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) -> tuple[Path, Any]:
     """Takes the state of a checkpoint; returns its path and the program's own state. A collective.
 
@@ -77,7 +82,7 @@ def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) ->
     )
     with together(world, what, partial(Stored, folder, manifest)) as stored:
         client_state = together(world, what, lambda: from_plain(saved.client_state))
-        reader = together(world, what, partial(ValueReader, state, stored, wanted.strict))
+        reader = together(world, what, partial(ValueReader, state, stored, saved, wanted.strict))
         states = together(world, what, partial(_sections, state, saved, wanted, reader))
         kept = [
             owner.values_of(states[name]) for name, owner in _keepers(state) if wanted.takes(name) and name in states
@@ -85,9 +90,13 @@ def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) ->
         together(world, what, lambda: reader.read([value for values in kept for value in sorted(values)]))
         state.load_sections(states)
         reader.write()
+        rounded = sorted(
+            {name for text in text_by_rank(world, json.dumps(reader.rounded)) for name in json.loads(text)}
+        )
         if world.rank == 0:
             logger.info(f"loaded '{folder}', step {manifest.step}; rank 0 read {reader.bytes_read:,} bytes")
             _warn_of_what_is_left(state, saved, wanted, folder)
+            _warn_of_weights(reader, sorted(rounded), folder)
     return folder, client_state
 
 
@@ -95,7 +104,8 @@ def _sections(state: TrainState, saved: SavedState, wanted: Wanted, reader: Valu
     """The state that each section takes."""
     if not wanted.sections:
         return {}
-    found = {s.name: _saved_by_ranks(s, state, saved) for s in state.sections if wanted.takes(s.name)}
+    names = reader.names_before(saved)
+    found = {s.name: _saved_by_ranks(s, state, saved, names) for s in state.sections if wanted.takes(s.name)}
     steps = _applied_steps(saved)
     states = {name: value for name, value in found.items() if value is not None}
     if len(states) < len(found) and wanted.strict:
@@ -104,8 +114,8 @@ def _sections(state: TrainState, saved: SavedState, wanted: Wanted, reader: Valu
             f"it has no state of '{missing}', which this run has: load_module_strict=False goes on without"
         )
     for name, owner in _keepers(state):
-        names = reader.left_out(owner.values_of(states[name])) if name in states else reader.parameters
-        kept = owner.keeping(states.get(name), names, steps)
+        left = reader.left_out(owner.values_of(states[name])) if name in states else reader.parameters
+        kept = owner.keeping(states.get(name), left, steps)
         if kept is not None:
             states[name] = kept
     return states
@@ -119,17 +129,51 @@ def _warn_of_what_is_left(state: TrainState, saved: SavedState, wanted: Wanted, 
             logger.warning(f"'{folder}' has the state of '{name}', which this run does not have: it is not used")
 
 
+def _warn_of_weights(reader: ValueReader, rounded: list[str], folder: Path) -> None:
+    """What was not loaded, or not as fine as it might be."""
+    if left := reader.fit.differences():
+        logger.warning(f"'{folder}' and the model differ, and what differs was not loaded: {left}")
+    if rounded:
+        logger.warning(
+            f"'{folder}' has fp32 masters, but none of {len(rounded)} parameters that are fp32 here ('{rounded[0]}', "
+            "say): their weights are the 16-bit ones"
+        )
+
+
 def _keepers(state: TrainState) -> list[tuple[str, KeepsValues]]:
     """The sections whose owners have a value per element beside."""
     return [(s.name, s.owner) for s in state.sections if isinstance(s.owner, KeepsValues)]
 
 
-def _saved_by_ranks(section: Section, state: TrainState, saved: SavedState) -> dict[str, Any] | None:
-    """The saved state of a section, for this rank; None: there is none."""
+def _saved_by_ranks(
+    section: Section, state: TrainState, saved: SavedState, names: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """The saved state of a section, for this rank; None: there is none.
+
+    Args:
+        names: of parameters here, with what they were called.
+    """
     if isinstance(section.owner, DiffersByRank):
         by_rank = [from_plain(one[section.name]) for one in saved.ranks if section.name in one]
+        if isinstance(section.owner, KeepsValues):
+            by_rank = [_renamed(one, names) for one in by_rank]
         return section.owner.from_ranks(by_rank, state.world.rank, state.world.world_size) if by_rank else None
     return from_plain(saved.sections[section.name]) if section.name in saved.sections else None
+
+
+def _renamed(state: dict[str, Any], before: Mapping[str, str]) -> dict[str, Any]:
+    """A state of several kinds, each by parameter, under the names that the parameters have here.
+
+    Two parameters that were one each have its state.
+    """
+    moved = {*before, *before.values()}
+    renamed = {}
+    for kind, values in state.items():
+        if isinstance(values, dict):
+            others = {key: value for key, value in values.items() if key not in moved}
+            values = others | {now: deepcopy(values[name]) for now, name in before.items() if name in values}
+        renamed[kind] = values
+    return renamed
 
 
 def _applied_steps(saved: SavedState) -> int:
