@@ -121,9 +121,8 @@ def take_steps(engine: partita.Engine, steps: int) -> dict[str, Any]:
 
 
 def whole_state(engine: partita.Engine, optimizer: str) -> dict[str, Any]:
-    """All weights, masters, states, buffers and counters, on every rank."""
+    """All weights, buffers of the state dict, masters, states and counters, on every rank."""
     state: dict[str, Any] = {f"weight {name}": value for name, value in engine.module_state_dict().items()}
-    state |= {f"buffer {name}": value.clone() for name, value in engine.module.named_buffers()}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             state[f"master {name}"] = safe_get_full_fp32_param(parameter)

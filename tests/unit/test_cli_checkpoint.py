@@ -9,7 +9,7 @@ import pytest
 import torch
 from partita.cli.commands import app
 from partita.utils import safe_get_full_fp32_param
-from resumed import config_for, engine_for, take_steps
+from resumed import Model, config_for, engine_for, take_steps
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
@@ -85,9 +85,10 @@ def test_export_writes_one_file(saved, tmp_path, dtype):
     assert done.exit_code == 0, done.output
     weights = load_file(tmp_path / "weights.safetensors")
     kept = load_file(folder / "global_step3" / "model.safetensors")
-    assert weights.keys() == kept.keys()
+    Model(2).load_state_dict(weights, strict=True)
     for name, value in weights.items():
-        expected = masters[name] if dtype == "fp32" and name in masters else kept[name]
+        stored = {"tied.weight": "layers.0.weight"}.get(name, name)
+        expected = masters[stored] if dtype == "fp32" and stored in masters else kept[stored]
         if dtype == "fp32" and expected.is_floating_point():
             expected = expected.float()
         if dtype == "bf16" and expected.is_floating_point():
@@ -116,3 +117,15 @@ def test_a_dtype_that_is_none_and_a_place_that_is_taken(saved, tmp_path):
     assert "fp64" in run("export", saved[0], tmp_path / "x", "--dtype", "fp64").output
     done = run("export", saved[0], tmp_path)
     assert done.exit_code == 1 and "a folder" in done.output
+
+
+def test_export_leaves_a_checkpoint_as_it_is(folder):
+    """Neither over a file of it nor beside its files, by whatever path; beside its folder is all right."""
+    (folder / "link").symlink_to(folder / "global_step2")
+    for place in ("global_step3/model.safetensors", "global_step1/new.safetensors", "link/deeper/new.safetensors"):
+        done = run("export", folder, folder / place)
+        assert done.exit_code == 1 and "would be in the checkpoint" in done.output, place
+        assert "\n" not in done.output.strip()
+    for step in (1, 2, 3):
+        assert run("verify", folder, "--tag", f"global_step{step}").exit_code == 0
+    assert run("export", folder, folder / "new.safetensors").exit_code == 0

@@ -99,8 +99,7 @@ def tensors_of_a_run() -> dict[str, dict[str, Tensor]]:
 
 def same(read: Any, tensor: Tensor) -> bool:
     """Whether numpy's array has the tensor's shape and bits."""
-    expected = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-    bits: bytes = expected.numpy().tobytes()
+    bits = bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist())
     return read.shape == tuple(tensor.shape) and read.tobytes() == bits
 
 

@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from partita.checkpoint.agreement import from_rank_0, together
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.folder import find
 from partita.checkpoint.manifest import manifest_text, parse_manifest
-from partita.checkpoint.pieces import OPTIMIZER as OPTIMIZER_FILES
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state
 from partita.checkpoint.stored import Stored, read_whole
-from partita.checkpoint.values import OTHER_PLACES, ValueReader
-from partita.comm import require_same
+from partita.checkpoint.values import ValueReader
+from partita.comm import require_same, text_by_rank
 from partita.device import FreedMemory
-from partita.model import WEIGHT, DiffersByRank, KeepsValues, Section, TrainState, from_plain
+from partita.model import DiffersByRank, KeepsValues, Section, TrainState, from_plain
 from partita.optim import HyperParameters
-from partita.units import Unit
 
 logger = logging.getLogger("partita")
 
@@ -49,6 +51,7 @@ class Wanted:
         return self.sections and (self.schedule or section != SCHEDULE)
 
 
+@torch.inference_mode(mode=False)  # what is made now is trained later
 def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) -> tuple[Path, Any]:
     """Takes the state of a checkpoint; returns its path and the program's own state. A collective.
 
@@ -81,7 +84,7 @@ def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) ->
     )
     with together(world, what, partial(Stored, folder, manifest)) as stored:
         client_state = together(world, what, lambda: from_plain(saved.client_state))
-        reader = together(world, what, partial(ValueReader, state, stored, wanted.strict))
+        reader = together(world, what, partial(ValueReader, state, stored, saved, wanted.strict))
         states = together(world, what, partial(_sections, state, saved, wanted, reader))
         kept = [
             owner.values_of(states[name]) for name, owner in _keepers(state) if wanted.takes(name) and name in states
@@ -90,11 +93,13 @@ def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) ->
         state.load_sections(states, partial(together, world, what))
         reader.write()
         FreedMemory().add(reader.bytes_read)
+        said = text_by_rank(world, json.dumps(reader.rounded))
         if world.rank == 0:
             logger.info(f"loaded '{folder}', step {manifest.step}; rank 0 read {reader.bytes_read:,} bytes")
             _warn_of_what_is_left(state, saved, wanted, folder)
+            _warn_of_weights(reader, sorted({name for text in said for name in json.loads(text)}), folder)
             if any(wanted.takes(name) for name, _ in _keepers(state)):
-                _say_what_is_not_trained(state, stored, folder)
+                _say_what_is_not_trained(reader, folder)
     return folder, client_state
 
 
@@ -102,7 +107,8 @@ def _sections(state: TrainState, saved: SavedState, wanted: Wanted, reader: Valu
     """The state that each section takes."""
     if not wanted.sections:
         return {}
-    found = {s.name: _saved_by_ranks(s, state, saved) for s in state.sections if wanted.takes(s.name)}
+    names = reader.names_before(saved)
+    found = {s.name: _saved_by_ranks(s, state, saved, names) for s in state.sections if wanted.takes(s.name)}
     steps = _applied_steps(saved)
     states = {name: value for name, value in found.items() if value is not None}
     if len(states) < len(found) and wanted.strict:
@@ -111,8 +117,8 @@ def _sections(state: TrainState, saved: SavedState, wanted: Wanted, reader: Valu
             f"it has no state of '{missing}', which this run has: load_module_strict=False goes on without"
         )
     for name, owner in _keepers(state):
-        names = reader.left_out(owner.values_of(states[name])) if name in states else reader.parameters
-        kept = owner.keeping(states.get(name), names, steps)
+        left = reader.left_out(owner.values_of(states[name])) if name in states else reader.parameters
+        kept = owner.keeping(states.get(name), left, steps)
         if kept is not None:
             states[name] = kept
     return _with_learning_rates(state, states)
@@ -140,16 +146,23 @@ def _warn_of_what_is_left(state: TrainState, saved: SavedState, wanted: Wanted, 
             logger.warning(f"'{folder}' has the state of '{name}', which this run does not have: it is not used")
 
 
-def _say_what_is_not_trained(state: TrainState, stored: Stored, folder: Path) -> None:
+def _say_what_is_not_trained(reader: ValueReader, folder: Path) -> None:
     """A parameter may have been frozen or left out since."""
-    trained = {slot.name for q in state.quantities() if isinstance(q.unit, Unit) for slot in q.unit.layout.slots}
-    kept = (place.name.partition("/") for place in stored.tensors if place.stem == OPTIMIZER_FILES)
-    beside = {WEIGHT, "remainder", *(name.rstrip("/") for name in OTHER_PLACES)}
-    unused = sorted({parameter for quantity, _, parameter in kept if quantity not in beside} - trained)
-    if unused:
+    if unused := reader.unused_states():
         logger.info(
             f"'{folder}' has optimizer states of {len(unused)} parameters that are not trained here, '{unused[0]}' "
             "say: they are not used"
+        )
+
+
+def _warn_of_weights(reader: ValueReader, rounded: list[str], folder: Path) -> None:
+    """What was not loaded, or not as fine as it might be."""
+    if left := reader.fit.differences():
+        logger.warning(f"'{folder}' and the model differ, and what differs was not loaded: {left}")
+    if rounded:
+        logger.warning(
+            f"'{folder}' has fp32 masters, but none of {len(rounded)} parameters that are fp32 here ('{rounded[0]}', "
+            "say): their weights are the 16-bit ones"
         )
 
 
@@ -158,12 +171,35 @@ def _keepers(state: TrainState) -> list[tuple[str, KeepsValues]]:
     return [(s.name, s.owner) for s in state.sections if isinstance(s.owner, KeepsValues)]
 
 
-def _saved_by_ranks(section: Section, state: TrainState, saved: SavedState) -> dict[str, Any] | None:
-    """The saved state of a section, for this rank; None: there is none."""
+def _saved_by_ranks(
+    section: Section, state: TrainState, saved: SavedState, names: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """The saved state of a section, for this rank; None: there is none.
+
+    Args:
+        names: of parameters here, with what they were called.
+    """
     if isinstance(section.owner, DiffersByRank):
         by_rank = [from_plain(one[section.name]) for one in saved.ranks if section.name in one]
+        if isinstance(section.owner, KeepsValues):
+            by_rank = [_renamed(one, names) for one in by_rank]
         return section.owner.from_ranks(by_rank, state.world.rank, state.world.world_size) if by_rank else None
     return from_plain(saved.sections[section.name]) if section.name in saved.sections else None
+
+
+def _renamed(state: dict[str, Any], before: Mapping[str, str]) -> dict[str, Any]:
+    """A state of several kinds, each by parameter, under the names that the parameters have here.
+
+    Two parameters that were one each have its state.
+    """
+    moved = {*before, *before.values()}
+    renamed = {}
+    for kind, values in state.items():
+        if isinstance(values, dict):
+            others = {key: value for key, value in values.items() if key not in moved}
+            values = others | {now: deepcopy(values[name]) for now, name in before.items() if name in values}
+        renamed[kind] = values
+    return renamed
 
 
 def _applied_steps(saved: SavedState) -> int:

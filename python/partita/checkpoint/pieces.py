@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from partita.checkpoint.layout import TensorSpec
 from partita.model import DTYPE_NAMES, WEIGHT, Quantity, TrainState
 from partita.units import Unit
 
 MODEL, OPTIMIZER = "model", "optimizer"  # what the names of files begin with
+REMAINDER, PARAMETER = "remainder", "parameter"
+RESERVED = (WEIGHT, REMAINDER, PARAMETER)  # what an optimizer's own quantities cannot be called
 
 
 @dataclass(frozen=True)
@@ -44,45 +47,85 @@ class Piece:
 class StoredNames:
     """The names that the model's tensors have in files: those of its state dict, where that has them.
 
+    Buffers that the state dict leaves out are in no file: a module makes them itself.
+
     Attributes:
         aliases: other names of tensors that a state dict has several times, with the name that is stored.
-        specs: of the model's tensors: those of its state dict, in its order, and the others that it has.
+        specs: of the model's tensors: those of its state dict, in its order, and the parameters that it leaves out.
+        buffers: of the state dict, by stored name.
+        renamed: names that parameters have in the model, with those in files, where they differ.
+
+    Raises:
+        ValueError: the state dict has something that is neither a parameter of this run nor a buffer, or a parameter
+            of this run is gone; names it.
     """
 
     def __init__(self, state: TrainState) -> None:
         self.aliases: dict[str, str] = {}
         self.specs: list[tuple[Place, TensorSpec]] = []
-        self._names: dict[int, str] = {}  # by the identity of a parameter or a buffer
+        self.buffers: dict[str, Tensor] = {}
+        parameters = state.parameters()
+        _require_same_parameters(parameters, state)
+        buffers = {id(buffer) for buffer in state.buffers().values()}
+        known = {id(parameter) for parameter in parameters.values()} | buffers
+        names: dict[int, str] = {}  # by the identity of a parameter or a buffer
         for module in state.modules:
             values: dict[str, Any] = module.state_dict(keep_vars=True)
             for name, value in values.items():
-                if not isinstance(value, Tensor):
-                    raise ValueError(
-                        f"'{name}' in the model's state dict is a {type(value).__name__} and no tensor: keep it in a "
-                        "buffer, or in client_state"
-                    )
-                first = self._names.setdefault(id(value), name)
+                _require_known(name, value, known)
+                first = names.setdefault(id(value), name)
                 if first != name:
                     self.aliases[name] = first
-                if first == name:
-                    self.specs.append((Place(MODEL, name), _spec(name, value)))
-        parameters = {n: p for module in state.modules for n, p in module.named_parameters()}
-        buffers = state.buffers()
-        self._parameters = {name: id(parameter) for name, parameter in parameters.items()}
-        self._buffers = {name: id(buffer) for name, buffer in buffers.items()}
-        places: list[tuple[Place, Tensor]] = [(self.of_parameter(name), p) for name, p in parameters.items()]
-        places += [(self.of_buffer(name), buffer) for name, buffer in buffers.items()]
-        self.specs += [(place, _spec(place.name, value)) for place, value in places if place.stem != MODEL]
+                    continue
+                self.specs.append((Place(MODEL, name), _spec(name, value)))
+                if id(value) in buffers:
+                    self.buffers[name] = value
+        self._parameters: dict[str, Place] = {}
+        for name, parameter in parameters.items():
+            stored = names.get(id(parameter))
+            place = Place(OPTIMIZER, f"{PARAMETER}/{name}") if stored is None else Place(MODEL, stored)
+            self._parameters[name] = place
+            if stored is None:
+                self.specs.append((place, _spec(place.name, parameter)))
+        by_name = Counter(place.name for place in self._parameters.values())
+        twice = next((name for name, count in by_name.items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(f"two parameters would have the name '{twice}' in files: rename one of them")
+        self.renamed = {name: place.name for name, place in self._parameters.items() if place.name != name}
 
     def of_parameter(self, name: str) -> Place:
         """Where a parameter of this name in the model is."""
-        stored = self._names.get(self._parameters[name])
-        return Place(OPTIMIZER, f"parameter/{name}") if stored is None else Place(MODEL, stored)
+        return self._parameters[name]
 
-    def of_buffer(self, name: str) -> Place:
-        """Where a buffer of this name in the model is."""
-        stored = self._names.get(self._buffers[name])
-        return Place(OPTIMIZER, f"buffer/{name}") if stored is None else Place(MODEL, stored)
+
+def _require_known(name: str, value: Any, known: set[int]) -> None:
+    where = f"'{name}' in the model's state dict"
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{where} is a {type(value).__name__} and no tensor: keep it in a buffer, or in client_state")
+    if id(value) not in known:
+        made = "get_extra_state()" if name.endswith("_extra_state") else "a hook of state_dict()"
+        raise ValueError(
+            f"{where} is neither a parameter nor a buffer of the model, but made by {made}: a checkpoint could not "
+            "give it back. Keep it in a buffer, or in client_state"
+        )
+
+
+def _require_same_parameters(parameters: Mapping[str, nn.Parameter], state: TrainState) -> None:
+    """The model must have the parameters that the engine took: others are not trained, and would be missing."""
+    taken = {id(parameter) for parameter in parameters.values()}
+    here = {id(p): name for module in state.modules for name, p in module.named_parameters()}
+    added = next((name for key, name in here.items() if key not in taken), None)
+    if added is not None:
+        raise ValueError(
+            f"the parameter '{added}' was added to the model, or replaced, after the engine was made: the engine does "
+            "not have it. Change models before that, and write into parameters that are there"
+        )
+    gone = next((name for name, p in parameters.items() if id(p) not in here), None)
+    if gone is not None:
+        raise ValueError(
+            f"the parameter '{gone}' was taken from the model, or replaced, after the engine was made, which still has "
+            "it: change models before that"
+        )
 
 
 def _spec(name: str, value: Tensor) -> TensorSpec:
@@ -98,14 +141,20 @@ def stem_of(file: str) -> str:
     return file.removesuffix(".safetensors").partition("-")[0]
 
 
-def of_quantity(name: str, parameter: str) -> Place:
+def of_quantity(name: str, parameter: Place) -> Place:
     """Where a quantity of a parameter is."""
-    return Place(OPTIMIZER, f"{name}/{parameter}")
+    return Place(OPTIMIZER, f"{name}/{parameter.name}")
 
 
 def pieces(state: TrainState, names: StoredNames) -> Iterator[Piece]:
-    """What this rank writes. Together the ranks write each element of each tensor once."""
+    """What this rank writes. Together the ranks write each element of each tensor once.
+
+    Raises:
+        ValueError: the optimizer keeps something under a name that files cannot have for it; names it.
+    """
     for quantity in state.quantities():
+        if isinstance(quantity.unit, Unit):
+            _require_plain(quantity.unit.states)
         yield from _pieces_of(quantity, names)
     rank, world_size = state.world.rank, state.world.world_size
     for name, tensor in state.untrained().items():
@@ -113,8 +162,19 @@ def pieces(state: TrainState, names: StoredNames) -> Iterator[Piece]:
         flat = tensor.contiguous().view(-1)
         yield Piece(names.of_parameter(name), tuple(tensor.shape), begin, flat[begin:end])
     if rank == 0:
-        for name, tensor in state.buffers().items():
-            yield Piece(names.of_buffer(name), tuple(tensor.shape), 0, tensor.detach().contiguous().view(-1))
+        for name, tensor in names.buffers.items():
+            # The bits of a conjugate view are not those of its memory.
+            values = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+            yield Piece(Place(MODEL, name), tuple(tensor.shape), 0, values)
+
+
+def _require_plain(kept: Iterable[Any]) -> None:
+    for key in kept:
+        if not isinstance(key, str) or not key or "/" in key or key in RESERVED:
+            raise ValueError(
+                f"the optimizer keeps a value of each element under {key!r}: checkpoints need a text without '/' that "
+                f"is none of {', '.join(RESERVED)}. Rename it in the optimizer"
+            )
 
 
 def _pieces_of(quantity: Quantity, names: StoredNames) -> Iterator[Piece]:
@@ -131,7 +191,7 @@ def _pieces_of(quantity: Quantity, names: StoredNames) -> Iterator[Piece]:
             start = unit.own.start + s.shard_offset
             begin, end = max(start, shard.start), min(start + s.numel, shard.stop)
             if begin < end:
-                name = s.slot.name
-                place = of_quantity(kind, name) if kind else names.of_parameter(name)
+                parameter = names.of_parameter(s.slot.name)
+                place = of_quantity(kind, parameter) if kind else parameter
                 values = flat[begin - unit.own.start : end - unit.own.start]
                 yield Piece(place, s.slot.shape, s.parameter_offset + begin - start, values)

@@ -74,7 +74,11 @@ def save(state: TrainState, directory: Path, tag: str, about: About, client_stat
 
         def commit() -> str:
             small = SavedState(
-                sections=sections, ranks=[one for one, _ in by_rank], client_state=client, aliases=names.aliases
+                sections=sections,
+                ranks=[one for one, _ in by_rank],
+                client_state=client,
+                aliases=names.aliases,
+                parameters=names.renamed,
             )
             records = _records(files, [tuple(chunk) for _, written in by_rank for chunk in written])
             manifest = partial(_manifest, tag, about, world.world_size)

@@ -16,6 +16,7 @@ STATE = "state.json"
 class SavedState(BaseModel):
     """sections: by name, the same on all ranks. ranks: those that differ, by rank. client_state: the program's.
     aliases: other names of tensors in the model's state dict, with the name under which the files have each.
+    parameters: names of parameters in the model, with those in files, where they differ; sections have the former.
 
     What is in a section is its owner's matter, see `partita.model.plain`.
     """
@@ -26,6 +27,7 @@ class SavedState(BaseModel):
     ranks: list[dict[str, JsonValue]]
     client_state: JsonValue
     aliases: dict[str, str]
+    parameters: dict[str, str]
 
 
 def state_text(state: SavedState) -> str:

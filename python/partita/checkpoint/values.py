@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from partita.checkpoint.errors import CheckpointError
-from partita.checkpoint.pieces import MODEL, Place, StoredNames, of_quantity
+from partita.checkpoint.fit import Fit, require_writable
+from partita.checkpoint.pieces import MODEL, REMAINDER, RESERVED, Place, StoredNames, of_quantity
+from partita.checkpoint.saved_state import SavedState
 from partita.checkpoint.stored import Stored
 from partita.device import HOST, kernels
 from partita.model import WEIGHT, TrainState
 from partita.units import ShardSlice, Unit
 
-NAMED = 5  # problems in one message
-OTHER_PLACES = ("parameter/", "buffer/")  # of the model's tensors that its state dict leaves out
+HALVES = (torch.float16, torch.bfloat16)
 
 
 class ValueReader:
@@ -24,31 +25,53 @@ class ValueReader:
 
     Attributes:
         bytes_read: so far.
+        fit: how the names of the model and of the checkpoint go together.
+        rounded: parameters of this rank that take a 16-bit value in place of an fp32 weight, which the checkpoint has
+            of others.
 
     Raises:
-        CheckpointError: names or shapes of the model's tensors differ (`strict`); lists them.
+        CheckpointError: names or shapes of the model's tensors differ (`strict`; lists them), nothing fits, or a buffer
+            cannot be written.
     """
 
-    def __init__(self, state: TrainState, stored: Stored, strict: bool) -> None:
+    def __init__(self, state: TrainState, stored: Stored, saved: SavedState, strict: bool) -> None:
         self._state = state
         self._stored = stored
         self._strict = strict
         self.bytes_read = 0
         self._names = names = StoredNames(state)
-        shapes = {names.of_parameter(name): shape for name, shape in state.parameter_shapes().items()}
-        shapes |= {names.of_buffer(name): tuple(buffer.shape) for name, buffer in state.buffers().items()}
-        saved = {place: tensor.shape for place, tensor in stored.tensors.items()}
+        parameters = {names.of_parameter(name): shape for name, shape in state.parameter_shapes().items()}
+        buffers = {Place(MODEL, name): tuple(buffer.shape) for name, buffer in names.buffers.items()}
+        self.fit = Fit(parameters, buffers, {p: t.shape for p, t in stored.tensors.items()}, saved.aliases)
+        if strict:
+            self.fit.require_all()
+        self.fit.require_any()
+        require_writable({name: b for name, b in names.buffers.items() if self.fit.has(Place(MODEL, name))})
+        has_masters = (WEIGHT + "/", REMAINDER + "/")
+        self._has_masters = any(p.stem != MODEL and p.name.startswith(has_masters) for p in stored.tensors)
+        self.rounded: list[str] = []
         self._slices: dict[str, ShardSlice] = {}
         self._values: dict[tuple[str, str], Tensor] = {}  # by parameter and quantity
-        self._others: dict[Place, Tensor] = {}
-        self._missing = {place for place, shape in shapes.items() if saved.get(place) != shape}
-        if strict:
-            _require_same(shapes, saved)
+        self._buffers: dict[str, Tensor] = {}
 
     @property
     def parameters(self) -> list[str]:
         """Of the model."""
         return list(self._state.parameter_shapes())
+
+    def names_before(self, saved: SavedState) -> dict[str, str]:
+        """The names of parameters of this model, with those that they had in the model that was saved. Without those
+        that the checkpoint does not have."""
+        there = {stored: name for name, stored in saved.parameters.items()}
+        stored = {name: self._source(name).name for name in self.parameters if self._has(name)}
+        return {name: there.get(source, source) for name, source in stored.items()}
+
+    def unused_states(self) -> list[str]:
+        """Names of tensors whose optimizer states the checkpoint has, and which are not trained here."""
+        slots = [s for q in self._state.quantities() if isinstance(q.unit, Unit) for s in q.unit.layout.slots]
+        trained = {self._source(slot.name).name for slot in slots if self._has(slot.name)}
+        kept = (place.name.partition("/") for place in self._stored.tensors if place.stem != MODEL)
+        return sorted({name for quantity, _, name in kept if quantity not in RESERVED} - trained)
 
     def left_out(self, values: Iterable[tuple[str, str]]) -> set[str]:
         """Parameters of which the checkpoint does not have these (parameter, quantity), or not the parameter.
@@ -58,7 +81,7 @@ class ValueReader:
         """
         names = {name for name in self.parameters if not self._has(name)}
         for parameter, quantity in sorted(values):
-            if parameter in names or of_quantity(quantity, parameter) in self._stored.tensors:
+            if parameter in names or of_quantity(quantity, self._source(parameter)) in self._stored.tensors:
                 continue
             if self._strict:
                 raise CheckpointError(
@@ -80,22 +103,24 @@ class ValueReader:
         after: list[Callable[[], object]] = []
         for quantity in self._state.quantities():
             if quantity.name == WEIGHT:
+                dtype = torch.float32 if isinstance(quantity.unit, Unit) else quantity.unit.dtype
                 for s in quantity.slices:
                     self._slices[s.slot.name] = s
-                    if self._has(s.slot.name):
-                        dtype = torch.float32 if isinstance(quantity.unit, Unit) else quantity.unit.dtype
-                        after += self._read_weights(s, dtype)
+                    after += self._read_weights(s.slot.name, s.parameter_offset, s.numel, dtype)
+        for name, tensor in self._state.untrained().items():
+            after += self._read_weights(name, 0, tensor.numel(), tensor.dtype)
         for parameter, name in optimizer:
-            s, place = self._slices[parameter], of_quantity(name, parameter)
-            if self._has(parameter) and place in self._stored.tensors:
-                self._values[parameter, name] = self._read(place, s.parameter_offset, s.numel)
-        for place, tensor in self._other_tensors():
-            if place not in self._missing:
-                self._others[place] = self._read(place, 0, tensor.numel())
+            if self._has(parameter):
+                s, place = self._slices[parameter], of_quantity(name, self._source(parameter))
+                if place in self._stored.tensors:
+                    self._values[parameter, name] = self._read(place, s.parameter_offset, s.numel)
+        for name, tensor in self._fitting_buffers():
+            self._buffers[name] = self._read(self.fit.source(Place(MODEL, name)), 0, tensor.numel())
         self.bytes_read += self._stored.finish()
         for step in after:
             step()
 
+    @torch.no_grad()
     def write(self) -> None:
         """The training state takes what was read. A collective."""
         for quantity in self._state.quantities():
@@ -110,19 +135,23 @@ class ValueReader:
             for s in quantity.slices:
                 if (read := self._values.pop((s.slot.name, quantity.name), None)) is not None:
                     flat[s.in_shard].copy_(read)
-        for place, tensor in self._other_tensors():
-            if place in self._others:
-                tensor.copy_(self._others.pop(place).view(tensor.shape))
+        for name, tensor in self._state.untrained().items():
+            if (read := self._values.pop((name, WEIGHT), None)) is not None:
+                tensor.copy_(read.view(tensor.shape))
+        for name, tensor in self._fitting_buffers():
+            tensor.detach().copy_(self._buffers.pop(name).view(tensor.shape))
 
     def _has(self, parameter: str) -> bool:
-        return self._names.of_parameter(parameter) not in self._missing
+        return self.fit.has(self._names.of_parameter(parameter))
 
-    def _other_tensors(self) -> Iterator[tuple[Place, Tensor]]:
-        """What is not in units."""
-        for name, tensor in self._state.untrained().items():
-            yield self._names.of_parameter(name), tensor
-        for name, tensor in self._state.buffers().items():
-            yield self._names.of_buffer(name), tensor
+    def _source(self, parameter: str) -> Place:
+        """Where the checkpoint has a parameter of this model."""
+        return self.fit.source(self._names.of_parameter(parameter))
+
+    def _fitting_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self._names.buffers.items():
+            if self.fit.has(Place(MODEL, name)):
+                yield name, tensor
 
     def _read(self, place: Place, first: int, numel: int) -> Tensor:
         """Elements from `first` on in the dtype that they have; they are there after `finish()`."""
@@ -130,36 +159,21 @@ class ValueReader:
         self._stored.read(place, first, values)
         return values
 
-    def _read_weights(self, s: ShardSlice, dtype: torch.dtype) -> list[Callable[[], object]]:
+    def _read_weights(self, name: str, first: int, numel: int, dtype: torch.dtype) -> list[Callable[[], object]]:
         """Weights from what there is: fp32 masters, split masters, or what the model computed with. Returns what is to
         be done once they are there."""
-        name, first, numel = s.slot.name, s.parameter_offset, s.numel
-        place = self._names.of_parameter(name)
-        master, remainder = (of_quantity(kind, name) for kind in (WEIGHT, "remainder"))
-        if dtype == torch.float32 and master in self._stored.tensors:
+        if not self._has(name):
+            return []
+        place = self._source(name)
+        master, remainder = (of_quantity(kind, place) for kind in (WEIGHT, REMAINDER))
+        is_full = dtype in (torch.float32, torch.float64)
+        if is_full and master in self._stored.tensors:
             place = master
         values = self._values[name, WEIGHT] = self._read(place, first, numel)
-        if dtype != torch.float32 or remainder not in self._stored.tensors:
+        if not is_full or remainder not in self._stored.tensors:
+            if is_full and values.dtype in HALVES and self._has_masters:
+                self.rounded.append(name)
             return []
         joined = self._values[name, WEIGHT] = torch.empty(numel, dtype=torch.float32, device=HOST)
         lower = self._read(remainder, first, numel)
         return [lambda: kernels.join_master(joined, values, lower)]
-
-
-def _require_same(shapes: dict[Place, tuple[int, ...]], saved: dict[Place, tuple[int, ...]]) -> None:
-    problems = [f"'{place.name}' is missing" for place in shapes if place not in saved]
-    problems += [
-        f"'{place.name}' has shape {saved[place]}, in the model {shape}"
-        for place, shape in shapes.items()
-        if place in saved and saved[place] != shape
-    ]
-    problems += [
-        f"'{place.name}' is not in the model"
-        for place in saved
-        if place not in shapes and (place.stem == MODEL or place.name.startswith(OTHER_PLACES))
-    ]
-    if problems:
-        more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        raise CheckpointError(
-            f"it is of another model: {'; '.join(problems[:NAMED])}{more}; load_module_strict=False loads the rest"
-        )

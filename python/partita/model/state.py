@@ -170,6 +170,13 @@ class TrainState:
             shapes.update((slot.name, slot.shape) for flat in (*part.units, *part.frozen) for slot in flat.layout.slots)
         return shapes
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter that the engine took, by the name that it had then."""
+        found = {name: p for part in self._parts for name, p in part.untrained.items()}
+        for flat in (flat for part in self._parts for flat in (*part.units, *part.frozen)):
+            found.update((slot.name, p) for slot, p in zip(flat.layout.slots, flat.parameters, strict=True))
+        return found
+
     def untrained(self) -> dict[str, Tensor]:
         """Parameters that are not trained and not partitioned, by name; the same values on all ranks."""
         found: dict[str, Tensor] = {}

@@ -41,7 +41,7 @@ def test_the_files_are_the_live_weights(ranks, tmp_path, stage, precision):
     model.load_state_dict({name: weights[aliases.get(name, name)] for name in names}, strict=True)
     states = load_file(tmp_path / TAG / "optimizer.safetensors")
     assert torch.equal(states["exp_avg/layers.1.weight"], live["exp_avg layers.1.weight"])
-    assert torch.equal(states["buffer/cache"], live["buffer cache"])
+    assert not [name for name in states if "cache" in name]  # a buffer that no state dict has
     if precision in ("bf16", "fp16"):
         assert torch.equal(states["weight/one"], live["master one"])
     for stem, tensors in (("model", weights), ("optimizer", states)):
