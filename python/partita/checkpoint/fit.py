@@ -1,10 +1,8 @@
-"""Whether a model and a checkpoint go together: names and shapes, and what can be written. Pure."""
+"""Whether a model and a checkpoint go together: names and shapes. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-
-from torch import Tensor
 
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.pieces import MODEL, PARAMETER, Place
@@ -96,22 +94,6 @@ class Fit:
         if prefix and all(name.startswith(prefix) for name in self.unexpected):
             return f". All names of the checkpoint begin with '{prefix}', which those here do not"
         return ""
-
-
-def require_writable(buffers: Mapping[str, Tensor]) -> None:
-    """Refuses buffers into which nothing can be loaded.
-
-    Raises:
-        CheckpointError: names one.
-    """
-    for name, buffer in buffers.items():
-        why = ""
-        if buffer.is_inference():
-            why = "was made in torch.inference_mode()"
-        elif any(stride == 0 and n > 1 for stride, n in zip(buffer.stride(), buffer.shape, strict=True)):
-            why = "has elements that share memory (expand())"
-        if why:
-            raise CheckpointError(f"the buffer '{name}' {why}, so nothing can be written into it: clone() it")
 
 
 def _prefix(longer: Iterable[str], shorter: set[str]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from partita.checkpoint.layout import TensorSpec
@@ -56,8 +57,8 @@ class StoredNames:
         renamed: names that parameters have in the model, with those in files, where they differ.
 
     Raises:
-        ValueError: the state dict has something that is neither a parameter of this run nor a buffer, or a parameter
-            of this run is gone; names it.
+        ValueError: the state dict has something that is neither a parameter of this run nor a buffer, a buffer that
+            could not be loaded, or a parameter of this run is gone; names it.
     """
 
     def __init__(self, state: TrainState) -> None:
@@ -79,6 +80,7 @@ class StoredNames:
                     continue
                 self.specs.append((Place(MODEL, name), _spec(name, value)))
                 if id(value) in buffers:
+                    _require_writable(name, value)
                     self.buffers[name] = value
         self._parameters: dict[str, Place] = {}
         for name, parameter in parameters.items():
@@ -107,6 +109,23 @@ def _require_known(name: str, value: Any, known: set[int]) -> None:
         raise ValueError(
             f"{where} is neither a parameter nor a buffer of the model, but made by {made}: a checkpoint could not "
             "give it back. Keep it in a buffer, or in client_state"
+        )
+
+
+def _require_writable(name: str, buffer: Tensor) -> None:
+    """Refuses a buffer into which nothing can be loaded. A save refuses it too: it could not be loaded into this model
+    later."""
+    why = ""
+    if buffer.layout is not torch.strided:
+        why = f"has the layout {buffer.layout}"
+    elif buffer.is_inference():
+        why = "was made in torch.inference_mode()"
+    elif any(stride == 0 and n > 1 for stride, n in zip(buffer.stride(), buffer.shape, strict=True)):
+        why = "has elements that share memory, as expand() makes them"
+    if why:
+        raise ValueError(
+            f"the buffer '{name}' {why}, so a checkpoint cannot be loaded into it: make it of ordinary memory (clone() "
+            "it), or register it with persistent=False"
         )
 
 

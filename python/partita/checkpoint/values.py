@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from partita.checkpoint.errors import CheckpointError
-from partita.checkpoint.fit import Fit, require_writable
+from partita.checkpoint.fit import Fit
 from partita.checkpoint.pieces import MODEL, REMAINDER, RESERVED, Place, StoredNames, of_quantity
 from partita.checkpoint.saved_state import SavedState
 from partita.checkpoint.stored import Stored
@@ -30,8 +30,7 @@ class ValueReader:
             of others.
 
     Raises:
-        CheckpointError: names or shapes of the model's tensors differ (`strict`; lists them), nothing fits, or a buffer
-            cannot be written.
+        CheckpointError: names or shapes of the model's tensors differ (`strict`; lists them), or nothing fits.
     """
 
     def __init__(self, state: TrainState, stored: Stored, saved: SavedState, strict: bool) -> None:
@@ -46,7 +45,6 @@ class ValueReader:
         if strict:
             self.fit.require_all()
         self.fit.require_any()
-        require_writable({name: b for name, b in names.buffers.items() if self.fit.has(Place(MODEL, name))})
         has_masters = (WEIGHT + "/", REMAINDER + "/")
         self._has_masters = any(p.stem != MODEL and p.name.startswith(has_masters) for p in stored.tensors)
         self.rounded: list[str] = []

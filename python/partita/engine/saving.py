@@ -172,7 +172,7 @@ class KeepsState(AsModule):
         Args:
             tag: the checkpoint's name; None: the one that `load_dir/latest` names.
             load_module_strict: the model must have the parameters and buffers of the checkpoint. False loads those
-                that are there and have the same shape.
+                that are there and have the same shape, and logs the others.
             load_optimizer_states: False leaves out the optimizer's hyper-parameters and states.
             load_lr_scheduler_states: False leaves out the schedule.
             load_module_only: loads weights and buffers, and nothing else.
