@@ -33,7 +33,7 @@ REMOVALS = ("unlink", "rmdir")
 # What a save consists of, so that none of it is left out by mistake.
 CALLS = {
     (0, True): {"mkdir", "create", "allocate", "write", "fsync", "exchange", "rename", "unlink", "rmdir"},
-    (0, False): {"mkdir", "create", "allocate", "write", "fsync", "rename"},
+    (0, False): {"mkdir", "create", "allocate", "write", "fsync", "rename", "unlink"},
     (1, True): {"write", "fsync"},
     (1, False): {"write", "fsync"},
 }
