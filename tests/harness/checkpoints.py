@@ -9,6 +9,15 @@ from partita.checkpoint.commit import Staging, write_durably
 from partita.checkpoint.folder import Found
 from partita.checkpoint.manifest import MANIFEST, FileRecord, Manifest, manifest_text
 
+# Files that are not of a checkpoint, and that a program has put into its folder.
+FOREIGN = {"config.json": b"{}", "tokenizer.json": b"words" * 100}
+
+
+def add_foreign(folder: Path) -> None:
+    """Puts FOREIGN into a folder."""
+    for name, data in FOREIGN.items():
+        (folder / name).write_bytes(data)
+
 
 def content(version: int) -> dict[str, bytes]:
     """File -> bytes. Each version has other bytes, in part of other sizes, and one file that no other version has."""
@@ -49,10 +58,12 @@ def save(directory: Path, tag: str, version: int, created: str = "2026-01-31T12:
 
 
 def version_of(found: Found) -> int:
-    """The version that a checkpoint is; an AssertionError unless every byte of it is of that version."""
+    """The version that a checkpoint is; an AssertionError unless every byte of it is of that version, or is FOREIGN."""
     version = found.manifest.step
     files = {path.name: path.read_bytes() for path in found.path.iterdir()}
     manifest = files.pop(MANIFEST)
+    for name in FOREIGN.keys() & files.keys():
+        assert files.pop(name) == FOREIGN[name], f"{found.path / name} is changed"
     assert files == content(version), f"{found.path} is a mixture"
     assert manifest == manifest_bytes(found.tag, version, found.manifest.created)
     return version

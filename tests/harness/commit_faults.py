@@ -30,7 +30,7 @@ for _name in ("partita", "partita.checkpoint"):
     sys.modules[_name] = ModuleType(_name)
     sys.modules[_name].__path__ = list(_spec.submodule_search_locations or [])
 
-from checkpoints import save, version_of  # noqa: E402
+from checkpoints import FOREIGN, add_foreign, save, version_of  # noqa: E402
 from partita.checkpoint.commit import sweep  # noqa: E402
 from partita.checkpoint.errors import CheckpointError  # noqa: E402
 from partita.checkpoint.folder import checkpoints, find, prune  # noqa: E402
@@ -50,7 +50,8 @@ FAULTS: dict[str, tuple[int, int]] = {
     "killed after": (KILL_AFTER, 0),
 }
 _HEX = re.compile(r"(?<=-)[0-9a-f]{8}(?=/|$)")
-REMOVALS = ("unlink", "rmdir")
+# Calls whose errors a save need not tell: it is done, or goes another way.
+UNTOLD = ("unlink", "rmdir", "link")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Scenario:
     """before, action: on the folder of checkpoints. Each of `tags` has one of its versions at every moment (0: none).
 
     done: tag -> version once the action has returned; "" is what `latest` names. tells: an error in the action is
-    raised (else it is a warning in the log).
+    raised (else it is a warning in the log). foreign: all checkpoints have FOREIGN.
     """
 
     before: Callable[[Path], object]
@@ -67,6 +68,7 @@ class Scenario:
     done: dict[str, int]
     exchange: bool = True
     tells: bool = True
+    foreign: bool = False
 
 
 def _set_aside(directory: Path) -> None:
@@ -83,6 +85,10 @@ def _set_aside(directory: Path) -> None:
         (directory / f".lock-0000000{number}").write_text("")
 
 
+def _with_foreign(directory: Path) -> None:
+    add_foreign(save(directory, "a", 1))
+
+
 def _three(directory: Path) -> None:
     for version in (1, 2, 3):
         save(directory, f"step{version}", version)
@@ -94,7 +100,7 @@ SCENARIOS = {
         lambda d: save(d, "a", 1), lambda d: save(d, "b", 2), {"": {1, 2}, "a": {1}, "b": {0, 2}}, {"": 2, "b": 2}
     ),
     "the same tag": Scenario(
-        lambda d: save(d, "a", 1), lambda d: save(d, "a", 2), {"": {1, 2}, "a": {1, 2}}, {"": 2, "a": 2}
+        _with_foreign, lambda d: save(d, "a", 2), {"": {1, 2}, "a": {1, 2}}, {"": 2, "a": 2}, foreign=True
     ),
     "the same tag without exchange": Scenario(
         lambda d: save(d, "a", 1), lambda d: save(d, "a", 2), {"": {1, 2}, "a": {1, 2}}, {"": 2, "a": 2}, exchange=False
@@ -164,7 +170,7 @@ class Trial:
         if kind not in (FAIL, FAIL_FROM_HERE):
             return f"said: {message}" if message else ""
         if not message:
-            return "" if call in REMOVALS and self.scenario.tells else "nothing was said"
+            return "" if call in UNTOLD and self.scenario.tells else "nothing was said"
         if self.scenario.tells and not message.startswith("raised OSError"):
             return f"said: {message}"
         lacks = [part for part in (os.strerror(error), str(self.work)) if part not in message]
@@ -199,6 +205,7 @@ class Trial:
             assert version in expected, f"'{tag}' is version {version}, not of {expected}"
         for found in checkpoints(self.copy):
             version_of(found)
+            assert not self.scenario.foreign or FOREIGN.keys() <= {path.name for path in found.path.iterdir()}
         below = self.copy / "new" / "er"
         if not self.scenario.tags and (returned or below.exists()):
             assert version_at(below, "") in ({2} if returned else {0, 2})

@@ -15,7 +15,7 @@ HARNESS = Path(__file__).parents[1] / "harness"
 SCENARIOS = {
     "first": {"mkdir": 3, "create": 7, "write": 5, "fsync": 11, "rename": 2, "unlink": 1},
     "another tag": {"mkdir": 1, "create": 7, "write": 5, "fsync": 9, "rename": 2, "unlink": 1},
-    "the same tag": {"create": 7, "fsync": 9, "exchange": 1, "rename": 1, "unlink": 6, "rmdir": 1},
+    "the same tag": {"create": 7, "link": 2, "fsync": 9, "exchange": 1, "rename": 1, "unlink": 8, "rmdir": 1},
     "the same tag without exchange": {"create": 7, "fsync": 9, "rename": 3, "unlink": 6, "rmdir": 1},
     "prune": {"create": 1, "rename": 4, "fsync": 2, "unlink": 11, "rmdir": 2},
     "sweep": {"rename": 1, "fsync": 1, "unlink": 22, "rmdir": 4},

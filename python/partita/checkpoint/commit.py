@@ -2,8 +2,8 @@
 
 [Note: the commit] Files are written and synced in a hidden folder. Then, in this order:
 
-1. the hidden folder is synced: all its names are on the disk. The new `latest` is written and synced under a hidden
-   name. What needs room on the disk has it now;
+1. the hidden folder gets what a program has put beside the files of the old checkpoint. It is synced: all its names are
+   on the disk. The new `latest` is written and synced under a hidden name. What needs room on the disk has it now;
 2. the folder gets the name of the tag. If there is a checkpoint of this name, the two change names in one call; where
    there is no such call, the old one is set aside first, under a name by which `find()` knows it;
 3. the directory is synced;
@@ -25,6 +25,7 @@ from contextlib import ExitStack, suppress
 from enum import Enum
 from pathlib import Path
 
+from partita.checkpoint.carry import carry_over
 from partita.checkpoint.claim import new_claim, take_over
 from partita.checkpoint.disk import (
     exchange,
@@ -111,6 +112,7 @@ class Staging:
             raise RuntimeError(f"'{self.path}' has no {MANIFEST}, which is written last")
         self._require_whole()
         self._require_place()
+        carry_over(self._directory / self._tag, self.path)
         sync_folder(self.path)
         latest = self._write_latest() if is_latest else None
         self._phase = _Phase.PUBLISHED  # from here on `path` may be the old checkpoint

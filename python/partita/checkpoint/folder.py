@@ -85,7 +85,7 @@ def latest_tag(directory: Path) -> str:
         CheckpointError: there is no such file, or it holds no tag.
     """
     path = directory / LATEST
-    with _opened_folder(directory, follow=True) as fd:
+    with opened_folder(directory, follow=True) as fd:
         try:
             text = _read(fd, path, limit=4096).decode()
         except UnicodeDecodeError:
@@ -102,10 +102,8 @@ def read_checkpoint(path: Path, tag: str) -> Found:
     Raises:
         CheckpointError: names what is missing or wrong.
     """
-    with _opened_folder(path) as fd:
-        if not _has(fd, MANIFEST):
-            raise CheckpointError(f"'{path}' has no {MANIFEST}: it is no checkpoint, or of a save that did not finish")
-        manifest = parse_manifest(_read(fd, path / MANIFEST, MAX_MANIFEST_BYTES), f"'{path / MANIFEST}'")
+    with opened_folder(path) as fd:
+        manifest = manifest_in(fd, path)
         for name, record in manifest.files.items():
             size = _size(fd, path / name)
             if size != record.size:
@@ -119,8 +117,8 @@ def open_file(folder: Path, name: str) -> int:
     Raises:
         CheckpointError: the name is not a plain one, there is no such file, or it is a link, a folder, a pipe, ...
     """
-    with _opened_folder(folder) as fd:
-        return _open(fd, folder / _plain(folder, name))
+    with opened_folder(folder) as fd:
+        return open_in(fd, folder / _plain(folder, name))
 
 
 def prune(directory: Path, keep_last: int) -> list[Path]:
@@ -264,7 +262,15 @@ def _what_there_is(directory: Path) -> str:
 
 
 @contextmanager
-def _opened_folder(folder: Path, *, follow: bool = False) -> Iterator[int]:
+def opened_folder(folder: Path, *, follow: bool = False) -> Iterator[int]:
+    """A file descriptor of a folder, which stays this folder even if another one gets its name.
+
+    Args:
+        follow: its name may be a link.
+
+    Raises:
+        CheckpointError: there is no such folder, or it cannot be read.
+    """
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | (0 if follow else os.O_NOFOLLOW))
     except OSError as error:
@@ -280,6 +286,17 @@ def _plain(folder: Path, name: str) -> str:
         return plain_name(name)
     except ValueError as error:
         raise CheckpointError(f"'{folder}': {error}") from None
+
+
+def manifest_in(folder_fd: int, path: Path) -> Manifest:
+    """The manifest in an opened folder, whatever else is there. path: of the folder, for errors.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    if not _has(folder_fd, MANIFEST):
+        raise CheckpointError(f"'{path}' has no {MANIFEST}: it is no checkpoint, or of a save that did not finish")
+    return parse_manifest(_read(folder_fd, path / MANIFEST, MAX_MANIFEST_BYTES), f"'{path / MANIFEST}'")
 
 
 def _has(folder_fd: int, name: str) -> bool:
@@ -301,8 +318,13 @@ def _size(folder_fd: int, path: Path) -> int:
     return status.st_size
 
 
-def _open(folder_fd: int, path: Path) -> int:
-    """Not blocking: a pipe would wait for a writer. Regular files know no difference."""
+def open_in(folder_fd: int, path: Path) -> int:
+    """A file of an opened folder, opened for reading. path: of the file, for errors.
+
+    Raises:
+        CheckpointError: there is no such file, or it is a link, a folder, a pipe, ...
+    """
+    # Not blocking: a pipe would wait for a writer. Regular files know no difference.
     try:
         fd = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder_fd)
     except OSError as error:
@@ -317,7 +339,7 @@ def _open(folder_fd: int, path: Path) -> int:
 
 def _read(folder_fd: int, path: Path, limit: int) -> bytes:
     """All bytes of a file, which may have `limit` at most."""
-    with os.fdopen(_open(folder_fd, path), "rb") as file:
+    with os.fdopen(open_in(folder_fd, path), "rb") as file:
         try:
             data = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
         except OSError as error:
