@@ -79,6 +79,8 @@ def _set_aside(directory: Path) -> None:
     save(directory, "b", 4).rename(directory / ".b.old-00000005")
     (directory / ".b.old-00000005" / "state.json").unlink()
     (directory / ".latest.partial-00000006").write_text("")
+    for number in (3, 6):
+        (directory / f".lock-0000000{number}").write_text("")
 
 
 def _three(directory: Path) -> None:

@@ -117,15 +117,15 @@ class Run:
                 wrong.append(f"'{tag}' has not the state of step {there[tag]}")
         return wrong
 
-    def goes_on(self, tag: str) -> list[str]:
+    def goes_on(self) -> list[str]:
         """What is wrong with the next step and its save."""
         step = self.step()
-        wrong = [f"the next save says: {said}"] if (said := self.save(tag)) else []
-        if self.there().get(tag) != step or self.latest() != step:
+        wrong = [f"the next save says: {said}"] if (said := self.save(SAME)) else []
+        if self.there().get(SAME) != step or self.latest() != step:
             wrong.append(f"the next save leads to {self.there()}, latest {self.latest()}, at step {step}")
         if left := self.left():
             wrong.append(f"the next save leaves {left}")
-        wrong += self.unsound(tag)
+        wrong += self.unsound(SAME)
         self._of_rank_0(lambda: prune(self.folder, 2))
         return wrong
 
@@ -158,9 +158,7 @@ def _try(run: Run, log: Path, fault: Fault) -> Outcome:
         outcome.calls = [(call, how, path) for call, how, path, _ in lines]
     outcome.there = (before, run.there())
     outcome.latest, outcome.left = run.latest(), run.left()
-    outcome.wrong = run.unsound() + run.goes_on(tag)
-    if not fault.same:  # the next case has the same calls: no pruned folder, and the tag that is saved again
-        outcome.wrong += run.goes_on(SAME)
+    outcome.wrong = run.unsound() + run.goes_on()
     return outcome
 
 
@@ -208,7 +206,7 @@ def _spoilt(run: Run, case: Any, tag: str, spoil: Callable[[], Callable[[], obje
         outcome.wrong.append(f"the folder is touched: {sorted(_bits(run.folder))}")
     mend()
     outcome.there, outcome.latest = (before, run.there()), run.latest()
-    outcome.wrong += run.unsound() + run.goes_on(SAME)
+    outcome.wrong += run.unsound() + run.goes_on()
     return outcome
 
 

@@ -7,6 +7,8 @@
 // fsync and fdatasync do nothing within the folder: a process that is killed loses nothing that it has written, so they
 // only cost time. What a power failure would lose is computed from the log: a line per call, "name ok|failed path
 // path". Linux, 64 bits.
+//
+// FAULT_NO_LOCKS in the environment: no file can be locked, as on some file systems.
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -238,6 +240,22 @@ int unlinkat(int dir, const char* path, int flags) {
 
 int unlink(const char* path) { return unlinkat(AT_FDCWD, path, 0); }
 int rmdir(const char* path) { return unlinkat(AT_FDCWD, path, AT_REMOVEDIR); }
+
+int flock(int fd, int operation) {
+    if (getenv("FAULT_NO_LOCKS")) {
+        errno = ENOLCK;
+        return -1;
+    }
+    return (int)syscall(SYS_flock, fd, operation);
+}
+
+int linkat(int old_dir, const char* old_path, int new_dir, const char* new_path, int flags) {
+    struct Call call = {.number = 0};
+    int error = enter(&call, "link", old_dir, old_path, new_dir, new_path);
+    FINISH(int, syscall(SYS_linkat, old_dir, old_path, new_dir, new_path, flags));
+}
+
+int link(const char* old_path, const char* new_path) { return linkat(AT_FDCWD, old_path, AT_FDCWD, new_path, 0); }
 
 int ftruncate64(int fd, off64_t size) {
     struct Call call = {.number = 0};

@@ -71,6 +71,8 @@ def _follow(unsafe: Unsafe, root: Path, call: str, first: Path, second: Path) ->
         unsafe.names.pop(first, None)
     elif call in ("write", "truncate", "allocate"):
         unsafe.files.add(first)
+    elif call == "link":
+        unsafe.names.setdefault(second.parent, []).append(("create", str(second)))
     elif call in ("create", "mkdir"):
         if call == "create":
             unsafe.files.add(first)

@@ -112,8 +112,22 @@ def test_the_folder_itself_may_be_a_link(tmp_path):
     save(tmp_path / "real", "a", 1)
     (tmp_path / "link").symlink_to("real")
     assert version_of(find(tmp_path / "link", None)) == 1
-    (tmp_path / "lost").symlink_to("nowhere")
-    refused(tmp_path / "lost", None, "is a link, not a folder")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link to file").symlink_to("file")
+    refused(tmp_path / "link to file", None, f"'{tmp_path / 'link to file'}' is a file, not a folder")
+
+
+@pytest.mark.parametrize("target", ["nowhere", "lost"])  # nothing, a circle
+@pytest.mark.parametrize("below", [".", "deep", "deep/er"])
+def test_a_link_to_nothing_is_named(tmp_path, target, below):
+    """A disk that is not mounted, for example. The link may be one of the folder's parents."""
+    (tmp_path / "lost").symlink_to(target)
+    text = f"'{tmp_path / 'lost'}'"
+    refused(tmp_path / "lost" / below, None, f"{text} is a link to nothing: give the folder")
+    why = "Not a folder, but a link to nothing" if target == "nowhere" else "Too many levels of symbolic links"
+    with pytest.raises(OSError, match=f"{why}: {re.escape(text[:-1])}"):
+        save(tmp_path / "lost" / below, "a", 1)
+    assert os.listdir(tmp_path) == ["lost"]
 
 
 # -- latest
@@ -278,13 +292,26 @@ def test_what_was_set_aside_does_not_count_beside_its_successor(tmp_path):
 # -- order and pruning
 
 
-def test_the_newest_comes_first_by_number_and_then_by_time(tmp_path):
+def test_the_newest_comes_first_by_time_and_then_by_number(tmp_path):
     for version in (9, 10, 100, 11, 2, 1, 99, 3, 1000, 20, 4, 5):
         save(tmp_path, f"step{version}", version)
-    save(tmp_path, "again", 100, "2026-02-01T00:00:00Z")
-    save(tmp_path, "before", 100, "2025-02-01T00:00:00Z")
-    tags = ["step1000", "again", "step100", "before", *(f"step{n}" for n in (99, 20, 11, 10, 9, 5, 4, 3, 2, 1))]
+    moments = ["2026-01-31T12:00:00.000001+00:00", "2026-01-31T12:00:00.2Z", "2026-01-31T12:00:00.199999Z"]
+    for number, moment in enumerate([*moments, "2026-02-01T00:00:00Z", "2025-02-01T00:00:00.9Z"]):
+        save(tmp_path, f"other{number}", number, moment)
+    by_number = [f"step{n}" for n in (1000, 100, 99, 20, 11, 10, 9, 5, 4, 3, 2, 1)]
+    tags = ["other3", "other1", "other2", "other0", *by_number, "other4"]
     assert [found.tag for found in checkpoints(tmp_path)] == tags
+
+
+def test_prune_keeps_what_was_saved_last_by_a_run_that_went_back(tmp_path):
+    """Its steps are lower than those of the branch that was given up."""
+    for step in (1, 2, 3, 4):
+        save(tmp_path, f"step{step}", step, f"2026-01-31T12:00:00.{step:06}+00:00")
+    for step in (2, 3):
+        save(tmp_path, f"new{step}", step, f"2026-01-31T12:00:01.{step:06}+00:00")
+    assert [found.tag for found in checkpoints(tmp_path)][:3] == ["new3", "new2", "step4"]
+    prune(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "new2", "new3"]
 
 
 def test_prune_keeps_the_newest_whole_ones_and_all_that_is_no_checkpoint(tmp_path):

@@ -12,15 +12,20 @@
 
 A save that dies leaves hidden names, which `sweep()` knows. An error before the end of step 2 leaves what was there; a
 later one leaves the new checkpoint, under its tag.
+
+Several programs may save into one directory at the same time, also under one tag: the one that comes to step 2 last
+replaces what the other has saved. No `sweep()` touches what another save has under way, see [Note: claims].
 """
 
 from __future__ import annotations
 
+import errno
 import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from enum import Enum
 from pathlib import Path
 
+from partita.checkpoint.claim import new_claim, take_over
 from partita.checkpoint.disk import (
     exchange,
     kind_of,
@@ -31,11 +36,15 @@ from partita.checkpoint.disk import (
     write_durably,
 )
 from partita.checkpoint.errors import CheckpointError
-from partita.checkpoint.folder import best_aside
+from partita.checkpoint.folder import best_aside, read_checkpoint
 from partita.checkpoint.manifest import MANIFEST
-from partita.checkpoint.tags import LATEST, Leftover, aside_name, check_tag, parse_leftover, partial_name
+from partita.checkpoint.tags import LATEST, Leftover, aside_name, check_tag, parse_leftover, parse_lock, partial_name
 
 __all__ = ["Staging", "sweep", "write_durably"]
+
+# What renames answer when another program has given or taken a name meanwhile.
+_CHANGED_MEANWHILE = {errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST}
+_TRIES = 20
 
 
 class _Phase(Enum):
@@ -60,7 +69,13 @@ class Staging:
         self._tag = check_tag(tag)
         self._directory = Path(os.path.abspath(directory))  # the program may change its working directory
         self._phase = _Phase.PLANNED
-        self.path = self._directory / partial_name(tag)
+        self._token: str | None = None
+        self._claim = ExitStack()
+
+    @property
+    def path(self) -> Path:
+        """The folder, hidden until it is published. It has a name from `create()` on."""
+        return self._directory / partial_name(self._tag, self._own_token())
 
     def create(self) -> None:
         """Makes the folder, and the directory with its parents.
@@ -72,6 +87,9 @@ class Staging:
         self._require(_Phase.PLANNED, "create()")
         self._require_place()
         make_folders(self._directory)
+        claim = new_claim(self._directory)
+        self._claim.callback(claim.release)
+        self._token = claim.token
         self.path.mkdir()
         self._phase = _Phase.OPEN
 
@@ -85,12 +103,13 @@ class Staging:
             The checkpoint's folder, DIRECTORY/TAG.
 
         Raises:
-            CheckpointError: as in `create()`.
+            CheckpointError: as in `create()`, or a file is missing that the manifest names, or has another size.
             OSError: what the system says. The tag is then the old checkpoint or the new one.
         """
         self._require(_Phase.OPEN, "publish()")
         if kind_of(self.path / MANIFEST) != "a file":
             raise RuntimeError(f"'{self.path}' has no {MANIFEST}, which is written last")
+        self._require_whole()
         self._require_place()
         sync_folder(self.path)
         latest = self._write_latest() if is_latest else None
@@ -102,26 +121,46 @@ class Staging:
             if latest is not None:
                 try_remove(latest)
             raise
-        sync_folder(self._directory)
-        if latest is not None:
-            os.rename(latest, self._directory / LATEST)
+        try:
             sync_folder(self._directory)
-        if old is not None:
-            with suppress(OSError):  # the checkpoint is there; the next sweep() warns about what is left
-                remove(old)
+            if latest is not None:
+                os.rename(latest, self._directory / LATEST)
+                sync_folder(self._directory)
+            if old is not None:
+                with suppress(OSError):  # the checkpoint is there; the next sweep() warns about what is left
+                    remove(old)
+        finally:
+            self._release()
         return self._directory / self._tag
 
     def discard(self) -> None:
         """Removes the folder if it is not published. Raises nothing: what cannot be removed is left to `sweep()`."""
-        if self._phase is _Phase.PUBLISHED:
-            return
-        self._phase = _Phase.DISCARDED
-        with suppress(OSError):
-            remove(self.path)
+        if self._phase is not _Phase.PUBLISHED:
+            self._phase = _Phase.DISCARDED
+            if self._token is not None:
+                with suppress(OSError):
+                    remove(self.path)
+        self._release()
+
+    def _release(self) -> None:
+        with suppress(OSError):  # as with an old checkpoint
+            self._claim.close()
+
+    def _own_token(self) -> str:
+        if self._token is None:
+            raise RuntimeError(f"the folder of the checkpoint '{self._tag}' {_Phase.PLANNED.value}")
+        return self._token
 
     def _require(self, phase: _Phase, call: str) -> None:
         if self._phase is not phase:
             raise RuntimeError(f"{call} when the checkpoint '{self._tag}' {self._phase.value}")
+
+    def _require_whole(self) -> None:
+        """No half of a checkpoint gets a name, whatever other programs have done to the folder."""
+        try:
+            read_checkpoint(self.path, self._tag)
+        except CheckpointError as error:
+            raise CheckpointError(f"'{self._tag}' is not whole, and so does not become a checkpoint: {error}") from None
 
     def _require_place(self) -> None:
         """Nothing is replaced but a checkpoint of ours. A folder of another kind may be anything, data for example."""
@@ -137,13 +176,25 @@ class Staging:
 
     def _take_name(self) -> Path | None:
         """Gives the folder the tag's name. Returns where the checkpoint is now that had this name."""
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                return self._try_name()
+            except OSError as error:
+                if error.errno not in _CHANGED_MEANWHILE or not tries_left:
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    def _try_name(self) -> Path | None:
         place = self._directory / self._tag
         if kind_of(place) is None:
             os.rename(self.path, place)
             return None
         if exchange(self.path, place):
             return self.path
-        old = self._directory / aside_name(self._tag)
+        old = self._directory / aside_name(self._tag, self._own_token())
+        if kind_of(old) is not None:  # from the last try: meanwhile another save has taken the name
+            sync_folder(self._directory)
+            remove(old)
         os.rename(place, old)
         try:
             os.rename(self.path, place)
@@ -155,13 +206,13 @@ class Staging:
 
     def _write_latest(self) -> Path:
         """The coming `latest`, under a hidden name."""
-        unfinished = self._directory / partial_name(LATEST)
+        unfinished = self._directory / partial_name(LATEST, self._own_token())
         write_durably(unfinished, self._tag.encode())
         return unfinished
 
 
 def sweep(directory: Path) -> list[Path]:
-    """Removes what saves that died have left, and returns what it has removed.
+    """Removes what saves that died have left, and returns what it has removed. What is under way stays.
 
     What cannot be removed stays, with a warning in the log. A checkpoint that was set aside, and whose successor did
     not get its name, gets its name back.
@@ -169,24 +220,37 @@ def sweep(directory: Path) -> list[Path]:
     Raises:
         OSError: the directory cannot be read, or a checkpoint not be brought back.
     """
-    left = _leftovers(directory)
-    aside: dict[str, list[Path]] = {}
-    for path, leftover in left.items():
-        if leftover.set_aside and kind_of(path) == "a folder" and kind_of(directory / leftover.tag) is None:
-            aside.setdefault(leftover.tag, []).append(path)
-    for tag, paths in aside.items():
-        best = best_aside(paths, tag)
-        os.rename(best, directory / tag)
-        del left[best]
-    if left or aside:
-        sync_folder(directory)  # a leftover may be a checkpoint whose successor's name is not on the disk yet
-    return [path for path in left if try_remove(path)]
+    with ExitStack() as claims:
+        left = _abandoned(directory, claims)
+        aside: dict[str, list[Path]] = {}
+        for path, leftover in left.items():
+            if leftover.set_aside and kind_of(path) == "a folder" and kind_of(directory / leftover.tag) is None:
+                aside.setdefault(leftover.tag, []).append(path)
+        for tag, paths in aside.items():
+            best = best_aside(paths, tag)
+            try:
+                os.rename(best, directory / tag)
+            except OSError as error:
+                if error.errno not in _CHANGED_MEANWHILE:
+                    raise
+            del left[best]
+        if left or aside:
+            sync_folder(directory)  # a leftover may be a checkpoint whose successor's name is not on the disk yet
+        return [path for path in left if try_remove(path)]
 
 
-def _leftovers(directory: Path) -> dict[Path, Leftover]:
+def _abandoned(directory: Path, claims: ExitStack) -> dict[Path, Leftover]:
+    """What is left of processes that have ended. It is claimed until `claims` is closed."""
     try:
         names = sorted(os.listdir(directory))
     except FileNotFoundError:
         return {}
-    found = {directory / name: parse_leftover(name) for name in names}
-    return {path: leftover for path, leftover in found.items() if leftover is not None}
+    found = {name: leftover for name in names if (leftover := parse_leftover(name)) is not None}
+    tokens = {leftover.token for leftover in found.values()} | {parse_lock(name) for name in names}
+    claimed = set()
+    for token in sorted(token for token in tokens if token is not None):
+        claim = take_over(directory, token)
+        if claim is not None:
+            claims.callback(claim.try_release)
+            claimed.add(token)
+    return {directory / name: leftover for name, leftover in found.items() if leftover.token in claimed}

@@ -22,6 +22,8 @@ _CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 # Answers of file systems on which a folder needs no fsync, or cannot have one.
 _CANNOT_SYNC_FOLDERS = {errno.EINVAL, errno.EOPNOTSUPP}
 
+_TRIES = 100
+
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFREG: "a file", stat.S_IFLNK: "a link"}
 
 
@@ -35,6 +37,15 @@ def kind_of(path: Path) -> str | None:
         return _KINDS.get(stat.S_IFMT(path.lstat().st_mode), "a special file")
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def dead_link(path: Path) -> Path | None:
+    """The path, or one of its parents, if that is a link to nothing or in a circle.
+
+    Raises:
+        OSError: the system does not say.
+    """
+    return next((place for place in (path, *path.parents) if place.is_symlink() and not place.exists()), None)
 
 
 @contextmanager
@@ -92,8 +103,10 @@ def make_folders(folder: Path) -> None:
     """Makes a folder with its parents; each new name is on the disk when this returns.
 
     Raises:
-        OSError: what the system says, or NotADirectoryError: something else is there.
+        OSError: what the system says, or NotADirectoryError: something else is there, or a link to nothing.
     """
+    if (link := dead_link(folder)) is not None:
+        raise NotADirectoryError(errno.ENOTDIR, "Not a folder, but a link to nothing", str(link))
     missing = [path for path in (folder, *folder.parents) if kind_of(path) is None]
     for path in reversed(missing):
         with suppress(FileExistsError):  # another process was faster
@@ -126,10 +139,16 @@ def remove(path: Path) -> None:
     Raises:
         OSError: what the system says. A part may be gone.
     """
-    if kind_of(path) == "a folder":
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            shutil.rmtree(path) if kind_of(path) == "a folder" else path.unlink()
+        except FileNotFoundError:  # somebody else removes it, or things in it
+            if kind_of(path) is None:
+                return
+            if not tries_left:
+                raise
+        else:
+            return
 
 
 def try_remove(path: Path) -> bool:

@@ -15,10 +15,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from partita.checkpoint.disk import kind_of, sync_folder, try_remove
+from partita.checkpoint.claim import new_claim
+from partita.checkpoint.disk import dead_link, kind_of, sync_folder, try_remove
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest, plain_name
-from partita.checkpoint.tags import LATEST, check_tag, parse_leftover, partial_name
+from partita.checkpoint.tags import LATEST, aside_name, check_tag, parse_leftover, partial_name
 
 logger = logging.getLogger("partita")
 
@@ -43,9 +44,7 @@ def find(directory: Path, tag: str | None) -> Found:
     Raises:
         CheckpointError: there is none, or it is not whole. Says which there are, and what to do.
     """
-    if (kind := _kind_behind(directory)) != "a folder":
-        what = f"is {kind}, not a folder" if kind else "is not there"
-        raise CheckpointError(f"'{directory}' {what}: give the folder in which checkpoints were saved")
+    _require_folder(directory)
     try:
         if tag is not None:
             return read_checkpoint(_place(directory, check_tag(tag)), tag)
@@ -59,7 +58,9 @@ def find(directory: Path, tag: str | None) -> Found:
 
 
 def checkpoints(directory: Path) -> list[Found]:
-    """All checkpoints, the newest first: by step, then by the time of creation. Empty: none, or no such folder.
+    """All checkpoints, the newest first: by the time of creation, then by step. Empty: none, or no such folder.
+
+    A run that goes back to an older checkpoint and trains on saves new checkpoints of lower steps than old ones have.
 
     Raises:
         OSError: the folder cannot be read.
@@ -71,9 +72,10 @@ def checkpoints(directory: Path) -> list[Found]:
     return sorted(found, key=age, reverse=True)
 
 
-def age(found: Found) -> tuple[int, str, str]:
+def age(found: Found) -> tuple[str, str, int, str]:
     """Newer checkpoints have larger values."""
-    return found.manifest.step, found.manifest.created, found.tag
+    seconds, _, fraction = found.manifest.created.removesuffix("Z").removesuffix("+00:00").partition(".")
+    return seconds, fraction.ljust(6, "0"), found.manifest.step, found.tag
 
 
 def latest_tag(directory: Path) -> str:
@@ -124,6 +126,8 @@ def open_file(folder: Path, name: str) -> int:
 def prune(directory: Path, keep_last: int) -> list[Path]:
     """Removes all checkpoints but the newest ones and the one that `latest` names; returns what it has removed.
 
+    The newest are those that were created last, as in `checkpoints()`.
+
     What is no checkpoint stays. A checkpoint that cannot be removed stays, with a warning in the log.
 
     Args:
@@ -139,19 +143,51 @@ def prune(directory: Path, keep_last: int) -> list[Path]:
     with suppress(CheckpointError):
         latest = latest_tag(directory)
     old = [found for found in checkpoints(directory)[keep_last:] if found.tag != latest]
-    return [found.path for found in old if _retire(found)]
-
-
-def _retire(found: Found) -> bool:
-    """Removes a checkpoint, which is none from the first moment on: half of it must not look like one."""
-    hidden = found.path.with_name(partial_name(found.tag))
+    if not old:
+        return []
     try:
-        os.rename(found.path, hidden)
+        claim = new_claim(directory)
+    except OSError as error:
+        logger.warning("the old checkpoints in '%s' cannot be removed: %s", directory, error)
+        return []
+    try:
+        return [found.path for found in old if _retire(found, claim.token)]
+    finally:
+        claim.try_release()
+
+
+def _retire(found: Found, token: str) -> bool:
+    """Removes a checkpoint, which is none from a moment on: half of it must not look like one.
+
+    Another program may have replaced the checkpoint since it was found. The new one gets its name back; until then it
+    has a name under which it is found.
+    """
+    aside = found.path.with_name(aside_name(found.tag, token))
+    hidden = found.path.with_name(partial_name(found.tag, token))
+    try:
+        os.rename(found.path, aside)
+        try:
+            if not _is_still(found, aside):
+                raise FileNotFoundError(errno.ENOENT, "another checkpoint has its name", str(found.path))
+            os.rename(aside, hidden)
+        except BaseException:
+            with suppress(OSError):  # there may be one more of this name, a newer one
+                os.rename(aside, found.path)
+            raise
         sync_folder(hidden.parent)
+    except FileNotFoundError:
+        return False  # another program was faster
     except OSError as error:
         logger.warning("the old checkpoint '%s' cannot be removed: %s", found.path, error)
         return False
     return try_remove(hidden)
+
+
+def _is_still(found: Found, path: Path) -> bool:
+    try:
+        return read_checkpoint(path, found.tag).manifest == found.manifest
+    except CheckpointError:
+        return False
 
 
 # -- places
@@ -197,12 +233,20 @@ def _folders(directory: Path) -> list[Path]:
         return []
 
 
-def _kind_behind(directory: Path) -> str | None:
-    """What the folder of checkpoints is. Its name may be a link: it is the caller's, and not in the folder."""
+def _require_folder(directory: Path) -> None:
+    """The name of the folder of checkpoints may be a link: it is the caller's, and not in the folder."""
     try:
-        return "a folder" if directory.is_dir() else kind_of(directory)
+        link = dead_link(directory)
+        if link is not None:
+            wrong = f"'{link}' is a link to nothing"
+        elif directory.is_dir():
+            return
+        else:
+            kind = kind_of(directory.resolve())
+            wrong = f"'{directory}' is {kind}, not a folder" if kind else f"'{directory}' is not there"
     except OSError as error:
         raise CheckpointError(f"'{directory}' cannot be read: {error.strerror}") from None
+    raise CheckpointError(f"{wrong}: give the folder in which checkpoints were saved")
 
 
 def _what_there_is(directory: Path) -> str:

@@ -22,7 +22,9 @@ from partita.checkpoint.saved_state import STATE, SavedState, parse_state
 from partita.checkpoint.stored import Stored, read_whole
 from partita.checkpoint.values import ValueReader
 from partita.comm import require_same, text_by_rank
+from partita.device import FreedMemory
 from partita.model import DiffersByRank, KeepsValues, Section, TrainState, from_plain
+from partita.optim import HyperParameters
 
 logger = logging.getLogger("partita")
 
@@ -88,15 +90,16 @@ def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) ->
             owner.values_of(states[name]) for name, owner in _keepers(state) if wanted.takes(name) and name in states
         ]
         together(world, what, lambda: reader.read([value for values in kept for value in sorted(values)]))
-        state.load_sections(states)
+        state.load_sections(states, partial(together, world, what))
         reader.write()
-        rounded = sorted(
-            {name for text in text_by_rank(world, json.dumps(reader.rounded)) for name in json.loads(text)}
-        )
+        FreedMemory().add(reader.bytes_read)
+        said = text_by_rank(world, json.dumps(reader.rounded))
         if world.rank == 0:
             logger.info(f"loaded '{folder}', step {manifest.step}; rank 0 read {reader.bytes_read:,} bytes")
             _warn_of_what_is_left(state, saved, wanted, folder)
-            _warn_of_weights(reader, sorted(rounded), folder)
+            _warn_of_weights(reader, sorted({name for text in said for name in json.loads(text)}), folder)
+            if any(wanted.takes(name) for name, _ in _keepers(state)):
+                _say_what_is_not_trained(reader, folder)
     return folder, client_state
 
 
@@ -118,6 +121,20 @@ def _sections(state: TrainState, saved: SavedState, wanted: Wanted, reader: Valu
         kept = owner.keeping(states.get(name), left, steps)
         if kept is not None:
             states[name] = kept
+    return _with_learning_rates(state, states)
+
+
+def _with_learning_rates(state: TrainState, states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The states, such that the optimizer has the learning rates of the schedule that it has from now on, where only
+    one of the two is loaded: many schedules go on from what the optimizer has."""
+    owners = {section.name: section.owner for section in state.sections}
+    optimizer = owners.get(OPTIMIZER)
+    if not isinstance(optimizer, HyperParameters) or SCHEDULE not in owners:
+        return states
+    if OPTIMIZER in states and SCHEDULE not in states:
+        return {**states, OPTIMIZER: optimizer.without_schedule(states[OPTIMIZER])}
+    if SCHEDULE in states and OPTIMIZER not in states:
+        return {**states, OPTIMIZER: optimizer.under_schedule(states[SCHEDULE])}
     return states
 
 
@@ -127,6 +144,15 @@ def _warn_of_what_is_left(state: TrainState, saved: SavedState, wanted: Wanted, 
     for name in sorted({*saved.sections, *(name for one in saved.ranks for name in one)} - here):
         if wanted.takes(name):
             logger.warning(f"'{folder}' has the state of '{name}', which this run does not have: it is not used")
+
+
+def _say_what_is_not_trained(reader: ValueReader, folder: Path) -> None:
+    """A parameter may have been frozen or left out since."""
+    if unused := reader.unused_states():
+        logger.info(
+            f"'{folder}' has optimizer states of {len(unused)} parameters that are not trained here, '{unused[0]}' "
+            "say: they are not used"
+        )
 
 
 def _warn_of_weights(reader: ValueReader, rounded: list[str], folder: Path) -> None:

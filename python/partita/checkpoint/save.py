@@ -141,7 +141,7 @@ def _manifest(tag: str, about: About, world_size: int, files: dict[str, FileReco
         step=about.step,
         samples=about.samples,
         world_size=world_size,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
         engine=about.facts,
         files=files,
     )

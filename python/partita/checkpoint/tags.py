@@ -13,15 +13,18 @@ LATEST = "latest"
 # A name has at most 255 bytes on Linux; a hidden name is 18 bytes longer than its tag.
 MAX_TAG_BYTES = 200
 
-_LEFTOVER = re.compile(r"\.(?P<tag>.+)\.(?P<kind>partial|old)-[0-9a-f]{8}")
+_LEFTOVER = re.compile(r"\.(?P<tag>.+)\.(?P<kind>partial|old)-(?P<token>[0-9a-f]{8})")
+_LOCK = re.compile(r"\.lock-(?P<token>[0-9a-f]{8})")
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """What a hidden name says. set_aside: a checkpoint that a new one of its tag was to replace; else it is nothing."""
+    """What a hidden name says. set_aside: a checkpoint that a new one of its tag was to replace; else it is nothing.
+    token: of the save or removal that gave the name."""
 
     tag: str
     set_aside: bool
+    token: str
 
 
 def check_tag(tag: str) -> str:
@@ -53,17 +56,33 @@ def check_tag(tag: str) -> str:
     raise CheckpointError(f"{shown} cannot be the tag of a checkpoint, which is the name of its folder: {wrong}")
 
 
-def partial_name(tag: str) -> str:
-    """A new hidden name for what is no checkpoint: not one yet, or not one any more."""
-    return f".{tag}.partial-{secrets.token_hex(4)}"
+def new_token() -> str:
+    """What the hidden names of one save, or of one removal, end with."""
+    return secrets.token_hex(4)
 
 
-def aside_name(tag: str) -> str:
-    """A new hidden name for a whole checkpoint while another takes its place."""
-    return f".{tag}.old-{secrets.token_hex(4)}"
+def partial_name(tag: str, token: str) -> str:
+    """A hidden name for what is no checkpoint: not one yet, or not one any more."""
+    return f".{tag}.partial-{token}"
+
+
+def aside_name(tag: str, token: str) -> str:
+    """A hidden name for a whole checkpoint while another takes its place."""
+    return f".{tag}.old-{token}"
+
+
+def lock_name(token: str) -> str:
+    """The file whose lock says that the names with this token are in use."""
+    return f".lock-{token}"
 
 
 def parse_leftover(name: str) -> Leftover | None:
     """What a name of `partial_name()` or `aside_name()` stands for. None: the name is neither."""
     found = _LEFTOVER.fullmatch(name)
-    return None if found is None else Leftover(tag=found["tag"], set_aside=found["kind"] == "old")
+    return None if found is None else Leftover(found["tag"], found["kind"] == "old", found["token"])
+
+
+def parse_lock(name: str) -> str | None:
+    """The token of a name of `lock_name()`. None: the name is none."""
+    found = _LOCK.fullmatch(name)
+    return None if found is None else found["token"]

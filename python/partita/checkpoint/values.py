@@ -9,7 +9,7 @@ from torch import Tensor
 
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.fit import Fit
-from partita.checkpoint.pieces import MODEL, REMAINDER, Place, StoredNames, of_quantity
+from partita.checkpoint.pieces import MODEL, REMAINDER, RESERVED, Place, StoredNames, of_quantity
 from partita.checkpoint.saved_state import SavedState
 from partita.checkpoint.stored import Stored
 from partita.device import HOST, kernels
@@ -63,6 +63,13 @@ class ValueReader:
         there = {stored: name for name, stored in saved.parameters.items()}
         stored = {name: self._source(name).name for name in self.parameters if self._has(name)}
         return {name: there.get(source, source) for name, source in stored.items()}
+
+    def unused_states(self) -> list[str]:
+        """Names of tensors whose optimizer states the checkpoint has, and which are not trained here."""
+        slots = [s for q in self._state.quantities() if isinstance(q.unit, Unit) for s in q.unit.layout.slots]
+        trained = {self._source(slot.name).name for slot in slots if self._has(slot.name)}
+        kept = (place.name.partition("/") for place in self._stored.tensors if place.stem != MODEL)
+        return sorted({name for quantity, _, name in kept if quantity not in RESERVED} - trained)
 
     def left_out(self, values: Iterable[tuple[str, str]]) -> set[str]:
         """Parameters of which the checkpoint does not have these (parameter, quantity), or not the parameter.

@@ -227,7 +227,7 @@ class KeepsState(AsModule):
             if not hasattr(self.lr_scheduler, "state_dict"):
                 name = type(self.lr_scheduler).__name__
                 raise TypeError(f"lr_scheduler: a {name} has no state_dict(), so it could not go on after a restart")
-            sections.append(Section("lr_scheduler", self.lr_scheduler))
+            sections.append(Section("lr_scheduler", self._step.schedule or self.lr_scheduler))
         if self.dataloader is not None:
             sections.append(Section("data", self.dataloader))
         sections.append(Section("random", RandomState(self.device)))

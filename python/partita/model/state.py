@@ -28,6 +28,9 @@ from partita.units import FlatParameters, ShardSlice, Unit
 
 WEIGHT = "weight"
 
+# Does on each rank what may be refused there; if it is on any, all raise.
+Agree = Callable[[Callable[[], None]], object]
+
 
 class Stateful(Protocol):
     """Has a small state: numbers, strings, small tensors, and lists, tuples and dicts of them."""
@@ -262,14 +265,40 @@ class TrainState:
         """
         self._agree(partial(self._require_idle, when))
 
-    def load_sections(self, states: Mapping[str, dict[str, Any]]) -> None:
-        """Sections take these states, all or none: a section may refuse what it is given. Sections without a state
-        stay. A collective.
+    def load_sections(self, states: Mapping[str, dict[str, Any]], agree: Agree | None = None) -> None:
+        """Sections take these states, all or none: a section may refuse what it is given, on one rank alone. Sections
+        without a state stay. A collective.
+
+        Args:
+            agree: does what may be refused on one rank, and then raises on all; None: all raise errors of one kind.
 
         Raises:
-            ValueError: a section refuses its state; nothing has changed then.
+            ValueError: a section refuses its state; nothing has changed on any rank then. Or what `agree` raises.
         """
-        self._agree(partial(self._load_sections, states))
+        agree = agree or self._agree
+        given = [section for section in self.sections if section.name in states]
+        keepers = [section for section in given if isinstance(section.owner, KeepsValues)]
+        small = [section for section in given if not isinstance(section.owner, KeepsValues)]
+        before: list[tuple[Section, Any]] = []
+
+        def look() -> None:
+            for section in keepers:
+                if isinstance(section.owner, KeepsValues):
+                    section.owner.values_of(states[section.name])  # which refuses
+            before.extend((section, to_plain(section.owner.state_dict(), section.name)) for section in small)
+
+        def load(sections: Sequence[Section]) -> None:
+            for section in sections:
+                section.owner.load_state_dict(states[section.name])
+
+        agree(look)
+        try:
+            agree(partial(load, small))
+            agree(partial(load, keepers))  # they come last: what they had is not kept here
+        except Exception:  # on all ranks
+            for section, state in before:
+                section.owner.load_state_dict(from_plain(state))
+            raise
 
     def _agree(self, step: Callable[[], None]) -> None:
         """Does what may be refused on one rank; all ranks raise together."""
@@ -297,23 +326,6 @@ class TrainState:
                 here |= section.owner.values_of(from_plain(snapshot.sections[section.name]))
         _require_equal("value", {f"{q} of {p}" for p, q in here}, {f"{q} of {p}" for p, q in snapshot.values})
         _require_equal("tensor", set(self.tensors()), snapshot.tensors)
-
-    def _load_sections(self, states: Mapping[str, dict[str, Any]]) -> None:
-        """Those that keep values come last: they refuse before they change."""
-        given = [section for section in self.sections if section.name in states]
-        for section in given:
-            if isinstance(section.owner, KeepsValues):
-                section.owner.values_of(states[section.name])
-        given.sort(key=lambda section: isinstance(section.owner, KeepsValues))
-        small = [section for section in given if not isinstance(section.owner, KeepsValues)]
-        before = [(section, to_plain(section.owner.state_dict(), section.name)) for section in small]
-        try:
-            for section in given:
-                section.owner.load_state_dict(states[section.name])
-        except Exception:
-            for section, state in before:
-                section.owner.load_state_dict(from_plain(state))
-            raise
 
 
 def _require_equal(what: str, here: set[str], saved: Iterable[str]) -> None:

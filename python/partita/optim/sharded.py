@@ -16,6 +16,9 @@ from partita.optim.fused_adam import is_native
 from partita.optim.updates import States
 from partita.units import StagePolicy
 
+# What schedules of torch have in a param group.
+SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
+
 
 def require_supported(optimizer: Optimizer, policy: StagePolicy, *, splits_masters: bool) -> None:
     """Raises ValueError, naming the optimizer and the reason, unless the engine can run it in this stage."""
@@ -150,6 +153,28 @@ class HyperParameters:
         groups = self._optimizer.param_groups
         return {"groups": [{name: value for name, value in group.items() if name != "params"} for group in groups]}
 
+    def without_schedule(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state without what a schedule moves, which stays as this run's schedule has it."""
+        moved = {*SCHEDULED}
+        if any("max_momentum" in group for group in self._optimizer.param_groups):
+            moved |= {"momentum", "betas"}
+        return {**state, "groups": [{k: v for k, v in group.items() if k not in moved} for group in state["groups"]]}
+
+    def under_schedule(self, schedule: dict[str, Any]) -> dict[str, Any]:
+        """The state of this run with the learning rates that a schedule of torch had.
+
+        Args:
+            schedule: its state. One without the learning rates sets them when it is loaded.
+        """
+        groups = self.state_dict()["groups"]
+        rates = {"lr": schedule.get("_last_lr"), "initial_lr": _base_lrs(schedule)}
+        for name, values in rates.items():
+            if isinstance(values, list) and len(values) == len(groups):
+                for group, value in zip(groups, values, strict=True):
+                    if name in group and not (name == "initial_lr" and "max_lr" in group):  # OneCycleLR's has its own
+                        group[name] = value
+        return {"groups": groups}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Each group takes the hyper-parameters that it had.
 
@@ -158,10 +183,21 @@ class HyperParameters:
         """
         groups, saved = self._optimizer.param_groups, state["groups"]
         if len(groups) != len(saved):
-            raise ValueError(f"the optimizer has {len(groups)} param groups, and the state has {len(saved)}")
+            raise ValueError(
+                f"the optimizer has {len(groups)} param groups, and the state has {len(saved)}: group the parameters "
+                "as in the run that saved them, or leave the optimizer out with load_optimizer_states=False"
+            )
         for group, values in zip(groups, saved, strict=True):
             for name, value in values.items():
-                if isinstance(group.get(name), torch.Tensor):  # a learning rate that others hold
-                    group[name].copy_(value)
+                if isinstance(now := group.get(name), Tensor):  # a learning rate that others hold
+                    now.copy_(value) if isinstance(value, Tensor) else now.fill_(value)
                 else:
                     group[name] = value
+
+
+def _base_lrs(schedule: dict[str, Any]) -> Any:
+    """Of a schedule's state, or of the first schedule in it."""
+    if "base_lrs" in schedule:
+        return schedule["base_lrs"]
+    inner = schedule.get("_schedulers")
+    return _base_lrs(inner[0]) if isinstance(inner, list) and inner and isinstance(inner[0], dict) else None

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from partita.device import FreedMemory, kernels
 from partita.optim.step_control import StepController
 from partita.optim.step_hooks import StepCall, step_without_hooks
-from partita.optim.updates import ShardUpdate, States
+from partita.optim.updates import ShardUpdate, States, other_kind
 from partita.units import ShardSlice, Unit
 
 
@@ -74,25 +74,23 @@ class TorchUpdate(ShardUpdate):
     def state_dict(self) -> dict[str, Any]:
         parameters: dict[str, Any] = {}
         for unit, s, piece in self._all_pieces():
-            state = self._optimizer.state.get(piece)
-            if not state:
-                continue
-            views = {key: self._views.get((id(piece), key)) for key in state}
-            moved = {key: view for key, view in views.items() if view is not None and view is state[key]}
-            rest = {key: value for key, value in state.items() if key not in moved}
-            shared = next((key for key in rest if s.slot in unit.kept.get(key, {})), None)
-            if shared is not None:
-                raise ValueError(
-                    f"{type(self._optimizer).__name__} keeps '{shared}' of parameter '{s.slot.name}' in memory that it "
-                    "shares with something else, which could not be so after a restart: its state cannot be saved"
-                )
-            parameters[s.slot.name] = {
-                "elements": {key: (str(value.dtype), tuple(value.shape)) for key, value in moved.items()},
-                "rest": rest,
-                "beside": [k for k, v in rest.items() if isinstance(v, Tensor) and v.device == piece.device],
-            }
+            if state := self._optimizer.state.get(piece):
+                moved = self._moved(piece)
+                rest = {key: value for key, value in state.items() if key not in moved}
+                shared = next((key for key in rest if s.slot in unit.kept.get(key, {})), None)
+                if shared is not None:
+                    raise ValueError(
+                        f"{type(self._optimizer).__name__} keeps '{shared}' of parameter '{s.slot.name}' in memory "
+                        "that it shares with something else, which could not be so after a restart: its state cannot "
+                        "be saved"
+                    )
+                parameters[s.slot.name] = {
+                    "elements": {key: (str(value.dtype), tuple(value.shape)) for key, value in moved.items()},
+                    "rest": rest,
+                    "beside": [k for k, v in rest.items() if isinstance(v, Tensor) and v.device == piece.device],
+                }
         others = {key: value for key, value in self._optimizer.state.items() if not isinstance(key, Tensor)}
-        return {"parameters": parameters, "others": others}
+        return {"optimizer": self._kind(), "parameters": parameters, "others": others}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.values_of(state)  # which refuses
@@ -107,37 +105,50 @@ class TorchUpdate(ShardUpdate):
             own = self._optimizer.state[piece]
             for key, (dtype, shape) in saved["elements"].items():
                 own[key] = self._view(unit, s, piece, key, getattr(torch, dtype.removeprefix("torch.")), tuple(shape))
+            for key, values in saved.get("values", {}).items():
+                own[key].copy_(values)
             own.update(saved["rest"])
             own.update((key, own[key].to(piece.device)) for key in saved["beside"])
         self._optimizer.state.update(state["others"])
 
     def from_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
-        if not all("parameters" in state for state in states):
-            raise ValueError(
-                f"the states are not those of a torch optimizer, which {type(self._optimizer).__name__} is"
-            )
+        for state in states:
+            self._require_same_kind(state)
         saved: dict[str, Any] = {}
         for state in states:
             saved = {**state["parameters"], **saved}
         here = {s.slot.name: piece for _, s, piece in self._all_pieces()}
-        names = {slot.name for unit in self._units for slot in unit.layout.slots}
         parameters = {}
-        for name, kept in saved.items():
-            if name in here or name not in names:  # an unknown one is refused when the state is loaded
-                shapes = {
-                    key: (dtype, _shape_for(shape, here.get(name))) for key, (dtype, shape) in kept["elements"].items()
-                }
-                parameters[name] = {**kept, "elements": shapes}
-        return {"parameters": parameters, "others": states[min(rank, len(states) - 1)]["others"]}
+        for name in (name for name in here if name in saved):
+            elements = saved[name]["elements"].items()
+            shapes = {key: (dtype, _shape_for(shape, here[name])) for key, (dtype, shape) in elements}
+            parameters[name] = {**saved[name], "elements": shapes}
+        return {**states[min(rank, len(states) - 1)], "parameters": parameters}
 
     def keeping(self, state: dict[str, Any] | None, names: Collection[str], applied: int) -> dict[str, Any] | None:
-        return state  # each parameter's state has its own count
+        """See `ShardUpdate`. What these parameters have now is kept in the state with its values: loading makes new
+        `Unit.states`."""
+        if state is None:
+            return None  # each parameter's state has its own count
+        parameters = {name: saved for name, saved in state["parameters"].items() if name not in names}
+        now = self.state_dict()["parameters"]
+        for _, s, piece in self._all_pieces():
+            if s.slot.name in names and s.slot.name in now:
+                values = {key: view.clone() for key, view in self._moved(piece).items()}
+                parameters[s.slot.name] = {**now[s.slot.name], "values": values}
+        return {**state, "parameters": parameters}
 
     def values_of(self, state: dict[str, Any]) -> set[tuple[str, str]]:
-        names = {s.slot.name for _, s, _ in self._all_pieces()}
-        unknown = next((name for name in state["parameters"] if name not in names), None)
+        self._require_same_kind(state)
+        pieces = {s.slot.name: piece for _, s, piece in self._all_pieces()}
+        unknown = next((name for name in state["parameters"] if name not in pieces), None)
         if unknown is not None:
             raise ValueError(f"the optimizer has no parameter '{unknown}' on this rank, of which there is a state")
+        for name, saved in state["parameters"].items():
+            for key, (_, shape) in saved["elements"].items():
+                if (numel := math.prod(shape)) != pieces[name].numel():
+                    part = f"the part of this rank has {pieces[name].numel()}"
+                    raise ValueError(f"'{key}' of parameter '{name}' has {numel} elements in the state, and {part}")
         return {
             (name, _flat_name(key, getattr(torch, dtype.removeprefix("torch."))))
             for name, saved in state["parameters"].items()
@@ -173,6 +184,19 @@ class TorchUpdate(ShardUpdate):
         for unit, pieces in zip(self._units, self._pieces, strict=True):
             for s, piece in zip(unit.own_slices(), pieces, strict=True):
                 yield unit, s, piece
+
+    def _kind(self) -> str:
+        return type(self._optimizer).__name__
+
+    def _require_same_kind(self, state: dict[str, Any]) -> None:
+        if "parameters" not in state or state.get("optimizer", self._kind()) != self._kind():
+            raise other_kind(state, self._kind())
+
+    def _moved(self, piece: Tensor) -> dict[str, Tensor]:
+        """What of a piece's state is in `Unit.states`, by the optimizer's key."""
+        state = self._optimizer.state.get(piece, {})
+        views = {key: self._views.get((id(piece), key)) for key in state}
+        return {key: view for key, view in views.items() if view is not None and view is state[key]}
 
     def _take_states(self) -> None:
         freed = FreedMemory()
@@ -213,10 +237,9 @@ def _owns_its_memory(value: Tensor, state: dict[str, Any]) -> bool:
     return storage.nbytes() == value.nbytes and others == 1
 
 
-def _shape_for(shape: Sequence[int], piece: Tensor | None) -> tuple[int, ...]:
+def _shape_for(shape: Sequence[int], piece: Tensor) -> tuple[int, ...]:
     """The shape that a state of this shape, of another part of the same parameter, has for a piece."""
-    fits = piece is None or math.prod(shape) == piece.numel()
-    return tuple(shape) if fits or piece is None else tuple(piece.shape)
+    return tuple(shape) if math.prod(shape) == piece.numel() else tuple(piece.shape)
 
 
 def _flat_name(key: str, dtype: torch.dtype) -> str:

@@ -133,7 +133,7 @@ class NativeAdam(ShardUpdate):
 
     def state_dict(self) -> dict[str, Any]:
         waited = self._waits.after(self._controller.loss_scale.applied_steps)
-        return {"waited": waited} if waited else {}
+        return {"optimizer": self._kind(), **({"waited": waited} if waited else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.values_of(state)  # which refuses
@@ -141,14 +141,18 @@ class NativeAdam(ShardUpdate):
         self._frozen = []  # so that the next step looks
 
     def values_of(self, state: dict[str, Any]) -> set[tuple[str, str]]:
-        if others := sorted(state.keys() - {"waited"}) or sorted(state.get("waited", {}).keys() - self._names()):
-            raise ValueError(f"native Adam has nothing of '{others[0]}', of which there is a state")
+        if "parameters" in state:
+            raise other_kind(state, self._kind())
+        if others := sorted(state.get("waited", {}).keys() - self._names()):
+            raise ValueError(f"the optimizer has no parameter '{others[0]}', of which there is a state")
         return {(s.slot.name, name) for unit in self._units for s in unit.own_slices() for name in unit.states}
 
     def from_ranks(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
         known = self._names()
         waited = {name: n for state in states for name, n in state.get("waited", {}).items() if name in known}
         others = {key: value for state in states for key, value in state.items() if key != "waited"}
+        if "parameters" in others:
+            raise other_kind(others, self._kind())
         return {**others, "waited": waited} if waited else others
 
     def keeping(self, state: dict[str, Any] | None, names: Collection[str], applied: int) -> dict[str, Any] | None:
@@ -182,9 +186,21 @@ class NativeAdam(ShardUpdate):
     def close(self) -> None:
         return  # its param groups are as they were
 
+    def _kind(self) -> str:
+        """For people: every native Adam takes the states of every other."""
+        return f"{type(self._optimizer).__name__} (native)"
+
     def _names(self) -> set[str]:
         """Of the parameters that are trained."""
         return {slot.name for unit in self._units for slot in unit.layout.slots}
+
+
+def other_kind(state: dict[str, Any], here: str) -> ValueError:
+    """The error for the state of another kind of optimizer than the one here."""
+    return ValueError(
+        f"the states are those of {state.get('optimizer', 'another optimizer')}, and the optimizer of this run is "
+        f"{here}: load_optimizer_states=False goes on without them"
+    )
 
 
 def _adam_part(unit: Unit, segments: Segments) -> kernels.Part[AdamPart]:

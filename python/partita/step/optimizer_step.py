@@ -61,9 +61,9 @@ class OptimizerStep:
             limit=run.config.max_consecutive_skipped_steps,
             lag=1 if run.streams.is_asynchronous else 0,
         )
-        schedule = None if scheduler is None else WatchedSchedule(scheduler, warns=run.is_first)
+        self.schedule = None if scheduler is None else WatchedSchedule(scheduler, warns=run.is_first)
         self._outcomes = StepOutcomes(
-            schedule,
+            self.schedule,
             self.learning_rates,
             reporter,
             self._skips,
@@ -199,6 +199,6 @@ class OptimizerStep:
         finally:  # a program may keep the engine, and nothing that is large with it
             if self._optimizer is not None:
                 self._optimizer.give_states(None)
-            self.sharded = self._optimizer = None
+            self.sharded = self._optimizer = self.schedule = None
             self._parts.clear()
             self._reducers.clear()

@@ -25,6 +25,17 @@ class WatchedSchedule:
         self._count = self._now()
         self._moved = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule's."""
+        state: dict[str, Any] = self._scheduler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The schedule goes on from a state, which is no step of the program's."""
+        self._scheduler.load_state_dict(state)
+        self._count = self._now()
+        self._moved = 0
+
     def step(self) -> None:
         """One step of the schedule, after an update."""
         self._moved += self._now() != self._count
