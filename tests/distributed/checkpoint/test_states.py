@@ -11,6 +11,7 @@ import partita
 import pytest
 import torch
 from partita.checkpoint import CheckpointError
+from partita.optim import WarmupLR
 from partita.utils import safe_get_full_optimizer_state
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW, lr_scheduler
@@ -30,6 +31,9 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
         o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.ExponentialLR(o, 0.8)], [2]
     ),
     "closed": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "of ours in one of torch's": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ExponentialLR(o, 0.8), WarmupLR(o, warmup_num_steps=3, warmup_max_lr=0.05)], [8]
+    ),
     "one cycle": lambda o: lr_scheduler.OneCycleLR(o, LR, total_steps=20),
 }
 
@@ -214,10 +218,10 @@ def _schedule_alone(folder: str, name: str) -> None:
     engine.save_checkpoint(folder)
     unbroken = _rates(engine)
     engine.destroy()
-    for steps in (0, 2):
+    for steps in (0, 1, 2):  # with the optimizer after 1
         engine = engine_for(Model(2), 1, make, schedule)
         take_steps(engine, steps)
-        engine.load_checkpoint(folder, load_optimizer_states=False)
+        engine.load_checkpoint(folder, load_optimizer_states=steps == 1)
         assert _rates(engine) == unbroken, f"after {steps} steps"
         engine.destroy()
 
