@@ -61,7 +61,7 @@ class OptimizerStep:
             limit=run.config.max_consecutive_skipped_steps,
             lag=1 if run.streams.is_asynchronous else 0,
         )
-        self.schedule = None if scheduler is None else WatchedSchedule(scheduler, warns=run.is_first)
+        self.schedule = None if scheduler is None else WatchedSchedule(scheduler, optimizer, warns=run.is_first)
         self._outcomes = StepOutcomes(
             self.schedule,
             self.learning_rates,

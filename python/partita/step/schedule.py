@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from torch import Tensor
+from torch.optim import Optimizer
+
 logger = logging.getLogger("partita")
 
 
@@ -16,11 +19,13 @@ class WatchedSchedule:
 
     Args:
         scheduler: has step(). One of torch also counts its steps, as `last_epoch`; one that does not is not watched.
+        optimizer: whose learning rates it moves; None: there is none.
         warns: whether this rank says so.
     """
 
-    def __init__(self, scheduler: Any, *, warns: bool) -> None:
+    def __init__(self, scheduler: Any, optimizer: Optimizer | None, *, warns: bool) -> None:
         self._scheduler = scheduler
+        self._groups = [] if optimizer is None else optimizer.param_groups
         self._warns = warns
         self._count = self._now()
         self._moved = 0
@@ -31,8 +36,19 @@ class WatchedSchedule:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The schedule goes on from a state, which is no step of the program's."""
+        """The schedule goes on from a state, which is no step of the program's.
+
+        A schedule may write learning rates when it is loaded. Of several in one, all do, and only the one whose turn it
+        is has the learning rates of the whole.
+        """
+        before = [float(group["lr"]) for group in self._groups]
         self._scheduler.load_state_dict(state)
+        if before != [float(group["lr"]) for group in self._groups] and hasattr(self._scheduler, "get_last_lr"):
+            for group, lr in zip(self._groups, self._scheduler.get_last_lr(), strict=True):
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
         self._count = self._now()
         self._moved = 0
 
