@@ -8,7 +8,8 @@
 // only cost time. What a power failure would lose is computed from the log: a line per call, "name ok|failed path
 // path". Linux, 64 bits.
 //
-// FAULT_NO_LOCKS in the environment: no file can be locked, as on some file systems.
+// FAULT_NO_LOCKS and FAULT_NO_EXCHANGE in the environment: no file can be locked, no names exchanged, as on some file
+// systems.
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -56,8 +57,8 @@ __attribute__((constructor)) static void arm_by_environment(void) {
     const char* kind = getenv("FAULT_KIND");
     const char* error = getenv("FAULT_ERRNO");
     if (path)
-        fault_arm(path, at ? atol(at) : 0, kind ? atoi(kind) : kNone, error ? atoi(error) : EIO, 0,
-                  getenv("FAULT_LOG"));
+        fault_arm(path, at ? atol(at) : 0, kind ? atoi(kind) : kNone, error ? atoi(error) : EIO,
+                  getenv("FAULT_NO_EXCHANGE") != NULL, getenv("FAULT_LOG"));
 }
 
 // -- which paths

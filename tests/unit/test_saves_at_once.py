@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 from checkpoints import fill, save, version_of
-from partita.checkpoint.claim import MIN_AGE_S
+from partita.checkpoint.claim import MIN_AGE_S, new_claim, take_over
 from partita.checkpoint.commit import Staging, sweep
+from partita.checkpoint.disk import remove
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.folder import checkpoints, find
 from partita.checkpoint.manifest import MANIFEST
@@ -61,15 +64,19 @@ def watch(directory: Path, jobs: list[subprocess.Popen[str]], tags: list[str]) -
     return wrong + [said for job in jobs if (said := job.communicate()[1])]
 
 
+@pytest.mark.parametrize("more", [{}, {"FAULT_NO_EXCHANGE": "1"}], ids=["exchange", "no exchange"])
 @pytest.mark.parametrize("tags", [["a", "b"], ["shared", "shared"], ["shared", "shared2", "shared"]], ids=" ".join)
-def test_jobs_that_save_into_one_folder_do_not_harm_each_other(fault_shim, tmp_path, tags):
+def test_jobs_that_save_into_one_folder_do_not_harm_each_other(fault_shim, tmp_path, tags, more):
     """Each job sweeps before it saves, in the midst of what the others have under way."""
     directory = tmp_path / "checkpoints"
-    jobs = [start(fault_shim, directory, "save", SAVES, tag) for tag in tags]
+    jobs = [start(fault_shim, directory, "save", SAVES, tag, **more) for tag in tags]
     assert watch(directory, jobs, tags) == []
     assert [job.returncode for job in jobs] == [0] * len(tags)
+    sweep(directory)
     assert names(directory) == sorted({*tags, "latest"})
-    assert {found.tag: version_of(found) for found in checkpoints(directory)} == dict.fromkeys(tags, SAVES)
+    assert {found.tag for found in checkpoints(directory)} == set(tags)
+    for found in checkpoints(directory):
+        version_of(found)
 
 
 def test_who_prunes_removes_nothing_that_has_become_new(fault_shim, tmp_path):
@@ -99,6 +106,31 @@ def test_what_is_under_way_is_not_swept(tmp_path):
     staging.publish()
     assert names(tmp_path) == ["a", "latest"]
     assert version_of(find(tmp_path, "a")) == 2
+
+
+def test_a_new_claim_is_not_swept_before_it_is_locked(tmp_path):
+    """Between the making and the locking of its file others may take it for one that was left behind."""
+    with ThreadPoolExecutor(1) as pool:
+        stop = Event()
+        sweeping = pool.submit(lambda: [sweep(tmp_path) for _ in iter(stop.is_set, True)])
+        for _ in range(2000):
+            claim = new_claim(tmp_path)
+            is_there, taken = claim.path.exists(), take_over(tmp_path, claim.token)
+            claim.release()
+            if not is_there or taken is not None:
+                break
+        stop.set()
+        sweeping.result()
+    assert is_there and taken is None
+
+
+def test_two_who_remove_the_same_folder_both_succeed(tmp_path):
+    for number in range(1000):
+        (tmp_path / "folder" / f"deep{number % 10}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / f"deep{number % 10}" / str(number)).touch()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(remove, [tmp_path / "folder"] * 3))
+    assert names(tmp_path) == []
 
 
 def test_a_lock_that_nobody_holds_protects_nothing(tmp_path):
