@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how the ranks of tests/distributed communicate where a test does not say: as the default config has it "
         "(shared memory), or over torch.distributed",
     )
+
+
+# A shell that runs the tests in the background has Ctrl-C ignored, and every process inherits that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -214,7 +214,7 @@ class WithExtra(BlocksModel):
 def _refuses(folder: str, stage: int) -> list[str]:
     messages = []
     odd = BlocksModel()
-    odd.register_buffer("odd", torch.ones(2, dtype=torch.complex64))
+    odd.register_buffer("odd", torch.ones(2, dtype=torch.complex128))
     for model in (WithExtra(), odd):
         engine = partita.Engine(model=model, config=config_for(stage))
         messages.append(error_of(lambda e=engine: e.save_model(Path(folder) / "a"), ValueError))
@@ -228,5 +228,5 @@ def test_what_the_format_lacks_is_refused_by_name_on_all_ranks(ranks, tmp_path, 
     """Promise 7"""
     for extra, dtype in ranks(2).run(_refuses, str(tmp_path), stage):
         assert "'_extra_state' in the model's state dict is a dict: only tensors are written" in extra
-        assert "'odd' is torch.complex64, which safetensors does not have" in dtype
+        assert "'odd' is torch.complex128, which safetensors does not have" in dtype
     assert list(tmp_path.iterdir()) == []
