@@ -53,7 +53,7 @@ def test_the_example_of_checkpoints_goes_on_on_another_number_of_ranks(tmp_path)
         "latest",
     ]
     output = _run_example(2, 1, tmp_path)
-    assert output == "rank 0: goes on from checkpoints/global_step20, with {'note': 'mine'}\n"
+    assert output == f"rank 0: goes on from {tmp_path}/checkpoints/global_step20, with {{'note': 'mine'}}\n"
 
 
 def test_every_make_command_exists():

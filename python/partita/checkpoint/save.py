@@ -182,7 +182,7 @@ def _write(folder: Path, files: Sequence[FileLayout], mine: Sequence[Piece], hea
         fds = [_open(folder, file, exits) for file in files]
         for i, file in enumerate(files):
             if heads:
-                transfer.write_bytes(fds[i], 0, file.header, (i, file.name))
+                transfer.write_data(fds[i], 0, file.header, (i, file.name))
         for piece in mine:
             i = index[piece.place]
             begin = files[i].begin[piece.place.name] + piece.first * piece.values.element_size()

@@ -74,7 +74,7 @@ class Transfer:
                 self._make_room(part.nbytes)
             self._write(fd, offset + first * values.element_size(), part, label)
 
-    def write_bytes(self, fd: int, offset: int, data: bytes, label: Label) -> None:
+    def write_data(self, fd: int, offset: int, data: bytes, label: Label) -> None:
         """Writes bytes as one chunk."""
         self._write(fd, offset, torch.frombuffer(bytearray(data), dtype=torch.uint8), label)
 
