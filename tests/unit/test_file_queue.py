@@ -130,28 +130,35 @@ def test_what_makes_no_sense_is_refused(call, words: str) -> None:
 # -- waits
 
 
+class Endless:
+    """A queue with more to do than any test has patience for: a sparse file, read again and again.
+
+    The memory goes after the queue, whoever has this object last: attributes go in the order in which they came.
+    """
+
+    def __init__(self, fd: int) -> None:
+        os.truncate(fd, 1 << 30)
+        self.queue = FileQueue(1)
+        self.memory = np.zeros(1 << 20, dtype=np.uint8)
+        for start in range(200_000):
+            self.queue.read(fd, start % 1000 << 20, address(self.memory), self.memory.size)
+
+
 @pytest.fixture
-def endless(fd: int) -> Iterator[FileQueue]:
-    """A queue with more to do than any test has patience for: a sparse file, read again and again."""
-    os.truncate(fd, 1 << 30)
-    queue = FileQueue(1)
-    memory = np.zeros(1 << 20, dtype=np.uint8)
-    for start in range(200_000):
-        queue.read(fd, start % 1000 << 20, address(memory), memory.size)
-    yield queue
-    del queue  # before the memory
+def endless(fd: int) -> Endless:
+    return Endless(fd)
 
 
-def test_a_signal_ends_a_wait(endless: FileQueue) -> None:
+def test_a_signal_ends_a_wait(endless: Endless) -> None:
     timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        endless.wait()
+        endless.queue.wait()
     timer.join()
-    assert endless.wait(1)[0][0] == 0
+    assert endless.queue.wait(1)[0][0] == 0
 
 
-def test_other_threads_run_during_a_wait(endless: FileQueue) -> None:
+def test_other_threads_run_during_a_wait(endless: Endless) -> None:
     """The main thread waits until another one, which needs Python's lock, interrupts it."""
     steps: list[int] = []
     begun = threading.Event()
@@ -165,6 +172,6 @@ def test_other_threads_run_during_a_wait(endless: FileQueue) -> None:
     thread.start()
     with pytest.raises(KeyboardInterrupt):
         begun.set()
-        endless.wait()
+        endless.queue.wait()
     thread.join()
     assert len(steps) == 100_000

@@ -61,7 +61,9 @@ class Transfer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._queue.wait()  # the memory and the files must last until nobody uses them
+        # The end of the queue is the end of its threads: nothing uses a file or the memory of a job after that. A wait
+        # might be interrupted.
+        del self._queue
         self._jobs.clear()
 
     def write(self, fd: int, offset: int, values: Tensor, label: Label) -> None:
@@ -126,8 +128,9 @@ class Transfer:
             self._copied = nbytes
 
     def _settle(self) -> None:
+        results = self._queue.wait()  # may be interrupted: the jobs keep their memory
         jobs, self._jobs = self._jobs, []
-        for job, (error, digest) in zip(jobs, self._queue.wait(), strict=True):
+        for job, (error, digest) in zip(jobs, results, strict=True):
             place = f"{job.label[1]}, bytes {job.offset:,} to {job.offset + job.nbytes:,}"
             if error < 0:
                 raise CheckpointError(f"{place}: the file is shorter")
