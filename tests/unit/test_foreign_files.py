@@ -88,7 +88,7 @@ def test_what_cannot_be_linked_is_copied(tmp_path):
     new = elsewhere / f"partita-{os.getpid()}"
     new.mkdir()
     try:
-        carry_over(tmp_path / "a", new)
+        carry_over(tmp_path, "a", new)
         assert {path.name: path.read_bytes() for path in new.iterdir()} == FOREIGN
         assert (new / "config.json").stat().st_mode & 0o777 == 0o640
     finally:

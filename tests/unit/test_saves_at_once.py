@@ -21,6 +21,17 @@ from partita.checkpoint.manifest import MANIFEST
 
 HARNESS = Path(__file__).parents[1] / "harness"
 SAVES = 60
+# Of harness/interleaved.py.
+SCENARIOS = [
+    "two saves",
+    "two saves without exchange",
+    "save and sweep",
+    "sweep and save",
+    "save and prune",
+    "prune and save",
+    "save and find",
+    "find and save",
+]
 
 
 def names(directory: Path) -> list[str]:
@@ -64,8 +75,30 @@ def watch(directory: Path, jobs: list[subprocess.Popen[str]], tags: list[str]) -
     return wrong + [said for job in jobs if (said := job.communicate()[1])]
 
 
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_any_order_of_the_steps_of_two_programs_keeps_what_is_there(fault_shim, tmp_path, scenario, stride):
+    """Each stops where the other is in the midst of its call. Every seventh order; all of them in the slow tests."""
+    paths = os.pathsep.join([str(HARNESS), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "LD_PRELOAD": str(fault_shim), "PYTHONPATH": paths}
+    command = [sys.executable, HARNESS / "interleaved.py", tmp_path, scenario, str(stride)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["wrong"] == []
+    assert report["orders"] > 100 / stride
+
+
 @pytest.mark.parametrize("more", [{}, {"FAULT_NO_EXCHANGE": "1"}], ids=["exchange", "no exchange"])
-@pytest.mark.parametrize("tags", [["a", "b"], ["shared", "shared"], ["shared", "shared2", "shared"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "tags",
+    [
+        ["shared", "shared"],
+        pytest.param(["a", "b"], marks=pytest.mark.slow),
+        pytest.param(["shared", "shared2", "shared"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
 def test_jobs_that_save_into_one_folder_do_not_harm_each_other(fault_shim, tmp_path, tags, more):
     """Each job sweeps before it saves, in the midst of what the others have under way."""
     directory = tmp_path / "checkpoints"

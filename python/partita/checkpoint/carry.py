@@ -10,9 +10,9 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from partita.checkpoint.disk import kind_of, naming
+from partita.checkpoint.disk import is_at, kind_of, naming
 from partita.checkpoint.errors import CheckpointError
-from partita.checkpoint.folder import manifest_in, open_in, opened_folder
+from partita.checkpoint.folder import manifest_in, open_in, opened_folder, place_of
 from partita.checkpoint.manifest import MANIFEST
 
 logger = logging.getLogger("partita")
@@ -22,25 +22,33 @@ _OWN = re.compile(r"(model|optimizer)(-.*)?\.safetensors(\.index\.json)?|state\.
 _TRIES = 20
 
 
-def carry_over(old: Path, new: Path) -> None:
+def carry_over(directory: Path, tag: str, new: Path) -> None:
     """Gives a new checkpoint what is in the folder of the old one and in no manifest: hard links, or else copies.
 
     Hidden files are left out. What is no regular file, or can be neither linked nor copied, is left out with a warning
     in the log. The names in `new` are not synced yet when this returns.
+
+    Args:
+        directory: the folder of checkpoints.
+        tag: of the old one. Another program may have set it aside for the moment, or may replace it meanwhile.
+        new: the folder of the new one.
     """
     for _ in range(_TRIES):
+        old = place_of(directory, tag)
         try:
             with opened_folder(old) as fd:
-                _carry(fd, old, new)
-                if os.path.samestat(os.fstat(fd), old.lstat()):
+                names = _foreign(fd, old, new)
+                if is_at(fd, old):  # else it may be half removed, its manifest first
+                    _carry(fd, old, new, names)
+                if is_at(fd, old):
                     return
-        except (CheckpointError, FileNotFoundError):
-            if kind_of(old) is None:  # another program has removed it
+        except CheckpointError:
+            if kind_of(place_of(directory, tag)) is None:  # there is none
                 return
 
 
-def _carry(old_fd: int, old: Path, new: Path) -> None:
-    for name in _foreign(old_fd, old, new):
+def _carry(old_fd: int, old: Path, new: Path, names: list[str]) -> None:
+    for name in names:
         try:
             mode = os.stat(name, dir_fd=old_fd, follow_symlinks=False).st_mode
             if not stat.S_ISREG(mode):

@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from partita.checkpoint.disk import is_at
 from partita.checkpoint.tags import lock_name, new_token
 
 logger = logging.getLogger("partita")
@@ -76,7 +77,7 @@ def new_claim(directory: Path) -> Claim:
         path = directory / lock_name(token)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         # Who sweeps may take the file for one without an owner until it is locked, and remove it.
-        if _locks(fd, otherwise=lambda: True) and _is_at(fd, path):
+        if _locks(fd, otherwise=lambda: True) and is_at(fd, path):
             return Claim(token, path, fd)
         os.close(fd)
 
@@ -106,10 +107,3 @@ def _locks(fd: int, otherwise: Callable[[], bool]) -> bool:
     except OSError:
         return otherwise()
     return True
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), path.lstat())
-    except FileNotFoundError:
-        return False

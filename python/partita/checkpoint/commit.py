@@ -29,6 +29,7 @@ from partita.checkpoint.carry import carry_over
 from partita.checkpoint.claim import new_claim, take_over
 from partita.checkpoint.disk import (
     exchange,
+    is_at,
     kind_of,
     make_folders,
     remove,
@@ -37,7 +38,7 @@ from partita.checkpoint.disk import (
     write_durably,
 )
 from partita.checkpoint.errors import CheckpointError
-from partita.checkpoint.folder import best_aside, read_checkpoint
+from partita.checkpoint.folder import aside_of, best_aside, opened_folder, read_checkpoint
 from partita.checkpoint.manifest import MANIFEST
 from partita.checkpoint.tags import LATEST, Leftover, aside_name, check_tag, parse_leftover, parse_lock, partial_name
 
@@ -112,7 +113,7 @@ class Staging:
             raise RuntimeError(f"'{self.path}' has no {MANIFEST}, which is written last")
         self._require_whole()
         self._require_place()
-        carry_over(self._directory / self._tag, self.path)
+        carry_over(self._directory, self._tag, self.path)
         sync_folder(self.path)
         latest = self._write_latest() if is_latest else None
         self._phase = _Phase.PUBLISHED  # from here on `path` may be the old checkpoint
@@ -170,7 +171,7 @@ class Staging:
         kind = kind_of(place)
         if kind not in (None, "a folder"):
             raise CheckpointError(f"'{place}' is {kind}, which no checkpoint replaces: remove it or give another tag")
-        if kind == "a folder" and (names := os.listdir(place)) and MANIFEST not in names:
+        if kind == "a folder" and _is_of_others(place):
             raise CheckpointError(f"the folder '{place}' is no checkpoint: move it away or give another tag")
         latest = self._directory / LATEST
         if (kind := kind_of(latest)) not in (None, "a file"):
@@ -213,11 +214,28 @@ class Staging:
         return unfinished
 
 
+def _is_of_others(folder: Path) -> bool:
+    """Whether a folder has something in it, and no manifest.
+
+    A folder whose name another save has given to its own meanwhile may be half removed when it is looked at.
+    """
+    for _ in range(_TRIES):
+        try:
+            with opened_folder(folder) as fd:
+                names = os.listdir(fd)
+                if not names or MANIFEST in names or is_at(fd, folder):
+                    return bool(names) and MANIFEST not in names
+        except CheckpointError:
+            if kind_of(folder) is None:
+                return False
+    return False
+
+
 def sweep(directory: Path) -> list[Path]:
     """Removes what saves that died have left, and returns what it has removed. What is under way stays.
 
     What cannot be removed stays, with a warning in the log. A checkpoint that was set aside, and whose successor did
-    not get its name, gets its name back.
+    not get its name, gets its name back, unless another program has a newer checkpoint of this tag in hand.
 
     Raises:
         OSError: the directory cannot be read, or a checkpoint not be brought back.
@@ -229,6 +247,9 @@ def sweep(directory: Path) -> list[Path]:
             if leftover.set_aside and kind_of(path) == "a folder" and kind_of(directory / leftover.tag) is None:
                 aside.setdefault(leftover.tag, []).append(path)
         for tag, paths in aside.items():
+            if aside_of(directory, tag) - set(paths):  # one of them is under way, and about to get the name
+                left = {path: leftover for path, leftover in left.items() if path not in paths}
+                continue
             best = best_aside(paths, tag)
             try:
                 os.rename(best, directory / tag)

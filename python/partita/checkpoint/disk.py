@@ -39,6 +39,18 @@ def kind_of(path: Path) -> str | None:
         return None
 
 
+def is_at(fd: int, path: Path) -> bool:
+    """Whether what is open as `fd` still has this name. A link is not followed.
+
+    Raises:
+        OSError: the system does not say.
+    """
+    try:
+        return os.path.samestat(os.fstat(fd), path.lstat())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def dead_link(path: Path) -> Path | None:
     """The path, or one of its parents, if that is a link to nothing or in a circle.
 

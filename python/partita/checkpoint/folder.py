@@ -24,6 +24,7 @@ from partita.checkpoint.tags import LATEST, aside_name, check_tag, parse_leftove
 logger = logging.getLogger("partita")
 
 _TAGS_NAMED = 5  # in an error
+_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,14 @@ def find(directory: Path, tag: str | None) -> Found:
     _require_folder(directory)
     try:
         if tag is not None:
-            return read_checkpoint(_place(directory, check_tag(tag)), tag)
+            return _read_at_its_place(directory, check_tag(tag))
         latest = latest_tag(directory)
-        path = _place(directory, latest)
-        if kind_of(path) is None:
-            raise CheckpointError(f"'{directory / LATEST}' names '{latest}', which is not there")
-        return read_checkpoint(path, latest)
+        try:
+            return _read_at_its_place(directory, latest)
+        except CheckpointError:
+            if kind_of(place_of(directory, latest)) is not None:
+                raise
+            raise CheckpointError(f"'{directory / LATEST}' names '{latest}', which is not there") from None
     except (CheckpointError, OSError) as error:
         raise CheckpointError(f"{error}; {_what_there_is(directory)}") from None
 
@@ -208,10 +211,39 @@ def _places(directory: Path) -> dict[str, Path]:
     return places
 
 
-def _place(directory: Path, tag: str) -> Path:
-    """Where the folder of one tag is, or would be; see `_places`."""
+def place_of(directory: Path, tag: str) -> Path:
+    """Where the folder of one tag is, or would be: under its name, or else where it was set aside."""
     path = directory / tag
     return path if kind_of(path) is not None else _places(directory).get(tag, path)
+
+
+def _read_at_its_place(directory: Path, tag: str) -> Found:
+    """As `read_checkpoint()`; looks again where another program has replaced what did not seem whole."""
+    path = place_of(directory, tag)
+    for _ in range(_TRIES):
+        before = _identity(path)
+        try:
+            return read_checkpoint(path, tag)
+        except CheckpointError:
+            path = place_of(directory, tag)
+            if _identity(path) == before:
+                raise
+    return read_checkpoint(path, tag)
+
+
+def _identity(path: Path) -> tuple[Path, int, int] | None:
+    """Differs where another folder has the name, or the folder another name."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return path, status.st_dev, status.st_ino
+
+
+def aside_of(directory: Path, tag: str) -> set[Path]:
+    """All folders that were set aside for one tag, by programs that are at work or have ended."""
+    found = {path: parse_leftover(path.name) for path in _folders(directory)}
+    return {path for path, it in found.items() if it is not None and it.set_aside and it.tag == tag}
 
 
 def best_aside(paths: list[Path], tag: str) -> Path:
