@@ -45,6 +45,7 @@ test-cpp: .venv/installed
 
 test-all: test-cpp .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh -c "cmake --preset tsan && cmake --build --preset tsan && ctest --preset tsan -j 2"
+	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --preset asan-all -j 2 -R Emulated
 	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --preset stress
 	$(BIN)/python -m pytest $(ARGS)
 	$(BIN)/python -m pytest tests/distributed --transport torch -m "not slow" $(ARGS)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pairwise import pairwise
 from ranks import RankPool
 
 
@@ -18,6 +19,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how the ranks of tests/distributed communicate where a test does not say: as the default config has it "
         "(shared memory), or over torch.distributed",
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test with the mark `pairwise`, cases that add no pair of values of two parameters are slow."""
+    cases: dict[str, dict[tuple[str, ...], pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("pairwise"):
+            values = tuple(repr(value) for _, value in sorted(item.callspec.params.items()))
+            cases.setdefault(item.nodeid.partition("[")[0], {})[values] = item
+    for matrix in cases.values():
+        for values in matrix.keys() - set(pairwise(matrix)):
+            matrix[values].add_marker(pytest.mark.slow)
 
 
 # A shell that runs the tests in the background has Ctrl-C ignored, and every process inherits that.

@@ -49,6 +49,7 @@ def only_one(chosen: int, forward: Any, backward: Any, step: int, index: int) ->
     backward(forward(*tokens_of(step, index), weight=float(index == chosen)))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("accumulation", [1, 2, 5])
 @pytest.mark.parametrize("stage", STAGES)
@@ -81,6 +82,7 @@ def sum_of_two_forwards(forward: Any, backward: Any, step: int, index: int) -> N
 MANY = [three_backwards, forwards_first, two_losses_of_one_forward, sum_of_two_forwards]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("micro_batch", MANY)
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
@@ -223,6 +225,7 @@ def test_boundaries_set_by_hand(ranks, stage, backward):
     assert_equal_runs(ranks(2).run(_by_hand, stage, backward, "boundary"), train_plain(ODD_MODEL, 10))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("how", ["all but the last", "all", "all after a reduction"])
 @pytest.mark.parametrize("backward", ["engine.backward", "loss.backward"])
 @pytest.mark.parametrize("stage", [0, 1])

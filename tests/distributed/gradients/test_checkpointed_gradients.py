@@ -23,6 +23,7 @@ from reference import (
 STAGES = (0, 1, 2, 3)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backward", ["engine.backward", "loss.backward"])
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("stage", STAGES)

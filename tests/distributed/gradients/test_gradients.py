@@ -48,6 +48,7 @@ def _leaves(config: dict[str, Any], backward: str, create_graph: bool) -> None:
     engine.destroy()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     ("backward", "create_graph"), [("engine.backward", False), ("loss.backward", False), ("loss.backward", True)]
 )
@@ -81,6 +82,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (1, 2), (2, 1), (2, 2), (3, 2)])
 def test_the_way_of_a_gradient_does_not_change_it(ranks, stage, accumulation, setting):
@@ -91,6 +93,7 @@ def test_the_way_of_a_gradient_does_not_change_it(ranks, stage, accumulation, se
     assert_equal_runs(runs, train_plain(ODD_MODEL, 3 * accumulation), precision)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("changes", [{"communication_data_type": "fp32"}, {"prescale_gradients": True}], ids=str)
 @pytest.mark.parametrize("stage", STAGES)
@@ -233,6 +236,7 @@ def odd_gradient_micro_batch(forward: Any, backward: Any, step: int, index: int)
 KINDS = ["expanded", "transposed", "channels_last", "sparse", "sparse and dense", "replaced by a hook"]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "fp32"), (2, "bf16"), (2, "fp32"), (3, "fp32")])
 def test_gradients_of_any_layout(ranks, stage, precision, kind):

@@ -26,6 +26,7 @@ STAGES = (0, 1, 2, 3)
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("sizes", [(1,), (7, 1, 5, 11), (97, 1, 64)], ids=str)
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("stage", STAGES)
@@ -52,6 +53,7 @@ def _state_is_finite(config: dict[str, Any]) -> tuple[bool, bool, bool]:
     return garbage.filled > 0, *finite
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("optimizer", [ADAM, SGD], ids=["adam", "sgd"])
 @pytest.mark.parametrize("stage", STAGES)
@@ -71,6 +73,7 @@ def test_padding_never_reaches_a_result(ranks, stage, optimizer, precision):
     assert ranks(3).run(_state_is_finite, config) == [(True, True, True)] * 3
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("sizes", [(0, 5, 3), (5, 0, 3), (5, 3, 0), (0, 0, 5, 0), (5, 0, 0)], ids=str)
 @pytest.mark.parametrize(("bucket", "optimizer"), [(1, SGD), (300, ADAM)], ids=["alone", "together"])
 @pytest.mark.parametrize("stage", STAGES)

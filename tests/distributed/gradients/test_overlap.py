@@ -27,6 +27,7 @@ from support import is_mapped, make_model
 STAGES = (0, 1, 2, 3)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("slow", [SlowCommunicator, WaitingCommunicator])
 @pytest.mark.parametrize(("accumulation", "micro_batch"), [(1, three_backwards), (3, one_backward)])
 @pytest.mark.parametrize("stage", STAGES)

@@ -44,6 +44,7 @@ def _loads_and_stands_still(config: dict[str, Any], steps_before: int) -> dict[s
     return masters(engine)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("steps_before", [0, 2])
 @pytest.mark.parametrize("kind", STILL)
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -102,6 +103,7 @@ def _writes_one_element(config: dict[str, Any], write: str) -> tuple[dict[str, T
     return before, masters(engine)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("write", ["one element", "the same weights", "swapped and back"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)

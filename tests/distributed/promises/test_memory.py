@@ -31,7 +31,9 @@ STATES = {  # bytes per parameter on 2 ranks: parameters + gradients + optimizer
     ("fp32", 3): (4 + 4 + 8) / 2,
     ("bf16", 3): (2 + 2 + 12) / 2,
 }
-
+# Each stage and each precision once; the others run in `make test-all`, for they take long.
+OFTEN = [("split", 0), ("fp32", 1), ("bf16", 2), ("fp32", 3)]
+CASES = [pytest.param(*case, marks=[] if case in OFTEN else pytest.mark.slow) for case in STATES]
 
 SAMPLE_EVERY_S = 0.001
 
@@ -110,7 +112,7 @@ def _peak_bytes_per_parameter(stage: int, precision: str) -> float:
     return peak[0] / (LAYERS * WIDTH * WIDTH)
 
 
-@pytest.mark.parametrize(("precision", "stage"), STATES)
+@pytest.mark.parametrize(("precision", "stage"), CASES)
 def test_peak_memory_is_the_formula(precision, stage, transport, monkeypatch):
     """F7's bound: 10 % above what the states need, two units of staging and all activations included.
 

@@ -108,6 +108,7 @@ def test_stages_0_and_1_have_the_same_bits_with_accumulation(ranks, transport, w
             torch.testing.assert_close(value, runs[0][0][1][name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 3), (2, 1), (2, 4), (3, 2), (4, 1)])
 @pytest.mark.parametrize("clip", [0.0, 0.5])

@@ -87,6 +87,7 @@ def _read_and_changed(stage: int, transport: str, optimizer: str, precision: str
     return {**seen, **engine.module_state_dict()}
 
 
+@pytest.mark.pairwise
 @in_every_stage
 @pytest.mark.parametrize(("optimizer", "precision"), KINDS)
 def test_what_is_read_and_changed_is_that_of_stage_0(ranks, optimizer, precision, stage, path):

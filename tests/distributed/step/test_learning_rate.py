@@ -119,6 +119,7 @@ def _check(results: list[Any], table: list[list[float]]) -> None:
         assert caught == []
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("make", [_sgd, _adam_w])
 @pytest.mark.parametrize("schedule", TABLE)

@@ -153,6 +153,7 @@ def _clipped(config: dict[str, Any], steps: int) -> tuple[dict[str, torch.Tensor
     return masters(engine), norms, scales
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("clip", [0.25, 1e6])
 @pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("stage", STAGES)
@@ -185,6 +186,7 @@ def test_a_power_of_two_scale_changes_no_bit(ranks, stage, optimizer):
             assert torch.equal(dynamic[0][name].view(torch.int32), value.view(torch.int32)), name
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("precision", PRECISIONS)

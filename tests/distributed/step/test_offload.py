@@ -47,6 +47,7 @@ def _trains_as_resident(config: dict[str, Any], backward: Callable[..., None] = 
 # -- the same training
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("over", TRANSPORTS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("offload", OFFLOADS)
@@ -122,6 +123,7 @@ def _written(config: dict[str, Any], how: str) -> None:
     assert_same(states[0], states[1], how)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "split"])
 @pytest.mark.parametrize(
     ("offload", "over", "how"),
@@ -193,6 +195,7 @@ def _skips(config: dict[str, Any], maker: int, element: int) -> None:
     engine.destroy()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("change", ["plain", "torch optimizer"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(

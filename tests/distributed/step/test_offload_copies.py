@@ -58,6 +58,7 @@ def _late(config: dict[str, Any], backward: Callable[..., None], apart: bool) ->
     return [(streams.copies, len({event for event in streams.events if event[0] == "wait"}))]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("backward", [one_backward, three_backwards])
 @pytest.mark.parametrize("change", ["plain", "accumulation", "fp32 sums", "16-bit traffic", "torch optimizer"])

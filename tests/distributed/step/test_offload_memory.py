@@ -58,6 +58,7 @@ def _bytes_of(config: dict[str, Any]) -> None:
     engine.destroy()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("over", TRANSPORTS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "split"])
 @pytest.mark.parametrize("offload", [name for name in OFFLOADS if "nothing" not in name])

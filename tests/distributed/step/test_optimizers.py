@@ -64,6 +64,7 @@ def _fresh(config: dict[str, Any], seed_of_rank: bool) -> tuple[dict[str, Tensor
     return masters(engine), counts, [float(m.abs().sum()) for unit in inside.moments(engine) for m in unit.values()]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("seed_of_rank", [False, True], ids=["equal ranks", "other weights on rank 1"])
@@ -101,6 +102,7 @@ def test_the_first_update_is_torchs(ranks, stage, precision):
     assert all(rounded for _, rounded in results)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", ["L2", "decoupled"])
@@ -123,6 +125,7 @@ def test_adam_and_adam_w_differ():
     assert all((l2[name] - decoupled[name]).abs().max() > 1e-2 for name in SHAPES)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("make", [_grouped_adam_w, _grouped_adam])
@@ -187,6 +190,7 @@ def _steps_with_unused(config: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
     return masters(engine), inside.loss_scale(engine).applied_steps
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)
@@ -243,6 +247,7 @@ def _adapters(config: dict[str, Any], all_in_the_optimizer: bool) -> dict[str, A
     }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("all_in_the_optimizer", [False, True])

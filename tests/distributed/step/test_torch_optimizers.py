@@ -131,6 +131,7 @@ def _train(config: dict[str, Any], recipe: Recipe, as_function: bool = False) ->
     return masters(engine), inside.update_kind(engine)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", ELEMENTWISE)
