@@ -5,12 +5,14 @@ from partita.checkpoint.export import export
 from partita.checkpoint.folder import Found, checkpoints, find, latest_tag, prune
 from partita.checkpoint.load import Wanted, load
 from partita.checkpoint.save import About, Save
+from partita.checkpoint.transfer import HostRoom
 from partita.checkpoint.verify import Verified, verify
 
 __all__ = [
     "About",
     "CheckpointError",
     "Found",
+    "HostRoom",
     "Save",
     "Verified",
     "Wanted",

@@ -22,7 +22,7 @@ from partita.checkpoint.layout import MIN_CHUNK_BYTES, FileLayout, TensorSpec, c
 from partita.checkpoint.manifest import FORMAT, MANIFEST, VERSION, FileRecord, Manifest, manifest_text
 from partita.checkpoint.pieces import MODEL, OPTIMIZER, Piece, Place, StoredNames, pieces, stem_of
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state, state_text
-from partita.checkpoint.transfer import COPIED_BYTES, Transfer, digest_text
+from partita.checkpoint.transfer import HostRoom, Transfer, digest_text
 from partita.comm import Communicator, any_rank, require_same, text_by_rank
 from partita.model import DiffersByRank, TrainState, from_plain, to_plain
 
@@ -51,7 +51,7 @@ class Save:
     Args:
         state: all ranks write it, each its own part of every tensor, straight from where it is.
         client_state: the program's own; rank 0's is saved.
-        copied_bytes: of what a device has, copies on the host, at most; None: as many as there are to be.
+        room: for `take_over()`; without it nothing is copied but, in pieces, what a device has.
         then: called on rank 0 once the checkpoint is there.
 
     Raises:
@@ -69,7 +69,7 @@ class Save:
         about: About,
         client_state: Mapping[str, Any],
         *,
-        copied_bytes: int | None = COPIED_BYTES,
+        room: HostRoom | None = None,
         then: Callable[[], object] = lambda: None,
     ) -> None:
         world = self._world = state.world
@@ -91,9 +91,7 @@ class Save:
         self._spoiled = ""
         try:
             folder = Path(from_rank_0(world, what, partial(_begin, self._staging, directory, self._files)))
-            self._writer = together(
-                world, what, partial(_Writer, folder, self._files, mine, world.rank == 0, copied_bytes)
-            )
+            self._writer = together(world, what, partial(_Writer, folder, self._files, mine, world.rank == 0, room))
         except BaseException:
             self._staging.discard()
             raise
@@ -270,12 +268,12 @@ class _Writer:
         files: Sequence[FileLayout],
         mine: Sequence[Piece],
         heads: bool,
-        copied_bytes: int | None,
+        room: HostRoom | None,
     ) -> None:
         index = {Place(stem_of(file.name), name): i for i, file in enumerate(files) for name in file.begin}
         with ExitStack() as exits:
             fds = [_open(folder, file, exits) for file in files]
-            self.transfer = transfer = exits.enter_context(Transfer(chunk_bytes(files), copied_bytes))
+            self.transfer = transfer = exits.enter_context(Transfer(chunk_bytes(files), room))
             for i, file in enumerate(files):
                 if heads:
                     transfer.write_data(fds[i], 0, file.header, (i, file.name))

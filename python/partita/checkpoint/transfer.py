@@ -43,6 +43,19 @@ class _Job:
     reads_live: bool = False
 
 
+class HostRoom:
+    """Memory on the host for copies of one save after the other. Pages that were used once are faster than new ones."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8, device=HOST)
+
+    def of(self, nbytes: int) -> Tensor:
+        """At least so many bytes, with whatever was in them; only what is written to takes memory."""
+        if self._memory.nbytes < nbytes:
+            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=HOST)
+        return self._memory
+
+
 class Transfer:
     """Reads and writes of one rank, under way together.
 
@@ -50,18 +63,18 @@ class Transfer:
 
     Args:
         chunk_bytes: of what is written; a multiple of the size of every element.
-        copied_bytes: of copies that wait to be written: a call that needs more waits. None: no call waits.
+        room: for `take_over()`; nobody else uses it meanwhile. What a device has is then copied without waiting for
+            earlier copies to be written.
     """
 
-    def __init__(self, chunk_bytes: int = MIN_CHUNK_BYTES, copied_bytes: int | None = COPIED_BYTES) -> None:
+    def __init__(self, chunk_bytes: int = MIN_CHUNK_BYTES, room: HostRoom | None = None) -> None:
         self._chunk_bytes = chunk_bytes
-        self._copied_bytes = copied_bytes
+        self._room = room
         self._queue = FileQueue(THREADS)
         self._jobs: list[_Job] = []
         self._done: list[tuple[int, int, int, str]] = []
         self._copied = 0
         self._settled = 0  # jobs before those of _jobs
-        self._copies: list[Tensor] = []
 
     def __enter__(self) -> Transfer:
         return self
@@ -116,14 +129,13 @@ class Transfer:
 
     def take_over(self) -> int:
         """The tensors that are written may change when this returns. What is left of them has been copied; the number
-        of these bytes."""
+        of these bytes. Once in the life of a transfer."""
+        assert self._room is not None
+        runs = list(self._live_runs())
+        room = self._room.of(sum(nbytes for _, _, nbytes in runs))
         copied = 0
-        for first, last, nbytes in self._live_runs():
-            copies = torch.empty(nbytes, dtype=torch.uint8, device=HOST)  # has pages only where something is copied
-            copied += self._queue.take_over(first, last, kernels.address(copies))
-            self._copies.append(copies)
-            for job in self._jobs[first - self._settled : last - self._settled]:
-                job.reads_live = False
+        for first, last, _ in runs:
+            copied += self._queue.take_over(first, last, kernels.address(room) + copied)
         return copied
 
     def is_done(self) -> bool:
@@ -156,7 +168,7 @@ class Transfer:
 
     def _make_room(self, nbytes: int) -> None:
         self._copied += nbytes
-        if self._copied_bytes is not None and self._copied > self._copied_bytes:
+        if self._room is None and self._copied > COPIED_BYTES:
             self._settle()
             self._copied = nbytes
 
@@ -164,7 +176,6 @@ class Transfer:
         results = self._queue.wait()  # may be interrupted: the jobs keep their memory
         jobs, self._jobs = self._jobs, []
         self._settled += len(jobs)
-        self._copies.clear()
         for job, (error, digest) in zip(jobs, results, strict=True):
             place = f"{job.label[1]}, bytes {job.offset:,} to {job.offset + job.nbytes:,}"
             if error < 0:

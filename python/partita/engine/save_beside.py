@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import sys
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from partita.model import ModelPart
 
 if TYPE_CHECKING:
-    from partita.checkpoint import Save
+    from partita.checkpoint import HostRoom, Save
 
 T = TypeVar("T")
 
@@ -26,8 +25,8 @@ class SaveBeside:
     [Note: saving beside training]
     Weights and optimizer states change in updates only. So native threads write a checkpoint straight from where these
     are while the next forward and backward run. `before_update()` copies what is not written by then, and so does
-    `before_write` of the units, for whatever else changes them. Each later update asks whether all ranks are done; then
-    rank 0 commits the checkpoint in a thread, and a later update learns what became of it.
+    `before_write` of the units, for whatever else changes them. After each update the ranks ask whether all are done;
+    then rank 0 commits the checkpoint in a thread, and a later step learns what became of it.
 
     Args:
         parts: of the model.
@@ -36,32 +35,38 @@ class SaveBeside:
     def __init__(self, parts: Sequence[ModelPart]) -> None:
         self._units = [flat for part in parts for flat in (*part.units, *part.frozen)]
         self._save: Save | None = None
+        self._room: HostRoom | None = None
         self._is_copied = False
-        own = weakref.ref(self)
-        self._at_exit = lambda: _finish_at_exit(own)
 
     @property
     def path(self) -> Path | None:
         """Of the checkpoint that is being saved."""
         return None if self._save is None else self._save.path
 
-    def begin(self, save: Save) -> None:
-        """From now on `save` is under way; there is no other."""
+    def begin(self, make: Callable[..., Save]) -> Path:
+        """A save is under way from now on; there is no other. Returns the path of the coming checkpoint."""
+        from partita.checkpoint import HostRoom  # with pydantic, which `import partita` leaves out
+
+        self._room = self._room or HostRoom()
+        save = make(room=self._room)
         self._save, self._is_copied = save, False
         for flat in self._units:
             flat.before_write = self._let_write
-        atexit.register(self._at_exit)
+        atexit.register(self._finish_at_exit)  # which keeps this alive without an engine
+        return save.path
 
     def before_update(self) -> None:
-        """Weights and states may change when this returns. A collective.
+        """Weights and states may change when this returns."""
+        self._let_write()
+
+    def after_update(self) -> None:
+        """Goes on with what can be done without waiting. A collective.
 
         Raises:
             CheckpointError: the save has failed; on all ranks.
         """
-        if self._save is not None:
-            self._let_write()
-            if self._ending(self._save.advance):
-                self._forget()
+        if self._save is not None and self._ending(self._save.advance):
+            self._forget()
 
     def finish(self) -> Path | None:
         """Waits until the checkpoint is there; its path, or None if no save was under way. A collective.
@@ -113,23 +118,21 @@ class SaveBeside:
         self._save = None
         for flat in self._units:
             flat.before_write = _nothing
-        atexit.unregister(self._at_exit)
+        atexit.unregister(self._finish_at_exit)
+
+
+    def _finish_at_exit(self) -> None:
+        """The program ends without engine.destroy(), or has lost the engine before."""
+        path = self.path
+        try:
+            if hasattr(sys, "last_value"):  # an error ends this rank: the others do not come
+                self.abandon()
+                logger.error(f"the checkpoint '{path}' was not finished: an error has ended the program")
+            else:
+                self.finish()
+        except Exception as error:
+            logger.error(f"the checkpoint '{path}' was not finished at the end of the program: {error}")
 
 
 def _nothing() -> None:
     pass
-
-
-def _finish_at_exit(own: weakref.ref[SaveBeside]) -> None:
-    """The program has ended without engine.destroy()."""
-    beside = own()
-    if beside is None or beside.path is None:
-        return
-    if hasattr(sys, "last_value"):  # an error ends this rank: the others do not come
-        logger.error(f"the checkpoint '{beside.path}' was not finished: an error has ended the program")
-        beside.abandon()
-        return
-    try:
-        beside.finish()
-    except Exception as error:
-        logger.error(f"the checkpoint '{beside.path}' was not finished at the end of the program: {error}")

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,12 +161,8 @@ class KeepsState(AsModule):
             self._beside.finish()
             name = f"global_step{self._step.global_steps}" if tag is None else str(tag)
             about = About(self._step.global_steps, self._step.global_samples, self._facts(), save_latest)
-            client_state = {} if client_state is None else client_state
-            if not self.config.checkpoint.async_save:
-                return Save(self.train_state(), Path(save_dir), name, about, client_state).finish()
-            save = Save(self.train_state(), Path(save_dir), name, about, client_state, copied_bytes=None)
-            self._beside.begin(save)
-            return save.path
+            save = partial(Save, self.train_state(), Path(save_dir), name, about, client_state or {})
+            return self._beside.begin(save) if self.config.checkpoint.async_save else save().finish()
 
     def wait_for_save(self) -> Path | None:
         """Waits for the save beside training (`checkpoint.async_save`); its path, None if there is none. A collective.
