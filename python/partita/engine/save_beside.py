@@ -120,7 +120,6 @@ class SaveBeside:
             flat.before_write = _nothing
         atexit.unregister(self._finish_at_exit)
 
-
     def _finish_at_exit(self) -> None:
         """The program ends without engine.destroy(), or has lost the engine before."""
         path = self.path
