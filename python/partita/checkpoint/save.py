@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -22,12 +20,11 @@ from partita.checkpoint.layout import MIN_CHUNK_BYTES, FileLayout, TensorSpec, c
 from partita.checkpoint.manifest import FORMAT, MANIFEST, VERSION, FileRecord, Manifest, manifest_text
 from partita.checkpoint.pieces import MODEL, OPTIMIZER, Piece, Place, StoredNames, pieces, stem_of
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state, state_text
-from partita.checkpoint.transfer import HostRoom, Transfer, digest_text
-from partita.comm import Communicator, any_rank, require_same, text_by_rank
+from partita.checkpoint.transfer import HostRoom, digest_text
+from partita.checkpoint.unchanged import Earlier, earlier_files, has_same_bytes, try_link
+from partita.checkpoint.writer import Chunk, Run, Writer, places_in, preallocate, records_of, runs_in
+from partita.comm import Communicator, any_rank, any_rank_each, require_same, text_by_rank
 from partita.model import DiffersByRank, TrainState, from_plain, to_plain
-
-# (file, offset, length, digest) of what was written in one piece.
-Chunk = tuple[int, int, int, str]
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,8 @@ class Save:
         client = together(world, what, lambda: _plain_client_state(client_state))
         names = together(world, what, lambda: StoredNames(state))
         mine = together(world, what, lambda: list(pieces(state, names)))
-        self._files = together(world, what, partial(_lay_out, _all_specs(world, mine, names)))
+        frozen = {names.of_parameter(name) for name in state.frozen()}
+        self._files = together(world, what, partial(_lay_out, _all_specs(world, mine, names), frozen))
         self._staging = together(world, what, lambda: Staging(directory, tag))  # rank 0's is used
         self._differing = {s.name: sections.pop(s.name) for s in state.sections if isinstance(s.owner, DiffersByRank)}
         self._small = SavedState(
@@ -90,8 +88,14 @@ class Save:
         self._committing: Future[str] | None = None
         self._spoiled = ""
         try:
-            folder = Path(from_rank_0(world, what, partial(_begin, self._staging, directory, self._files)))
-            self._writer = together(world, what, partial(_Writer, folder, self._files, mine, world.rank == 0, room))
+            runs = runs_in(self._files, mine)
+            folder, earlier = json.loads(
+                from_rank_0(world, what, partial(_begin, self._staging, directory, self._files, frozen))
+            )
+            self._linked = _link(world, what, Path(folder), self._files, Earlier.model_validate(earlier), runs)
+            self._writer = together(
+                world, what, partial(Writer, Path(folder), self._files, self._linked, runs, world.rank == 0, room)
+            )
         except BaseException:
             self._staging.discard()
             raise
@@ -168,7 +172,8 @@ class Save:
 
     def _commit(self, by_rank: Sequence[tuple[dict[str, Any], list[Any]]]) -> str:
         small = self._small.model_copy(update={"ranks": [one for one, _ in by_rank]})
-        records = _records(self._files, [tuple(chunk) for _, written in by_rank for chunk in written])
+        chunks = [tuple(chunk) for _, written in by_rank for chunk in written]
+        records = {**records_of(self._files, chunks, self._linked), **self._linked}
         manifest = partial(_manifest, self.path.name, self._about, self._world.world_size)
         path = _commit(self._staging, _small_files(small, self._files), records, manifest, self._about.is_latest)
         self._then()
@@ -183,13 +188,43 @@ def _plain_client_state(client_state: Mapping[str, Any]) -> Any:
     return plain
 
 
-def _begin(staging: Staging, directory: Path, files: Sequence[FileLayout]) -> str:
-    """On rank 0: makes the folder and its large files; returns the folder's path."""
+def _begin(staging: Staging, directory: Path, files: Sequence[FileLayout], frozen: set[Place]) -> str:
+    """On rank 0: makes the folder and its large files; returns, as JSON, the folder's path, and which files are not
+    made, as an earlier checkpoint may have them."""
     sweep(directory)
     staging.create()
+    earlier = earlier_files(directory, [file for file in files if places_in(file) <= frozen])
     for file in files:
-        _preallocate(staging.path / file.name, file.size)
-    return str(staging.path)
+        if file.name not in earlier.files:
+            preallocate(staging.path / file.name, file.size)
+    return json.dumps([str(staging.path), earlier.model_dump(mode="json")])
+
+
+def _link(
+    world: Communicator, what: str, folder: Path, files: Sequence[FileLayout], earlier: Earlier, runs: list[Run]
+) -> dict[str, FileRecord]:
+    """Files of an earlier checkpoint that have the bytes of this one get a name in it; the others are made. Returns
+    the former."""
+    if not earlier.files:
+        return {}
+    maybe = [(i, file) for i, file in enumerate(files) if file.name in earlier.files]
+    own = {file.name: [(run.offset, run.piece.values) for run in runs if run.file == i] for i, file in maybe}
+
+    def compare() -> list[bool]:
+        return [not has_same_bytes(earlier.files[file.name], own[file.name], chunk_bytes(files)) for _, file in maybe]
+
+    differs = any_rank_each(world, together(world, what, compare))
+
+    def link() -> str:
+        linked = []
+        for (_, file), is_other in zip(maybe, differs, strict=True):
+            if not is_other and try_link(Path(earlier.folder, file.name), folder / file.name, file.size):
+                linked.append(file.name)
+            else:
+                preallocate(folder / file.name, file.size)
+        return json.dumps(linked)
+
+    return {name: earlier.files[name] for name in json.loads(from_rank_0(world, what, link))}
 
 
 def _small_files(small: SavedState, files: Sequence[FileLayout]) -> dict[str, str]:
@@ -243,87 +278,14 @@ def _all_specs(world: Communicator, mine: Sequence[Piece], names: StoredNames) -
     return {stem: [spec for place, spec in specs.items() if place.stem == stem] for stem in (MODEL, OPTIMIZER)}
 
 
-def _lay_out(specs: Mapping[str, list[TensorSpec]]) -> list[FileLayout]:
-    return [file for stem, tensors in specs.items() for file in lay_out(stem, tensors)]
-
-
-def _preallocate(path: Path, size: int) -> None:
-    """A new file of this size, whose bytes have their place on the disk."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        why = f"{os.strerror(error.errno or 0)} (there is no room for {size:,} bytes)"
-        raise OSError(error.errno, why, str(path)) from None
-    finally:
-        os.close(fd)
-
-
-class _Writer:
-    """Writes this rank's pieces, and the headers if `heads`; they are on the disk after `finish()`."""
-
-    def __init__(
-        self,
-        folder: Path,
-        files: Sequence[FileLayout],
-        mine: Sequence[Piece],
-        heads: bool,
-        room: HostRoom | None,
-    ) -> None:
-        index = {Place(stem_of(file.name), name): i for i, file in enumerate(files) for name in file.begin}
-        with ExitStack() as exits:
-            fds = [_open(folder, file, exits) for file in files]
-            self.transfer = transfer = exits.enter_context(Transfer(chunk_bytes(files), room))
-            for i, file in enumerate(files):
-                if heads:
-                    transfer.write_data(fds[i], 0, file.header, (i, file.name))
-            for piece in mine:
-                i = index[piece.place]
-                begin = files[i].begin[piece.place.name] + piece.first * piece.values.element_size()
-                transfer.write(fds[i], begin, piece.values, (i, f"'{piece.place.name}' in {files[i].name}"))
-            for i, fd in enumerate(fds):
-                transfer.sync(fd, (i, files[i].name))
-            self._exits = exits.pop_all()
-
-    def finish(self) -> list[Chunk]:
-        """Waits for everything; where each chunk is, and its digest."""
-        with self._exits:
-            return self.transfer.finish()
-
-    def close(self) -> None:
-        """Drops what is not written."""
-        self._exits.close()
-
-
-def _open(folder: Path, file: FileLayout, exits: ExitStack) -> int:
-    try:
-        fd = os.open(folder / file.name, os.O_WRONLY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"host {socket.gethostname()} does not see '{folder / file.name}', which rank 0 has made: all ranks must "
-            "save into one folder, on a file system that all hosts share"
-        ) from None
-    exits.callback(os.close, fd)
-    return fd
-
-
-def _records(files: Sequence[FileLayout], chunks: Iterable[Any]) -> dict[str, FileRecord]:
-    """The chunks of every file, in the order of their offsets."""
-    by_file: list[list[tuple[int, int, str]]] = [[] for _ in files]
-    for i, offset, length, digest in chunks:
-        by_file[i].append((offset, length, digest))
-    records = {}
-    for file, written in zip(files, by_file, strict=True):
-        end = 0
-        for offset, length, _ in sorted(written):
-            if offset != end:
-                raise CheckpointError(f"{file.name}: no rank wrote the bytes from {end} on, or two did")
-            end += length
-        if end != file.size:
-            raise CheckpointError(f"{file.name}: no rank wrote the bytes from {end} to {file.size}")
-        in_order = [(length, digest) for _, length, digest in sorted(written)]
-        records[file.name] = FileRecord(size=file.size, chunks=in_order)
-    return records
+def _lay_out(specs: Mapping[str, list[TensorSpec]], frozen: set[Place]) -> list[FileLayout]:
+    """The files; many bytes of frozen parameters have their own."""
+    files = []
+    for stem, tensors in specs.items():
+        still = [spec for spec in tensors if Place(stem, spec.name) in frozen]
+        is_much = sum(spec.nbytes for spec in still) > MIN_CHUNK_BYTES
+        files += lay_out(stem, tensors, apart={spec.name for spec in still} if is_much else ())
+    return files
 
 
 def _record_of(data: bytes) -> FileRecord:

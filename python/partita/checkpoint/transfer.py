@@ -25,8 +25,19 @@ Label = tuple[int, str]
 
 def digest_text(data: bytes | bytearray) -> str:
     """The digest of a chunk, as a manifest has it."""
-    raw = torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)
-    return f"{xxh3_64(kernels.address(raw), len(data)):016x}"
+    return digest_of(torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)[: len(data)])
+
+
+def digest_of(values: Tensor) -> str:
+    """The digest of a contiguous tensor's bytes, as a manifest has it."""
+    return f"{xxh3_64(kernels.address(values), values.nbytes):016x}"
+
+
+def chunks_of(offset: int, values: Tensor, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
+    """(offset, part) of the chunks in which a flat tensor is written, from an offset in a file on."""
+    step = chunk_bytes // values.element_size()
+    for first in range(0, values.numel(), step):
+        yield offset + first * values.element_size(), values[first : first + step]
 
 
 @dataclass
@@ -89,14 +100,12 @@ class Transfer:
 
     def write(self, fd: int, offset: int, values: Tensor, label: Label) -> None:
         """Writes a flat tensor, which must not change until `finish()` or `take_over()`. A device's is copied."""
-        step = self._chunk_bytes // values.element_size()
-        for first in range(0, values.numel(), step):
-            part = values[first : first + step]
+        for begin, part in chunks_of(offset, values, self._chunk_bytes):
             is_here = part.device.type == "cpu"
             if not is_here:
                 part = part.to(HOST)
                 self._make_room(part.nbytes)
-            self._write(fd, offset + first * values.element_size(), part, label, reads_live=is_here)
+            self._write(fd, begin, part, label, reads_live=is_here)
 
     def write_data(self, fd: int, offset: int, data: bytes, label: Label) -> None:
         """Writes bytes as one chunk."""
