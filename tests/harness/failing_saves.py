@@ -87,6 +87,7 @@ class Run:
         """What the error says; "": there is none."""
         try:
             assert self.engine.save_checkpoint(self.folder, tag) == self.folder / tag
+            self.engine.wait_for_save()
         except CheckpointError as error:
             return str(error)
         return ""

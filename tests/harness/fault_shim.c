@@ -35,6 +35,7 @@ static int fault_errno;
 static int without_exchange;
 static int log_fd = -1;
 static atomic_long calls;
+static atomic_int delay_us;
 
 // path: an absolute path without links; NULL or "" disarms. at: the number of the call to which `kind` happens.
 void fault_arm(const char* path, long at, int kind, int error, int no_exchange, const char* log) {
@@ -48,6 +49,9 @@ void fault_arm(const char* path, long at, int kind, int error, int no_exchange, 
     without_exchange = no_exchange;
     atomic_store(&calls, 0);
 }
+
+// From now on every write at an offset within the folder takes so long, and more.
+void fault_delay(int microseconds) { atomic_store(&delay_us, microseconds); }
 
 long fault_calls(void) { return atomic_load(&calls); }
 
@@ -194,6 +198,7 @@ static ssize_t write_at(int fd, const void* data, size_t size, off64_t offset) {
     struct Call call = {.number = 0};
     int error = enter(&call, "write", fd, "", 0, NULL);
     if (is_short(&call) && size > 1) size /= 2;
+    if (call.number && atomic_load(&delay_us)) usleep((useconds_t)atomic_load(&delay_us));
     FINISH(ssize_t, syscall(SYS_pwrite64, fd, data, size, offset));
 }
 

@@ -58,6 +58,7 @@ def save_until_killed(rank: int, report: Callable[[Any], None], folder: str, con
             report(("saving", step, None))
             begin = time.monotonic()
             engine.save_checkpoint(folder, tag_of(step))
+            engine.wait_for_save()
             seconds = time.monotonic() - begin
             # Rank 0 alone makes names in the folder, so that here nobody does.
             report(("saved", step, (seconds, hidden(Path(folder)) if rank == 0 else [])))
@@ -167,6 +168,7 @@ def kill_at(moments: list[float], folder: Path, config: dict[str, Any], digests:
     return chain
 
 
-def config_of(stage: int, precision: str, transport: str) -> dict[str, Any]:
-    """Of a run whose every saved byte counts."""
-    return config_for(RANKS, stage, precision, comm={"transport": transport, "timeout_seconds": 60})
+def config_of(stage: int, precision: str, transport: str, *, beside: bool = False) -> dict[str, Any]:
+    """Of a run whose every saved byte counts. beside: it saves beside training."""
+    comm = {"transport": transport, "timeout_seconds": 60}
+    return config_for(RANKS, stage, precision, comm=comm, checkpoint={"async_save": beside})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,11 +101,16 @@ def chunk_bytes(files: Sequence[FileLayout]) -> int:
     return size
 
 
-def lay_out(stem: str, tensors: Sequence[TensorSpec], max_bytes: int = 5_000_000_000) -> list[FileLayout]:
+def lay_out(
+    stem: str, tensors: Sequence[TensorSpec], max_bytes: int = 5_000_000_000, apart: Collection[str] = ()
+) -> list[FileLayout]:
     """The files STEM.safetensors, or STEM-00001-of-0000K.safetensors and so on, that hold these tensors in this order.
 
     A file has at most `max_bytes` of tensors. A tensor that is larger has a file of its own. There is always at least
     one file.
+
+    Args:
+        apart: names of tensors that share no file with others, and come first.
 
     Raises:
         ValueError: two tensors of one name, a name or dtype that the format does not have, or more tensors than the
@@ -113,14 +118,14 @@ def lay_out(stem: str, tensors: Sequence[TensorSpec], max_bytes: int = 5_000_000
     """
     _check_names(tensors)
     groups: list[list[TensorSpec]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        nbytes = tensor.nbytes
-        if groups[-1] and filled + nbytes > max_bytes:
+    filled, was_apart = 0, False
+    for tensor in sorted(tensors, key=lambda tensor: tensor.name not in apart):
+        nbytes, is_apart = tensor.nbytes, tensor.name in apart
+        if groups[-1] and (filled + nbytes > max_bytes or is_apart != was_apart):
             groups.append([])
             filled = 0
         groups[-1].append(tensor)
-        filled += nbytes
+        filled, was_apart = filled + nbytes, is_apart
     if len(groups) == 1:
         return [_file(f"{stem}.safetensors", groups[0])]
     return [_file(f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -21,12 +20,11 @@ from partita.checkpoint.layout import MIN_CHUNK_BYTES, FileLayout, TensorSpec, c
 from partita.checkpoint.manifest import FORMAT, MANIFEST, VERSION, FileRecord, Manifest, manifest_text
 from partita.checkpoint.pieces import MODEL, OPTIMIZER, Piece, Place, StoredNames, pieces, stem_of
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state, state_text
-from partita.checkpoint.transfer import Transfer, digest_text
-from partita.comm import Communicator, require_same, text_by_rank
+from partita.checkpoint.transfer import HostRoom, digest_text
+from partita.checkpoint.unchanged import Earlier, earlier_files, has_same_bytes, try_link
+from partita.checkpoint.writer import Chunk, Run, Writer, places_in, preallocate, records_of, runs_in
+from partita.comm import Communicator, any_rank, any_rank_each, require_same, text_by_rank
 from partita.model import DiffersByRank, TrainState, from_plain, to_plain
-
-# (file, offset, length, digest) of what was written in one piece.
-Chunk = tuple[int, int, int, str]
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,16 @@ class About:
     is_latest: bool = True
 
 
-def save(state: TrainState, directory: Path, tag: str, about: About, client_state: Mapping[str, Any]) -> Path:
-    """Writes a checkpoint DIRECTORY/TAG; returns its path. A collective.
+class Save:
+    """A save that is under way: its files are being written.
 
-    Every rank writes its own part of every tensor, straight from where it is. An older checkpoint of the same tag is
-    there until the new one is complete.
+    The training state must stay as it is until `finish()`, or until `take_over()`.
 
     Args:
+        state: all ranks write it, each its own part of every tensor, straight from where it is.
         client_state: the program's own; rank 0's is saved.
+        room: for `take_over()`; without it nothing is copied but, in pieces, what a device has.
+        then: called on rank 0 once the checkpoint is there.
 
     Raises:
         RuntimeError: in the midst of a step.
@@ -57,37 +57,127 @@ def save(state: TrainState, directory: Path, tag: str, about: About, client_stat
         CheckpointError: the checkpoint was not written, for the reason that it gives; on all ranks. What was there
             before is still there.
     """
-    world = state.world
-    require_same(world, [("save_dir", str(directory)), ("tag", tag), ("save_latest", str(about.is_latest))])
-    sections = state.take_sections()
-    what = f"the checkpoint '{directory / tag}' was not saved"
-    client = together(world, what, lambda: _plain_client_state(client_state))
-    names = together(world, what, lambda: StoredNames(state))
-    mine = together(world, what, lambda: list(pieces(state, names)))
-    files = together(world, what, partial(_lay_out, _all_specs(world, mine, names)))
-    staging = together(world, what, lambda: Staging(directory, tag))  # rank 0's is used
-    try:
-        folder = Path(from_rank_0(world, what, partial(_begin, staging, directory, files)))
-        chunks = together(world, what, partial(_write, folder, files, mine, world.rank == 0))
-        differing = {s.name: sections.pop(s.name) for s in state.sections if isinstance(s.owner, DiffersByRank)}
-        by_rank = [json.loads(text) for text in text_by_rank(world, json.dumps([differing, chunks]))]
 
-        def commit() -> str:
-            small = SavedState(
-                sections=sections,
-                ranks=[one for one, _ in by_rank],
-                client_state=client,
-                aliases=names.aliases,
-                parameters=names.renamed,
+    def __init__(
+        self,
+        state: TrainState,
+        directory: Path,
+        tag: str,
+        about: About,
+        client_state: Mapping[str, Any],
+        *,
+        room: HostRoom | None = None,
+        then: Callable[[], object] = lambda: None,
+    ) -> None:
+        world = self._world = state.world
+        require_same(world, [("save_dir", str(directory)), ("tag", tag), ("save_latest", str(about.is_latest))])
+        sections = state.take_sections()
+        self.path = directory / tag
+        self._what = what = f"the checkpoint '{self.path}' was not saved"
+        client = together(world, what, lambda: _plain_client_state(client_state))
+        names = together(world, what, lambda: StoredNames(state))
+        mine = together(world, what, lambda: list(pieces(state, names)))
+        frozen = {names.of_parameter(name) for name in state.frozen()}
+        self._files = together(world, what, partial(_lay_out, _all_specs(world, mine, names), frozen))
+        self._staging = together(world, what, lambda: Staging(directory, tag))  # rank 0's is used
+        self._differing = {s.name: sections.pop(s.name) for s in state.sections if isinstance(s.owner, DiffersByRank)}
+        self._small = SavedState(
+            sections=sections, ranks=[], client_state=client, aliases=names.aliases, parameters=names.renamed
+        )
+        self._about, self._then = about, then
+        self._committing: Future[str] | None = None
+        self._spoiled = ""
+        try:
+            runs = runs_in(self._files, mine)
+            folder, earlier = json.loads(
+                from_rank_0(world, what, partial(_begin, self._staging, directory, self._files, frozen))
             )
-            records = _records(files, [tuple(chunk) for _, written in by_rank for chunk in written])
-            manifest = partial(_manifest, tag, about, world.world_size)
-            return _commit(staging, _small_files(small, files), records, manifest, about.is_latest)
+            self._linked = _link(world, what, Path(folder), self._files, Earlier.model_validate(earlier), runs)
+            self._writer = together(
+                world, what, partial(Writer, Path(folder), self._files, self._linked, runs, world.rank == 0, room)
+            )
+        except BaseException:
+            self._staging.discard()
+            raise
 
-        return Path(from_rank_0(world, what, commit))
-    except BaseException:
-        staging.discard()
-        raise
+    def take_over(self) -> int:
+        """The training state may change from now on: what is not written yet has been copied. Returns the bytes of it.
+        No collective."""
+        return self._writer.transfer.take_over()
+
+    def spoil(self, why: str) -> None:
+        """The files may have anything by now, so the save fails once all ranks are done. No collective."""
+        self._spoiled = why
+
+    def is_written(self) -> bool:
+        """Whether nothing of the training state, nor of a copy of it, is still to be written. No collective."""
+        return self._writer.transfer.is_done()
+
+    def advance(self) -> bool:
+        """Does what can be done without waiting for a disk; whether the checkpoint is there. A collective.
+
+        Raises:
+            CheckpointError: it was not written, as in the constructor. The save is over.
+        """
+        is_ready = self.is_written() if self._committing is None else self._committing.done()
+        if any_rank(self._world, not is_ready):
+            return False
+        if self._committing is not None:
+            self.finish()
+            return True
+        with self._ended_by_errors():
+            commit = self._gather()
+        threads = ThreadPoolExecutor(1)
+        self._committing = threads.submit(commit if self._world.rank == 0 else str)
+        threads.shutdown(wait=False)
+        return False
+
+    def finish(self) -> Path:
+        """Waits until the checkpoint is there; returns its path. A collective.
+
+        Raises:
+            CheckpointError: it was not written, as in the constructor. The save is over.
+        """
+        with self._ended_by_errors():
+            commit = self._gather() if self._committing is None else self._committing.result
+            from_rank_0(self._world, self._what, commit)
+        return self.path
+
+    def abandon(self) -> None:
+        """Ends the save; nothing of it is left but a checkpoint that is complete. No collective."""
+        self._writer.close()
+        if self._committing is not None:
+            wait([self._committing])
+        self._staging.discard()
+
+    @contextmanager
+    def _ended_by_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _gather(self) -> Callable[[], str]:
+        """Waits until everything is written; what rank 0 has to do then."""
+        chunks = together(self._world, self._what, self._written)
+        by_rank = [json.loads(text) for text in text_by_rank(self._world, json.dumps([self._differing, chunks]))]
+        return partial(self._commit, by_rank)
+
+    def _written(self) -> list[Chunk]:
+        chunks = self._writer.finish()
+        if self._spoiled:
+            raise CheckpointError(self._spoiled)
+        return chunks
+
+    def _commit(self, by_rank: Sequence[tuple[dict[str, Any], list[Any]]]) -> str:
+        small = self._small.model_copy(update={"ranks": [one for one, _ in by_rank]})
+        chunks = [tuple(chunk) for _, written in by_rank for chunk in written]
+        records = {**records_of(self._files, chunks, self._linked), **self._linked}
+        manifest = partial(_manifest, self.path.name, self._about, self._world.world_size)
+        path = _commit(self._staging, _small_files(small, self._files), records, manifest, self._about.is_latest)
+        self._then()
+        return path
 
 
 def _plain_client_state(client_state: Mapping[str, Any]) -> Any:
@@ -98,13 +188,43 @@ def _plain_client_state(client_state: Mapping[str, Any]) -> Any:
     return plain
 
 
-def _begin(staging: Staging, directory: Path, files: Sequence[FileLayout]) -> str:
-    """On rank 0: makes the folder and its large files; returns the folder's path."""
+def _begin(staging: Staging, directory: Path, files: Sequence[FileLayout], frozen: set[Place]) -> str:
+    """On rank 0: makes the folder and its large files; returns, as JSON, the folder's path, and which files are not
+    made, as an earlier checkpoint may have them."""
     sweep(directory)
     staging.create()
+    earlier = earlier_files(directory, [file for file in files if places_in(file) <= frozen])
     for file in files:
-        _preallocate(staging.path / file.name, file.size)
-    return str(staging.path)
+        if file.name not in earlier.files:
+            preallocate(staging.path / file.name, file.size)
+    return json.dumps([str(staging.path), earlier.model_dump(mode="json")])
+
+
+def _link(
+    world: Communicator, what: str, folder: Path, files: Sequence[FileLayout], earlier: Earlier, runs: list[Run]
+) -> dict[str, FileRecord]:
+    """Files of an earlier checkpoint that have the bytes of this one get a name in it; the others are made. Returns
+    the former."""
+    if not earlier.files:
+        return {}
+    maybe = [(i, file) for i, file in enumerate(files) if file.name in earlier.files]
+    own = {file.name: [(run.offset, run.piece.values) for run in runs if run.file == i] for i, file in maybe}
+
+    def compare() -> list[bool]:
+        return [not has_same_bytes(earlier.files[file.name], own[file.name], chunk_bytes(files)) for _, file in maybe]
+
+    differs = any_rank_each(world, together(world, what, compare))
+
+    def link() -> str:
+        linked = []
+        for (_, file), is_other in zip(maybe, differs, strict=True):
+            if not is_other and try_link(Path(earlier.folder, file.name), folder / file.name, file.size):
+                linked.append(file.name)
+            else:
+                preallocate(folder / file.name, file.size)
+        return json.dumps(linked)
+
+    return {name: earlier.files[name] for name in json.loads(from_rank_0(world, what, link))}
 
 
 def _small_files(small: SavedState, files: Sequence[FileLayout]) -> dict[str, str]:
@@ -158,69 +278,14 @@ def _all_specs(world: Communicator, mine: Sequence[Piece], names: StoredNames) -
     return {stem: [spec for place, spec in specs.items() if place.stem == stem] for stem in (MODEL, OPTIMIZER)}
 
 
-def _lay_out(specs: Mapping[str, list[TensorSpec]]) -> list[FileLayout]:
-    return [file for stem, tensors in specs.items() for file in lay_out(stem, tensors)]
-
-
-def _preallocate(path: Path, size: int) -> None:
-    """A new file of this size, whose bytes have their place on the disk."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        why = f"{os.strerror(error.errno or 0)} (there is no room for {size:,} bytes)"
-        raise OSError(error.errno, why, str(path)) from None
-    finally:
-        os.close(fd)
-
-
-def _write(folder: Path, files: Sequence[FileLayout], mine: Sequence[Piece], heads: bool) -> list[Chunk]:
-    """Writes this rank's pieces, and the headers if `heads`; they are on the disk afterwards."""
-    index = {Place(stem_of(file.name), name): i for i, file in enumerate(files) for name in file.begin}
-    with ExitStack() as exits:
-        transfer = exits.enter_context(Transfer(chunk_bytes(files)))
-        fds = [_open(folder, file, exits) for file in files]
-        for i, file in enumerate(files):
-            if heads:
-                transfer.write_data(fds[i], 0, file.header, (i, file.name))
-        for piece in mine:
-            i = index[piece.place]
-            begin = files[i].begin[piece.place.name] + piece.first * piece.values.element_size()
-            transfer.write(fds[i], begin, piece.values, (i, f"'{piece.place.name}' in {files[i].name}"))
-        for i, fd in enumerate(fds):
-            transfer.sync(fd, (i, files[i].name))
-        return transfer.finish()
-
-
-def _open(folder: Path, file: FileLayout, exits: ExitStack) -> int:
-    try:
-        fd = os.open(folder / file.name, os.O_WRONLY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"host {socket.gethostname()} does not see '{folder / file.name}', which rank 0 has made: all ranks must "
-            "save into one folder, on a file system that all hosts share"
-        ) from None
-    exits.callback(os.close, fd)
-    return fd
-
-
-def _records(files: Sequence[FileLayout], chunks: Iterable[Any]) -> dict[str, FileRecord]:
-    """The chunks of every file, in the order of their offsets."""
-    by_file: list[list[tuple[int, int, str]]] = [[] for _ in files]
-    for i, offset, length, digest in chunks:
-        by_file[i].append((offset, length, digest))
-    records = {}
-    for file, written in zip(files, by_file, strict=True):
-        end = 0
-        for offset, length, _ in sorted(written):
-            if offset != end:
-                raise CheckpointError(f"{file.name}: no rank wrote the bytes from {end} on, or two did")
-            end += length
-        if end != file.size:
-            raise CheckpointError(f"{file.name}: no rank wrote the bytes from {end} to {file.size}")
-        in_order = [(length, digest) for _, length, digest in sorted(written)]
-        records[file.name] = FileRecord(size=file.size, chunks=in_order)
-    return records
+def _lay_out(specs: Mapping[str, list[TensorSpec]], frozen: set[Place]) -> list[FileLayout]:
+    """The files; many bytes of frozen parameters have their own."""
+    files = []
+    for stem, tensors in specs.items():
+        still = [spec for spec in tensors if Place(stem, spec.name) in frozen]
+        is_much = sum(spec.nbytes for spec in still) > MIN_CHUNK_BYTES
+        files += lay_out(stem, tensors, apart={spec.name for spec in still} if is_much else ())
+    return files
 
 
 def _record_of(data: bytes) -> FileRecord:

@@ -190,10 +190,13 @@ class Engine(EngineBase):
             self._part.forget()
             self._begin_micro_batch()
             if at_boundary:
+                self._beside.before_update()
                 self._step.update()
             else:
                 self._part.commit()
             self._was_at_boundary = at_boundary
+            if at_boundary:
+                self._beside.after_update()
 
     def was_step_applied(self) -> bool:
         """Whether the last `step()` updated the parameters: at a boundary, and not skipped. On a GPU the host waits."""

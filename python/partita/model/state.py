@@ -185,6 +185,10 @@ class TrainState:
             found.update((n, p.detach()) for n, p in part.untrained.items() if p not in partitioned)
         return found
 
+    def frozen(self) -> set[str]:
+        """Names of the parameters that are not trained, partitioned or not."""
+        return {name for part in self._parts for name in part.untrained}
+
     def buffers(self) -> dict[str, Tensor]:
         """Buffers by name, also those that a state dict leaves out."""
         return {name: buffer for part in self._parts for name, buffer in part.module.named_buffers()}

@@ -98,10 +98,17 @@ def calls_of(pool: RankPool, folder: Path, config: dict[str, Any], rank: int, sa
 
 
 def fail_calls(
-    pool: RankPool, tmp_path: Path, rank: int, same: bool, kinds: list[tuple[int, int]], *, every_write: int = 1
+    pool: RankPool,
+    tmp_path: Path,
+    rank: int,
+    same: bool,
+    kinds: list[tuple[int, int]],
+    *,
+    every_write: int = 1,
+    beside: bool = False,
 ) -> None:
     """A save per call and kind of fault (kind, errno). Only writes can be short; of them `every_write`-th ones fail."""
-    config = config_of(2, "split", pool.transport)
+    config = config_of(2, "split", pool.transport, beside=beside)
     names = calls_of(pool, tmp_path / "without", config, rank, same)
     faults = [
         Fault(rank, number, kind, error, same)
@@ -125,6 +132,11 @@ def test_a_call_that_fails_is_told_on_all_ranks(faulty, tmp_path, rank):
 @pytest.mark.parametrize("rank", range(RANKS))
 def test_a_call_that_fails_makes_no_new_tag(faulty, tmp_path, rank):
     fail_calls(faulty, tmp_path, rank, False, [(FAIL, errno.ENOSPC)], every_write=8)
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_a_call_that_fails_beside_training_is_told_on_all_ranks(faulty, tmp_path, rank):
+    fail_calls(faulty, tmp_path, rank, True, [(FAIL, errno.EIO)], every_write=8, beside=True)
 
 
 @pytest.mark.parametrize("rank", range(RANKS))

@@ -20,9 +20,8 @@ def spread(count: int, seed: int) -> list[float]:
     return moments
 
 
-def kill(ranks: Any, transport: str, folder: Path, stage: int, precision: str, moments: list[float], seed: int) -> int:
+def kill(ranks: Any, folder: Path, config: dict[str, Any], moments: list[float], seed: int) -> int:
     """Returns how many of the kills left something unfinished."""
-    config = config_of(stage, precision, transport)
     first, *others = ranks(RANKS).run(digests_by_step, config)
     assert others == [first] and len(set(first)) == len(first)
     chain = kill_at(moments, folder, config, first, seed)
@@ -31,19 +30,19 @@ def kill(ranks: Any, transport: str, folder: Path, stage: int, precision: str, m
     return chain.left_behind
 
 
-def test_a_killed_save_costs_no_checkpoint(ranks, transport, tmp_path):
+@pytest.mark.parametrize("beside", [False, True], ids=["blocking", "beside"])
+def test_a_killed_save_costs_no_checkpoint(ranks, transport, tmp_path, beside):
     """The next run loads the latest checkpoint bit for bit, and its first save leaves nothing of the dead one."""
-    kill(ranks, transport, tmp_path, 2, "split", spread(6, seed=1), seed=1)
+    kill(ranks, tmp_path, config_of(2, "split", transport, beside=beside), spread(3, seed=1), seed=1)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("beside", [False, True], ids=["blocking", "beside"])
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "split"), (2, "bf16"), (3, "split"), (3, "fp16")])
-def test_200_killed_saves_cost_no_checkpoint(ranks, transport, tmp_path, stage, precision):
+def test_200_killed_saves_cost_no_checkpoint(ranks, transport, tmp_path, stage, precision, beside):
     """Five times 40."""
     chains = 40 // KILLS
+    config = config_of(stage, precision, transport, beside=beside)
     moments = spread(40, seed=stage)
-    left = [
-        kill(ranks, transport, tmp_path / str(i), stage, precision, moments[i * KILLS : (i + 1) * KILLS], seed=i)
-        for i in range(chains)
-    ]
+    left = [kill(ranks, tmp_path / str(i), config, moments[i * KILLS : (i + 1) * KILLS], seed=i) for i in range(chains)]
     assert sum(left) >= 4, "hardly any kill came during a save: this test shows little"

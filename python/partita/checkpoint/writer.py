@@ -1,0 +1,127 @@
+"""The large files of a save: made on rank 0, and written by all ranks, each its own runs of bytes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from partita.checkpoint.errors import CheckpointError
+from partita.checkpoint.layout import FileLayout, chunk_bytes
+from partita.checkpoint.manifest import FileRecord
+from partita.checkpoint.pieces import Piece, Place, stem_of
+from partita.checkpoint.transfer import HostRoom, Transfer
+
+# (file, offset, length, digest) of what was written in one piece.
+Chunk = tuple[int, int, int, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a piece is. file: its number. offset: in the file, in bytes."""
+
+    file: int
+    offset: int
+    piece: Piece
+
+
+def places_in(file: FileLayout) -> set[Place]:
+    return {Place(stem_of(file.name), name) for name in file.begin}
+
+
+def runs_in(files: Sequence[FileLayout], mine: Iterable[Piece]) -> list[Run]:
+    """Where this rank's pieces are."""
+    index = {place: i for i, file in enumerate(files) for place in places_in(file)}
+    return [
+        Run(i := index[piece.place], files[i].begin[piece.place.name] + piece.first * piece.values.itemsize, piece)
+        for piece in mine
+    ]
+
+
+def preallocate(path: Path, size: int) -> None:
+    """A new file of this size, whose bytes have their place on the disk."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        why = f"{os.strerror(error.errno or 0)} (there is no room for {size:,} bytes)"
+        raise OSError(error.errno, why, str(path)) from None
+    finally:
+        os.close(fd)
+
+
+class Writer:
+    """Writes this rank's pieces, and the headers if `heads`; they are on the disk after `finish()`.
+
+    Args:
+        there: names of files that are not written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[FileLayout],
+        there: Collection[str],
+        runs: Sequence[Run],
+        heads: bool,
+        room: HostRoom | None,
+    ) -> None:
+        with ExitStack() as exits:
+            fds = {i: _open(folder, file, exits) for i, file in enumerate(files) if file.name not in there}
+            self.transfer = transfer = exits.enter_context(Transfer(chunk_bytes(files), room))
+            for i, fd in fds.items():
+                if heads:
+                    transfer.write_data(fd, 0, files[i].header, (i, files[i].name))
+            for run in runs:
+                if run.file in fds:
+                    label = (run.file, f"'{run.piece.place.name}' in {files[run.file].name}")
+                    transfer.write(fds[run.file], run.offset, run.piece.values, label)
+            for i, fd in fds.items():
+                transfer.sync(fd, (i, files[i].name))
+            self._exits = exits.pop_all()
+
+    def finish(self) -> list[Chunk]:
+        """Waits for everything; where each chunk is, and its digest."""
+        with self._exits:
+            return self.transfer.finish()
+
+    def close(self) -> None:
+        """Drops what is not written."""
+        self._exits.close()
+
+
+def _open(folder: Path, file: FileLayout, exits: ExitStack) -> int:
+    try:
+        fd = os.open(folder / file.name, os.O_WRONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"host {socket.gethostname()} does not see '{folder / file.name}', which rank 0 has made: all ranks must "
+            "save into one folder, on a file system that all hosts share"
+        ) from None
+    exits.callback(os.close, fd)
+    return fd
+
+
+def records_of(files: Sequence[FileLayout], chunks: Iterable[Any], there: Collection[str]) -> dict[str, FileRecord]:
+    """The chunks of every file that was written, in the order of their offsets."""
+    by_file: list[list[tuple[int, int, str]]] = [[] for _ in files]
+    for i, offset, length, digest in chunks:
+        by_file[i].append((offset, length, digest))
+    records = {}
+    for file, written in zip(files, by_file, strict=True):
+        if file.name in there:
+            continue
+        end = 0
+        for offset, length, _ in sorted(written):
+            if offset != end:
+                raise CheckpointError(f"{file.name}: no rank wrote the bytes from {end} on, or two did")
+            end += length
+        if end != file.size:
+            raise CheckpointError(f"{file.name}: no rank wrote the bytes from {end} to {file.size}")
+        in_order = [(length, digest) for _, length, digest in sorted(written)]
+        records[file.name] = FileRecord(size=file.size, chunks=in_order)
+    return records

@@ -1,0 +1,90 @@
+"""Saves beside training: what is saved is the state of the call, whatever follows it, and training does not notice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import RankPool
+from resumed import config_for, differences
+from saves_beside import CHANGES, load, save_and_change, train, write_by_hand
+
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def slow_ranks(transport: str) -> Iterator[RankPool]:
+    pool = RankPool(RANKS, transport)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def below_shim(slow_ranks: RankPool, fault_shim: Path, monkeypatch: pytest.MonkeyPatch) -> RankPool:
+    """Ranks whose disk can be slow."""
+    monkeypatch.setenv("LD_PRELOAD", str(fault_shim))  # of the processes that the pool starts
+    return slow_ranks
+
+
+def beside(stage: int, precision: str, optimizer: str = "AdamW", **changes: Any) -> dict[str, Any]:
+    """A config with saves beside training."""
+    return config_for(RANKS, stage, precision, optimizer, checkpoint={"async_save": True}, **changes)
+
+
+OFFLOAD = {"zero_offload_optimizer": {"device": "cpu"}}
+CASES = [
+    (0, "fp32", "AdamW", {}),
+    (1, "bf16", "SGD", {}),
+    (2, "split", "AdamW", {}),
+    (3, "fp16", "AdamW", {}),
+    (2, "fp16", "AdamW", OFFLOAD),
+    (3, "bf16", "Adagrad", {}),
+]
+
+
+def require_saved(pool: RankPool, folder: Path, config: dict[str, Any], optimizer: str, change: str) -> None:
+    """The checkpoint has the state of the call."""
+    found = pool.run(save_and_change, str(folder), config, optimizer, change)
+    assert all(under_way for _, under_way in found), "the save was over at once: this test shows nothing"
+    loaded = pool.run(load, str(folder), config, optimizer)
+    for (state, _), back in zip(found, loaded, strict=True):
+        assert differences(state, back) == []
+
+
+@pytest.mark.parametrize(("stage", "precision", "optimizer", "more"), CASES)
+def test_steps_during_a_save_are_not_in_it(below_shim, tmp_path, stage, precision, optimizer, more):
+    require_saved(below_shim, tmp_path, beside(stage, precision, optimizer, **more), optimizer, "steps")
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("change", sorted(CHANGES.keys() - {"steps"}))
+def test_other_changes_during_a_save_are_not_in_it(below_shim, tmp_path, stage, change):
+    """Of masters, moments and gathered parameters, loaded weights, buffers in a forward."""
+    require_saved(below_shim, tmp_path, beside(stage, "split"), "AdamW", change)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "split"), (2, "fp32"), (3, "bf16")])
+def test_training_does_not_notice(below_shim, tmp_path, stage, precision):
+    """Losses, norms, samples, random numbers and states are those of a run that saves nothing. Saves come faster than
+    the disk takes them."""
+    config = beside(stage, precision, gradient_accumulation_steps=2, train_micro_batch_size_per_gpu=3)
+    saving, alone = (below_shim.run(train, str(tmp_path), config, every) for every in (1, 0))
+    for a, b in zip(saving, alone, strict=True):
+        assert differences(a, b) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["latest", *(f"global_step{i}" for i in range(1, 9))]
+    )
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_writes_by_hand_spoil_a_save(below_shim, tmp_path, rank):
+    """One error on all ranks, also for writes on one; nothing is left, and the next save works."""
+    first, second = below_shim.run(write_by_hand, str(tmp_path), beside(1, "bf16"), rank)
+    assert first == second
+    torn, after = first
+    assert after == ""
+    assert torn.startswith(f"the checkpoint '{tmp_path / 'torn'}' was not saved: rank {rank}: the parameter 'layers.1.")
+    assert torn.endswith("call engine.wait_for_save() before you write into parameters")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "next"]
