@@ -194,6 +194,8 @@ class Engine(EngineBase):
             else:
                 self._part.commit()
             self._was_at_boundary = at_boundary
+        if at_boundary:
+            self._keeper.after_update(self)
 
     def was_step_applied(self) -> bool:
         """Whether the last `step()` updated the parameters: at a boundary, and not skipped. On a GPU the host waits."""
