@@ -25,6 +25,7 @@ PUBLIC_NAMES = [
     "Engine",
     "FusedAdam",
     "LifecycleError",
+    "Preempted",
     "RepeatingLoader",
     "__version__",
     "add_config_arguments",

@@ -4,6 +4,7 @@ from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.export import export
 from partita.checkpoint.folder import Found, checkpoints, find, latest_tag, prune
 from partita.checkpoint.load import Wanted, load
+from partita.checkpoint.newest import load_sound, newest, newest_tag, prepare, verify_together
 from partita.checkpoint.save import About, Save
 from partita.checkpoint.transfer import HostRoom
 from partita.checkpoint.verify import Verified, verify
@@ -21,6 +22,11 @@ __all__ = [
     "find",
     "latest_tag",
     "load",
+    "load_sound",
+    "newest",
+    "newest_tag",
+    "prepare",
     "prune",
     "verify",
+    "verify_together",
 ]

@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +124,7 @@ def open_file(folder: Path, name: str) -> int:
         return open_in(fd, folder / _plain(folder, name))
 
 
-def prune(directory: Path, keep_last: int) -> list[Path]:
+def prune(directory: Path, keep_last: int, among: Callable[[Found], bool] | None = None) -> list[Path]:
     """Removes all checkpoints but the newest ones and the one that `latest` names; returns what it has removed.
 
     The newest are those that were created last, as in `checkpoints()`.
@@ -133,6 +133,7 @@ def prune(directory: Path, keep_last: int) -> list[Path]:
 
     Args:
         keep_last: how many of the newest stay, at least 1.
+        among: the others stay, and are not counted. None: all are counted.
 
     Raises:
         ValueError: keep_last is less than 1.
@@ -143,7 +144,8 @@ def prune(directory: Path, keep_last: int) -> list[Path]:
     latest = None
     with suppress(CheckpointError):
         latest = latest_tag(directory)
-    old = [found for found in checkpoints(directory)[keep_last:] if found.tag != latest]
+    counted = [found for found in checkpoints(directory) if among is None or among(found)]
+    old = [found for found in counted[keep_last:] if found.tag != latest]
     if not old:
         return []
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # Open 
 NOTICE_AFTER_S = 15.0  # of waiting for ranks that have not joined, and once a minute from then on
 NOTICE_EVERY_S = 60.0
 PAUSE_S = 0.02
+_MEETING = "partita/meeting"  # the key of its name
 
 logger = logging.getLogger("partita")
 
@@ -185,14 +187,57 @@ def _meet(place: tuple[str, int], rank: int, world_size: int, timeout: timedelta
         notices.waiting_for([0] if rank else [])
     if isinstance(found[0], Exception):
         raise RuntimeError(f"rank {rank} of {world_size} cannot reach the job at {address}: {found[0]}") from None
-    # A second time in one process (after an error, say) must not find the addresses of the first.
-    times = found[0].add(f"partita/joins/{rank}", 1)
-    store = PrefixStore(f"partita/{times}", found[0])
-    store.set(f"here/{rank}", "")
-    while missing := [r for r in range(world_size) if not store.check([f"here/{r}"])]:
+    meeting = _Meeting(found[0], rank, world_size)
+    while missing := meeting.missing():
         notices.waiting_for(missing)
         time.sleep(PAUSE_S)
-    return store
+    return meeting.store
+
+
+class _Meeting:
+    """The ranks that come together in a store, which may have been there for others before.
+
+    [Note: one meeting] The store of torchrun's agent outlives the ranks that it starts again, of which some may have
+    died before they joined. So no rank can count the meetings. Rank 0 gives each one a name of its own, and whoever
+    reads that name leaves a new token there. A rank that rank 0 has not answered with this token has read the name of
+    an earlier meeting, perhaps, and looks for another one.
+    """
+
+    store: Store
+
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        self._all = store
+        self._rank, self._world_size = rank, world_size
+        self._name = ""
+        self._token = secrets.token_hex(8)
+        self._answered: set[int] = set()
+        if rank == 0:
+            self._enter(secrets.token_hex(8))
+            store.set(_MEETING, self._name)
+
+    def missing(self) -> list[int]:
+        """The ranks that are not there yet, as far as this one knows; empty: `store` is that of this meeting."""
+        if self._rank and (not self._all.check([_MEETING]) or not self._follow()):
+            return [0]
+        there = [r for r in range(self._world_size) if self.store.check([f"here/{r}"])]
+        if self._rank == 0:
+            for r in set(there) - self._answered:
+                self.store.set(f"seen/{r}", self.store.get(f"here/{r}").decode())
+                self._answered.add(r)
+        return [r for r in range(self._world_size) if r not in there]
+
+    def _follow(self) -> bool:
+        """Whether rank 0 has seen this rank in the meeting whose name is there now."""
+        name = self._all.get(_MEETING).decode()
+        if name != self._name:
+            self._enter(name)
+        seen = f"seen/{self._rank}"
+        return self.store.check([seen]) and self.store.get(seen).decode() == self._token
+
+    def _enter(self, name: str) -> None:
+        self._name = name
+        self.store = PrefixStore(f"partita/{name}", self._all)
+        self.store.set(f"here/{self._rank}", self._token)
 
 
 class _Notices:

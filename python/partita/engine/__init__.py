@@ -2,6 +2,7 @@
 
 from partita.engine.base import EngineBase
 from partita.engine.engine import Engine, initialize
+from partita.engine.keeper import Preempted
 from partita.engine.phase import LifecycleError
 
-__all__ = ["Engine", "EngineBase", "LifecycleError", "initialize"]
+__all__ = ["Engine", "EngineBase", "LifecycleError", "Preempted", "initialize"]

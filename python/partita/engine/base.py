@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from partita.data import ShardedLoader
+from partita.engine.keeper import Keeper
 from partita.engine.save_beside import SaveBeside
 from partita.engine.saving import KeepsState
 from partita.model import ModelPart
@@ -32,6 +33,10 @@ class EngineBase(KeepsState):
         module: the model as the program gave it.
         config: with all batch sizes filled in.
         optimizer, lr_scheduler, dataloader: None where there is none.
+        client_state: what the program wants back after a restart. It is saved with every checkpoint, unless
+            `save_checkpoint` gets another one, and a run that resumes on its own (the config's `checkpoint`) finds
+            here what was saved. Empty in a run that begins anew.
+        resumed_from: the checkpoint from which the run has gone on on its own; None: it began anew.
 
     Args:
         exits: undoes what was made for the engine; the engine's own once it is complete.
@@ -60,6 +65,9 @@ class EngineBase(KeepsState):
         self._is_destroyed = False
         self._beside = SaveBeside(parts)
         self._announce()
+        self.client_state: dict[str, Any] = {}
+        self._keeper = Keeper(run, step.controller, exits)
+        self.resumed_from = self._keeper.resume(self)
         self._exits = exits.pop_all()  # the last thing that may fail is done
 
     # -- what a run is asked
@@ -125,6 +133,12 @@ class EngineBase(KeepsState):
         self._step.learn()
         return self._step.learning_rates()
 
+    def _after_update(self) -> None:
+        """What is saved, and saved on its own, goes on after each update."""
+        with self._calls.inside("step()"):
+            self._beside.after_update()
+        self._keeper.after_update(self)
+
     # -- the end
 
     def destroy(self) -> None:
@@ -148,6 +162,7 @@ class EngineBase(KeepsState):
             ends.callback(self._exits.close)
             if self._beside.path is not None:
                 self.wait_for_save()
+            self._keeper.settle(self)
 
     def _let_go(self) -> None:
         self.optimizer = self.lr_scheduler = None

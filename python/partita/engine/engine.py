@@ -195,8 +195,8 @@ class Engine(EngineBase):
             else:
                 self._part.commit()
             self._was_at_boundary = at_boundary
-            if at_boundary:
-                self._beside.after_update()
+        if at_boundary:
+            self._after_update()
 
     def was_step_applied(self) -> bool:
         """Whether the last `step()` updated the parameters: at a boundary, and not skipped. On a GPU the host waits."""

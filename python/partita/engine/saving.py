@@ -34,6 +34,7 @@ class KeepsState(AsModule):
     optimizer: ShardedOptimizer | None
     lr_scheduler: Any
     dataloader: ShardedLoader | None
+    client_state: dict[str, Any]
     _run: Run
     _parts: list[ModelPart]
     _step: OptimizerStep
@@ -146,7 +147,7 @@ class KeepsState(AsModule):
         Args:
             tag: the checkpoint's name; None: global_stepN.
             client_state: what the program wants back: numbers, strings, bytes, tensors, and lists, tuples and dicts of
-                such. Rank 0's is saved.
+                such. Rank 0's is saved. None: `engine.client_state`.
             save_latest: the checkpoint is the one that is loaded when no tag is given.
 
         Raises:
@@ -161,8 +162,14 @@ class KeepsState(AsModule):
             self._beside.finish()
             name = f"global_step{self._step.global_steps}" if tag is None else str(tag)
             about = About(self._step.global_steps, self._step.global_samples, self._facts(), save_latest)
-            save = partial(Save, self.train_state(), Path(save_dir), name, about, client_state or {})
+            client = self.client_state if client_state is None else client_state
+            save = partial(Save, self.train_state(), Path(save_dir), name, about, client)
             return self._beside.begin(save) if self.config.checkpoint.async_save else save().finish()
+
+    @property
+    def save_under_way(self) -> Path | None:
+        """The checkpoint that is being saved beside training; None: there is none."""
+        return self._beside.path
 
     def wait_for_save(self) -> Path | None:
         """Waits for the save beside training (`checkpoint.async_save`); its path, None if there is none. A collective.
@@ -181,6 +188,7 @@ class KeepsState(AsModule):
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
+        fallback: bool = False,
     ) -> tuple[Path, dict[str, Any]]:
         """Goes on from a checkpoint; returns its path and the program's `client_state`. A collective.
 
@@ -195,13 +203,14 @@ class KeepsState(AsModule):
             load_optimizer_states: False leaves out the optimizer's hyper-parameters and states.
             load_lr_scheduler_states: False leaves out the schedule.
             load_module_only: loads weights and buffers, and nothing else.
+            fallback: if the checkpoint is damaged, the newest sound one before it is loaded, with a warning in the log.
 
         Raises:
             RuntimeError: in the midst of a step.
             CheckpointError: there is no such checkpoint, it is damaged, or it does not fit; says which file, tensor
                 or parameter, on all ranks.
         """
-        from partita.checkpoint import Wanted, load
+        from partita.checkpoint import Wanted, load, load_sound
 
         with self._call_of_all("load_checkpoint()"):
             self._require_parts("load_checkpoint()")
@@ -212,7 +221,8 @@ class KeepsState(AsModule):
                 schedule=load_lr_scheduler_states,
                 strict=load_module_strict,
             )
-            path, client_state = load(self.train_state(), Path(load_dir), None if tag is None else str(tag), wanted)
+            take, name = load_sound if fallback else load, None if tag is None else str(tag)
+            path, client_state = take(self.train_state(), Path(load_dir), name, wanted)
             return path, client_state
 
     def _require_parts(self, call: str) -> None:

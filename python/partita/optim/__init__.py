@@ -21,7 +21,7 @@ from partita.optim.schedules import (
 )
 from partita.optim.sharded import HyperParameters, ShardedOptimizer, kept_groups, require_supported
 from partita.optim.sharded_step import ShardedStep
-from partita.optim.step_control import PendingOutcome, StepController
+from partita.optim.step_control import PendingOutcome, StepController, Wishes
 
 __all__ = [
     "FusedAdam",
@@ -38,6 +38,7 @@ __all__ = [
     "WarmupCosineLR",
     "WarmupDecayLR",
     "WarmupLR",
+    "Wishes",
     "choose_optimizer",
     "choose_scheduler",
     "decided_config",

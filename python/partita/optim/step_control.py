@@ -25,8 +25,16 @@ LOSS_SCALE_FIELDS = (
 )
 STEP_FIELDS = ("applied_steps", "skipped_steps")  # of these
 SUMS_BEGIN = _core.StepControl.nbytes + _core.LossScaleState.nbytes  # a multiple of 8
-SUMS = 5
+SUMS = 7
 CONTROL_FIELDS = ("grad_norm", "grad_scale", "skip", "step")
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a rank wants all ranks to do after a step: save a checkpoint; save one and end the run."""
+
+    save: bool = False
+    end: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class StepOutcome:
     loss_scale: _core.LossScaleState
     loss: float | None  # mean over the micro-batches and ranks that told theirs; None: nobody did
     digests_agree: bool  # whether all ranks took the step with the same hyper-parameters, see `StepController.sums`
+    wishes: Wishes  # of all ranks together
 
 
 class PendingOutcome:
@@ -55,13 +64,14 @@ class PendingOutcome:
 
     def _read(self) -> StepOutcome:
         memory = self._memory.wait()
-        _, loss, count, total, squares = memory.view(torch.float64).tolist()[-SUMS:]
+        _, loss, count, total, squares, save, end = memory.view(torch.float64).tolist()[-SUMS:]
         control = kernels.address(memory)
         return StepOutcome(
             _core.StepControl.read(control),
             _core.LossScaleState.read(control + _core.StepControl.nbytes),
             loss / count if count else None,
             digests_agree=self._world_size * int(squares) == int(total) ** 2,  # Cauchy, Schwarz: if all are
+            wishes=Wishes(save=bool(save), end=bool(end)),
         )
 
 
@@ -75,9 +85,11 @@ class StepController:
 
     Attributes:
         sums: over the ranks, added up by one all-reduce: the squares of the gradients, the losses, their number, a
-            digest of what the ranks take the step with, and its square. So ranks find out that they differ without a
-            collective or a wait of their own: the outcome brings it to the host.
+            digest of what the ranks take the step with, its square, and the wishes of ranks. So ranks find out that
+            they differ, and what one of them wants, without a collective or a wait of their own: the outcome brings it
+            to the host.
         sum_of_squares: the first of them.
+        wishes: asked for this rank's in every step.
     """
 
     def __init__(self, scaler: _core.LossScaler, streams: Streams, world_size: int = 1) -> None:
@@ -91,8 +103,11 @@ class StepController:
         self.sum_of_squares: Tensor = self.sums[:1]
         # What this rank adds to `sums`. The host knows what is there: losses told since the last step, and the digest.
         self._own = torch.zeros(SUMS, dtype=torch.float64, device=streams.device)
-        self._loss, self._own_count, *self._own_digest = self._own[1:].unbind()
+        self._loss, self._own_count, *digest, self._own_save, self._own_end = self._own[1:].unbind()
+        self._own_digest = digest
         self._losses = self._count = self._digest = 0
+        self._wished = Wishes()
+        self.wishes: Callable[[], Wishes] = Wishes
         self._streams = streams
         self._world_size = world_size
 
@@ -128,6 +143,10 @@ class StepController:
             self._digest = digest
             for place, value in zip(self._own_digest, (digest, digest * digest), strict=True):
                 place.fill_(value)
+        if (wished := self.wishes()) != self._wished:
+            self._wished = wished
+            self._own_save.fill_(float(wished.save))
+            self._own_end.fill_(float(wished.end))
         self.sums.copy_(self._own)
         return self.sum_of_squares
 
