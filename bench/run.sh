@@ -52,6 +52,7 @@ all() {
   peers model_states_gloo on 2 bench/peers/model_states.py --transport torch
   peers bytes_sent on 2 bench/peers/bytes_sent.py
   peers checkpoint on 2 bench/peers/checkpoint.py
+  peers save_stall on 2 bench/peers/save_stall.py
   peers offload_cpu python bench/gpu/offload.py --device cpu --width 512 --layers 6
 }
 

@@ -1,15 +1,17 @@
 """Saving and loading the states of one run: seconds, and bytes per second beside raw writes of the same bytes.
 
-    torchrun --nproc-per-node 2 bench/peers/checkpoint.py [--layers 8] [--width 1024] [--folder DIR]
+    torchrun --nproc-per-node 2 bench/peers/checkpoint.py [--layers 12] [--folder DIR] [--ways raw,partita]
 
-A stack of linear layers with bf16 weights, fp32 masters and Adam's moments in ZeRO stage 2: 14 bytes per parameter, of
-which each rank has its part. Every way writes these bytes and has them on the disk (fsync) when it returns:
+GPT-2 (12 layers: 124 million parameters) with bf16 weights, fp32 masters and Adam's moments in ZeRO stage 2: 14 bytes
+per parameter, of which each rank has its part. Every way writes these bytes and has them on the disk (fsync) when it
+returns:
 
     raw          each rank writes its part into a preallocated file of its own, one pwrite after the other
     partita      engine.save_checkpoint(), and load_checkpoint()
     torch        torch.save() of a rank's part, and torch.load()
     safetensors  safetensors.torch.save_file() and load_file()
     dcp          torch.distributed.checkpoint.save() and load(), each rank with its part
+    deepspeed    engine.save_checkpoint() and load_checkpoint() in stage 2; rank 0 then syncs all files
 
 Loading reads from the page cache. The ways take turns; medians and ratios are over the rounds.
 """
@@ -23,6 +25,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from environment import Ranks  # isort: skip  (it sets up the process for torch)
 import torch
@@ -34,9 +37,9 @@ CHUNK = 8 << 20
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", default="", help="some of them, separated by commas; without it: all")
     parser.add_argument("--folder", type=Path, default=Path("build/bench-checkpoint"), help="on the disk to measure")
     parser.add_argument("--json", type=Path, default=None)
     return parser.parse_args()
@@ -75,26 +78,49 @@ def raw_load(folder: Path, rank: int, parts: dict[str, torch.Tensor]) -> None:
     os.close(fd)
 
 
+def gpt2(layers: int) -> torch.nn.Module:
+    """With random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_layer=layers))
+
+
+def stage2(**changes: Any) -> dict[str, Any]:
+    """A config that both engines take."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "AdamW"},
+        "steps_per_print": 2**31 - 1,
+        **changes,
+    }
+
+
+def trained(library: Any, model: torch.nn.Module) -> Any:
+    """An engine of Partita or DeepSpeed after one step, so that all states are there."""
+    if library.__name__ == "deepspeed":
+        optimizer = torch.optim.AdamW(model.parameters())
+        config = {key: value for key, value in stage2().items() if key != "optimizer"}
+        engine, *_ = library.initialize(model=model, optimizer=optimizer, config=config)
+    else:
+        engine, *_ = library.initialize(model=model, config=stage2())
+    tokens = torch.randint(0, 50257, (1, 32))
+    engine.backward(engine(tokens, labels=tokens).loss)
+    engine.step()
+    return engine
+
+
 def ways_of(ranks: Ranks, arguments: argparse.Namespace) -> tuple[dict[str, Way], int]:
     """Saving and loading by name, and the number of parameters."""
     import partita
     import safetensors.torch
     import torch.distributed.checkpoint as dcp
 
-    torch.manual_seed(0)
-    width = arguments.width
-    model = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False) for _ in range(arguments.layers)))
+    model = gpt2(arguments.layers)
     numel = sum(p.numel() for p in model.parameters())
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 2},
-        "optimizer": {"type": "AdamW"},
-        "steps_per_print": 0,
-    }
-    engine, *_ = partita.initialize(model=model, config=config)
-    engine.backward(engine(torch.ones(1, width, dtype=torch.bfloat16)).float().mean())
-    engine.step()
+    engine = trained(partita, model)
     parts = parts_of(ranks.world_size, numel)
     mine = f"{ranks.rank}.safetensors"
 
@@ -114,7 +140,24 @@ def ways_of(ranks: Ranks, arguments: argparse.Namespace) -> tuple[dict[str, Way]
         "safetensors": (safetensors_save, lambda f: safetensors.torch.load_file(f / mine)),
         "dcp": (lambda f: dcp.save(named, checkpoint_id=f), lambda f: dcp.load(named, checkpoint_id=f)),
     }
-    return ways, numel
+    wanted = [name for name in arguments.ways.split(",") if name] or [*ways, "deepspeed"]
+    if "deepspeed" in wanted:
+        try:
+            import deepspeed
+        except ImportError:
+            wanted.remove("deepspeed")
+        else:
+            peer = trained(deepspeed, gpt2(arguments.layers))
+
+            def deepspeed_save(folder: Path) -> None:
+                peer.save_checkpoint(folder, "tag")
+                ranks.barrier()
+                if ranks.rank == 0:
+                    for path in (folder / "tag").iterdir():
+                        sync(path)
+
+            ways["deepspeed"] = (deepspeed_save, lambda f: peer.load_checkpoint(f, "tag"))
+    return {name: ways[name] for name in wanted}, numel
 
 
 def seconds(ranks: Ranks, work: Callable[[Path], object], folder: Path) -> float:
