@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed
 from ranks import RankPool
-from resumed import config_for, differences
-from saves_beside import CHANGES, load, save_and_change, train, write_by_hand
+from resumed import config_for, differences, engine_for, take_steps
+from saves_beside import CHANGES, load, save_and_change, slow_disk, train, write_by_hand
 
 RANKS = 2
 
@@ -88,3 +90,37 @@ def test_writes_by_hand_spoil_a_save(below_shim, tmp_path, rank):
     assert torn.startswith(f"the checkpoint '{tmp_path / 'torn'}' was not saved: rank {rank}: the parameter 'layers.1.")
     assert torn.endswith("call engine.wait_for_save() before you write into parameters")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "next"]
+
+
+def save_on_its_own(folder: str, config: dict[str, Any]) -> tuple[list[str], list[str], int, str]:
+    """What is there after each step, what is there at the end, and from which step another run goes on."""
+    engine = engine_for(config, seed=1)
+    seen = []
+    with slow_disk(folder, 2000):
+        for _ in range(6):
+            take_steps(engine, 1)
+            torch.distributed.barrier()
+            seen.append(",".join(sorted(path.name for path in Path(folder).glob("global_step*"))))
+            torch.distributed.barrier()
+        engine.destroy()
+    left = sorted(path.name for path in Path(folder).iterdir())
+    engine = engine_for(config, seed=2)
+    step = engine.global_steps
+    engine.destroy()
+    return seen, left, step, str(engine.resumed_from)
+
+
+def test_saves_on_its_own_beside_training(below_shim, tmp_path):
+    """Old ones go when the new one is there; the last one is finished at the end, and goes on."""
+    config = beside(2, "split")
+    config["checkpoint"] = {
+        "async_save": True,
+        "dir": str(tmp_path),
+        "interval_steps": 2,
+        "keep_last": 1,
+        "verify": True,
+    }
+    seen, left, step, path = below_shim.run(save_on_its_own, str(tmp_path), config)[0]
+    assert left == ["global_step6", "latest"]
+    assert all(there for there in seen[4:]), "there is always one"
+    assert (step, path) == (6, str(tmp_path / "global_step6"))
