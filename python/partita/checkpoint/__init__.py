@@ -4,6 +4,8 @@ from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.export import export
 from partita.checkpoint.folder import Found, checkpoints, find, latest_tag, prune
 from partita.checkpoint.load import Wanted, load
+from partita.checkpoint.model_files import save_model_files
+from partita.checkpoint.model_weights import ModelWeights
 from partita.checkpoint.save import About, save
 from partita.checkpoint.verify import Verified, verify
 
@@ -11,6 +13,7 @@ __all__ = [
     "About",
     "CheckpointError",
     "Found",
+    "ModelWeights",
     "Verified",
     "Wanted",
     "checkpoints",
@@ -20,5 +23,6 @@ __all__ = [
     "load",
     "prune",
     "save",
+    "save_model_files",
     "verify",
 ]
