@@ -21,7 +21,6 @@ from partita.comm import Communicator
 from partita.device import kernels
 from partita.device.memory import host_buffer
 from partita.device.streams import Streams
-from partita.model.export import WeightFile
 from partita.optim import ShardedStep
 from partita.units import ParameterLifetimes, Unit
 from partita.units.build import ParameterGroup
@@ -146,11 +145,6 @@ def connect_by(replacement: Connect) -> None:
 def with_streams(replacement: Streams) -> AbstractContextManager[Any]:
     """Engines made in this block work on `replacement`."""
     return mock.patch.object(_MODULE, "streams_of", lambda _device: replacement)
-
-
-def with_weight_file(replacement: Callable[..., WeightFile]) -> AbstractContextManager[Any]:
-    """Files of weights are opened as `replacement` in this block."""
-    return mock.patch.object(partita.model.export, "WeightFile", replacement)
 
 
 # -- what an engine does

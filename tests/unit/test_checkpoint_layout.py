@@ -24,7 +24,7 @@ from partita.checkpoint.layout import (
     lay_out,
     parse_header,
 )
-from partita.model.export import DTYPE_NAMES
+from partita.model import DTYPE_NAMES
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn

@@ -16,7 +16,7 @@ import xxhash
 from partita.checkpoint.layout import TensorSpec, index_text, lay_out
 from partita.checkpoint.manifest import FileRecord, Manifest, manifest_text
 from partita.device import kernels
-from partita.model.export import DTYPE_NAMES
+from partita.model import DTYPE_NAMES
 from torch import Tensor
 
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoint-format.md"

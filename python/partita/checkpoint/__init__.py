@@ -4,6 +4,8 @@ from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.export import export
 from partita.checkpoint.folder import Found, checkpoints, find, latest_tag, prune
 from partita.checkpoint.load import Wanted, load
+from partita.checkpoint.model_files import save_model_files
+from partita.checkpoint.model_weights import ModelWeights
 from partita.checkpoint.newest import load_sound, newest, newest_tag, prepare, verify_together
 from partita.checkpoint.save import About, Save
 from partita.checkpoint.transfer import HostRoom
@@ -14,6 +16,7 @@ __all__ = [
     "CheckpointError",
     "Found",
     "HostRoom",
+    "ModelWeights",
     "Save",
     "Verified",
     "Wanted",
@@ -27,6 +30,7 @@ __all__ = [
     "newest_tag",
     "prepare",
     "prune",
+    "save_model_files",
     "verify",
     "verify_together",
 ]

@@ -1,10 +1,10 @@
-"""The weights of a checkpoint as a file of their own, without an engine."""
+"""The weights of a checkpoint as files of their own, without an engine."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import suppress
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,17 +12,21 @@ from torch import Tensor
 
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.folder import Found
-from partita.checkpoint.manifest import MANIFEST, parse_manifest
-from partita.checkpoint.pieces import MODEL, REMAINDER, Place, of_quantity
+from partita.checkpoint.layout import TensorSpec
+from partita.checkpoint.model_files import ModelFiles
+from partita.checkpoint.model_weights import Read
+from partita.checkpoint.pieces import MODEL, REMAINDER, Place, dtype_name, of_quantity
 from partita.checkpoint.saved_state import STATE, parse_state
 from partita.checkpoint.stored import Stored, read_whole
 from partita.device import HOST, kernels
 from partita.model import WEIGHT
-from partita.model.export import WeightFile
+
+_RUN = 2**22  # elements that are read at a time
 
 
 def export(found: Found, path: Path, dtype: torch.dtype | None) -> Iterator[int]:
-    """Writes the model's tensors into one safetensors file, one at a time; gives the bytes of each.
+    """Writes the model's tensors into files of their own (see `ModelFiles`), some elements at a time; gives the bytes
+    of these.
 
     Tensors that the state dict has under several names are written under each.
 
@@ -32,27 +36,30 @@ def export(found: Found, path: Path, dtype: torch.dtype | None) -> Iterator[int]
 
     Raises:
         CheckpointError: the checkpoint is damaged.
-        ValueError: `path` is in a folder of a checkpoint.
-        OSError: the file cannot be written.
+        ValueError: `path` is in a folder of a checkpoint, or cannot be that of model files.
+        OSError: the files cannot be written.
     """
-    _require_outside(path)
     with Stored(found.path, found.manifest) as stored:
         names = {place: [place.name] for place in stored.tensors if place.stem == MODEL}
         for alias, name in _aliases(found).items():
             if Place(MODEL, name) not in names:
                 raise CheckpointError(f"'{found.path}' has no tensor '{name}', which {STATE} also calls '{alias}'")
             names[Place(MODEL, name)].append(alias)
-        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        specs: list[TensorSpec] = []
         for place, its_names in names.items():
             own = stored.dtype(place)
             written = dtype if dtype is not None and own.is_floating_point else own
-            layout.update((name, (written, stored.tensors[place].shape)) for name in its_names)
-        with WeightFile(path, layout) as file:
-            for place, its_names in names.items():
-                values = _read(stored, place, dtype)
-                for name in its_names:
-                    file.write(name, values)
-                    yield values.nbytes
+            specs += [TensorSpec(name, dtype_name(written), stored.tensors[place].shape) for name in its_names]
+        files = ModelFiles(path, specs)
+        try:
+            with files.writing(files.create(), heads=True) as writing:
+                for place, its_names in names.items():
+                    for name in its_names:
+                        yield from _copy(stored, place, dtype, partial(writing.put, name))
+            files.publish()
+        except BaseException:
+            files.discard()
+            raise
 
 
 def _aliases(found: Found) -> dict[str, str]:
@@ -61,28 +68,36 @@ def _aliases(found: Found) -> dict[str, str]:
     return parse_state(read_whole(found.path, STATE, found.manifest.files[STATE]), str(found.path / STATE)).aliases
 
 
-def _require_outside(path: Path) -> None:
-    """What is in a checkpoint's folder must stay as it was saved, and goes with the next save of the tag."""
-    for folder in Path(os.path.realpath(path)).parents:
-        with suppress(CheckpointError, OSError):
-            parse_manifest((folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
-            raise ValueError(f"'{path}' would be in the checkpoint '{folder}': give a path outside of it")
+def _copy(
+    stored: Stored, place: Place, dtype: torch.dtype | None, put: Callable[[int, int, Read], None]
+) -> Iterator[int]:
+    """Puts a tensor, some elements at a time; gives the bytes of each."""
+    numel = math.prod(stored.tensors[place].shape)
+    for first in range(0, numel, _RUN):
+        values = _read(stored, place, first, min(_RUN, numel - first), dtype)
+        written = values.to(dtype) if dtype is not None and values.is_floating_point() else values
+        put(first, written.numel(), partial(_part, written))
+        yield written.nbytes
 
 
-def _read(stored: Stored, place: Place, dtype: torch.dtype | None) -> Tensor:
+def _part(values: Tensor, begin: int, end: int) -> Tensor:
+    return values[begin:end]
+
+
+def _read(stored: Stored, place: Place, first: int, numel: int, dtype: torch.dtype | None) -> Tensor:
     master, remainder = (of_quantity(kind, place) for kind in (WEIGHT, REMAINDER))
     if dtype in (torch.float32, torch.float64) and master in stored.tensors:
-        return _whole(stored, master)
-    values = _whole(stored, place)
+        return _elements(stored, master, first, numel)
+    values = _elements(stored, place, first, numel)
     if dtype in (torch.float32, torch.float64) and remainder in stored.tensors:
-        joined = torch.empty(values.shape, dtype=torch.float32, device=HOST)
-        kernels.join_master(joined, values, _whole(stored, remainder))
+        joined = torch.empty(numel, dtype=torch.float32, device=HOST)
+        kernels.join_master(joined, values, _elements(stored, remainder, first, numel))
         return joined
     return values
 
 
-def _whole(stored: Stored, place: Place) -> Tensor:
-    values = torch.empty(stored.tensors[place].shape, dtype=stored.dtype(place), device=HOST)
-    stored.read(place, 0, values.view(-1))
+def _elements(stored: Stored, place: Place, first: int, numel: int) -> Tensor:
+    values = torch.empty(numel, dtype=stored.dtype(place), device=HOST)
+    stored.read(place, first, values)
     stored.finish()
     return values

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from partita.checkpoint.layout import TensorSpec
 from partita.model import DTYPE_NAMES, WEIGHT, Quantity, TrainState
-from partita.units import Unit
+from partita.units import Slot, Unit
 
 MODEL, OPTIMIZER = "model", "optimizer"  # what the names of files begin with
 REMAINDER, PARAMETER = "remainder", "parameter"
@@ -43,7 +43,7 @@ class Piece:
     @property
     def spec(self) -> TensorSpec:
         """Of the whole tensor."""
-        return TensorSpec(self.place.name, _dtype_name(self.values), self.shape)
+        return TensorSpec(self.place.name, dtype_name(self.values.dtype), self.shape)
 
 
 class StoredNames:
@@ -149,11 +149,12 @@ def _require_same_parameters(parameters: Mapping[str, nn.Parameter], state: Trai
 
 
 def _spec(name: str, value: Tensor) -> TensorSpec:
-    return TensorSpec(name, _dtype_name(value), tuple(value.shape))
+    return TensorSpec(name, dtype_name(value.dtype), tuple(value.shape))
 
 
-def _dtype_name(value: Tensor) -> str:
-    return DTYPE_NAMES.get(value.dtype, str(value.dtype))  # another is refused when files are laid out
+def dtype_name(dtype: torch.dtype) -> str:
+    """In a file's header; another dtype is refused by its own name when files are laid out."""
+    return DTYPE_NAMES.get(dtype, str(dtype))
 
 
 def stem_of(file: str) -> str:
@@ -204,14 +205,20 @@ def _pieces_of(quantity: Quantity, names: StoredNames) -> Iterator[Piece]:
         stored = unit.stored_weights() if isinstance(unit, Unit) else {"": unit.own_params}
     else:
         stored = {quantity.name: quantity.read()}
-    # In stage 0 all ranks have everything. Each writes its shard.
-    shard = unit.layout.shard_range(unit.communicator.rank)
     for kind, flat in stored.items():
-        for s in quantity.slices:
-            start = unit.own.start + s.shard_offset
-            begin, end = max(start, shard.start), min(start + s.numel, shard.stop)
-            if begin < end:
-                parameter = names.of_parameter(s.slot.name)
-                place = of_quantity(kind, parameter) if kind else parameter
-                values = flat[begin - unit.own.start : end - unit.own.start]
-                yield Piece(place, s.slot.shape, s.parameter_offset + begin - start, values)
+        for slot, first, where in shares(quantity):
+            parameter = names.of_parameter(slot.name)
+            place = of_quantity(kind, parameter) if kind else parameter
+            yield Piece(place, slot.shape, first, flat[where])
+
+
+def shares(quantity: Quantity) -> Iterator[tuple[Slot, int, slice]]:
+    """What this rank writes of each parameter: the first of the elements in the parameter, and where they are in the
+    quantity. In stage 0 all ranks have everything, and each writes its shard."""
+    unit = quantity.unit
+    shard = unit.layout.shard_range(unit.communicator.rank)
+    for s in quantity.slices:
+        start = unit.own.start + s.shard_offset
+        begin, end = max(start, shard.start), min(start + s.numel, shard.stop)
+        if begin < end:
+            yield s.slot, s.parameter_offset + begin - start, slice(begin - unit.own.start, end - unit.own.start)

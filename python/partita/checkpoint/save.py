@@ -14,7 +14,7 @@ from typing import Any
 
 from partita.checkpoint.agreement import from_rank_0, together
 from partita.checkpoint.commit import Staging, sweep
-from partita.checkpoint.disk import write_durably
+from partita.checkpoint.disk import preallocate, write_durably
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.layout import MIN_CHUNK_BYTES, FileLayout, TensorSpec, chunk_bytes, index_text, lay_out
 from partita.checkpoint.manifest import FORMAT, MANIFEST, VERSION, FileRecord, Manifest, manifest_text
@@ -22,7 +22,7 @@ from partita.checkpoint.pieces import MODEL, OPTIMIZER, Piece, Place, StoredName
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state, state_text
 from partita.checkpoint.transfer import HostRoom, digest_text
 from partita.checkpoint.unchanged import Earlier, earlier_files, has_same_bytes, try_link
-from partita.checkpoint.writer import Chunk, Run, Writer, places_in, preallocate, records_of, runs_in
+from partita.checkpoint.writer import Chunk, Run, Writer, places_in, records_of, runs_in
 from partita.comm import Communicator, any_rank, any_rank_each, require_same, text_by_rank
 from partita.model import DiffersByRank, TrainState, from_plain, to_plain
 

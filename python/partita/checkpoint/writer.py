@@ -42,18 +42,6 @@ def runs_in(files: Sequence[FileLayout], mine: Iterable[Piece]) -> list[Run]:
     ]
 
 
-def preallocate(path: Path, size: int) -> None:
-    """A new file of this size, whose bytes have their place on the disk."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        why = f"{os.strerror(error.errno or 0)} (there is no room for {size:,} bytes)"
-        raise OSError(error.errno, why, str(path)) from None
-    finally:
-        os.close(fd)
-
-
 class Writer:
     """Writes this rank's pieces, and the headers if `heads`; they are on the disk after `finish()`.
 

@@ -17,7 +17,7 @@ from partita.config import save_config
 from partita.data import ShardedLoader
 from partita.engine.as_module import AsModule
 from partita.engine.save_beside import SaveBeside
-from partita.model import ModelPart, RandomState, Section, TrainState, clone_state_dict, save_weights
+from partita.model import ModelPart, RandomState, Section, TrainState, clone_state_dict
 from partita.optim import HyperParameters, ShardedOptimizer
 from partita.run import Run
 from partita.step import OptimizerStep
@@ -100,27 +100,43 @@ class KeepsState(AsModule):
         return _IncompatibleKeys([f"module.{name}" for name in missing], [f"module.{name}" for name in unexpected])
 
     def save_model(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """Writes the model's state dict to one safetensors file, which rank 0 writes and all ranks gather.
+        """Writes the model's state dict into safetensors files, each rank its own part; a collective.
 
-        No rank holds more than one unit of whole parameters at a time. The file appears when it is complete. Shared
-        parameters are written under each of their names.
+        A path that ends in ".safetensors" is one file. Another is a folder with model.safetensors, or with files of
+        at most 5 GB and an index, which `from_pretrained` opens where a config.json is beside them. Nothing is
+        gathered. Files appear when they are complete; an older export is there until then. Shared parameters are
+        written under each of their names.
 
         Args:
             dtype: of the floating-point tensors; None: as the model computes. torch.float32 writes the masters of
                 what is trained.
 
         Raises:
-            ValueError: something in the state dict is no tensor, or safetensors has no such dtype.
-            OSError: the file cannot be written; raised on all ranks.
+            ValueError: something in the state dict is no tensor, safetensors has no such dtype, or the path is that
+                of a pickle or in a checkpoint.
+            OSError: the files cannot be written; raised on all ranks.
         """
+        from partita.checkpoint import CheckpointError, ModelWeights, save_model_files
+
         with self._call_of_all("save_model()"):
+            self._require_parts("save_model()")
             self._wait_for_parameters()
-            save_weights(self.module, path, dtype, self._run.grid.data)
+            for part in self._parts:
+                part.adopt_written_parameters()
+            state = TrainState(self._parts, [], self._run.grid.world)
+            try:
+                save_model_files(ModelWeights(state, self.module, dtype), Path(path), state.world)
+            except CheckpointError as error:
+                raise OSError(str(error)) from error
 
     def save_16bit_model(self, save_dir: str | os.PathLike[str], save_filename: str = "model.safetensors") -> None:
-        """`save_model` in the dtype that the model computes in, under DeepSpeed's name."""
+        """`save_model` in the dtype that the model computes in, under DeepSpeed's name.
+
+        Under the default name, a model of more than 5 GB becomes several files with an index.
+        """
         with self._call_of_all("save_16bit_model()"):
-            self.save_model(Path(save_dir) / save_filename)
+            whole = save_filename != "model.safetensors"
+            self.save_model(Path(save_dir) / save_filename if whole else save_dir)
 
     def save_config(self, path: str | os.PathLike[str] = "partita_config.json") -> Path:
         """Writes the whole config as JSON, batch sizes resolved; returns the path."""

@@ -2,7 +2,7 @@
 
 from partita.model.access import ParameterAccess, access_of
 from partita.model.accumulation import Accumulation
-from partita.model.export import DTYPE_NAMES, save_weights
+from partita.model.format_names import DTYPE_NAMES
 from partita.model.loss_scaling import LossScaling
 from partita.model.part import ModelPart
 from partita.model.plain import from_plain, to_plain
@@ -31,6 +31,5 @@ __all__ = [
     "device_of",
     "from_plain",
     "require_only_parameters_of",
-    "save_weights",
     "to_plain",
 ]

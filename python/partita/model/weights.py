@@ -8,29 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from partita.model.access import access_of
-from partita.units import Unit, holders_of
+from partita.units import holders_of
 
 
-def state_tensors(module: nn.Module, masters: bool = False) -> Iterator[tuple[str, Any]]:
+def state_tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What is in the module's state dict, by name, each valid until the next is asked for.
 
     Partitioned parameters are gathered one unit at a time: a collective, which all ranks go through to the end. So the
     order is not that of the state dict.
-
-    Args:
-        masters: the fp32 masters in place of 16-bit parameters that are trained.
     """
     state = module.state_dict(keep_vars=True)
     for holder, names in holders_of(state).items():
         if holder is None:
             for name in names:
                 yield name, state[name].detach() if isinstance(state[name], torch.Tensor) else state[name]
-            continue
-        access = access_of(state[names[0]]) if masters else None
-        if access is not None and isinstance(holder, Unit) and holder.dtype != torch.float32:
-            for name in names:
-                yield name, access.weights(holder, state[name])
             continue
         with holder.whole() as values_of:
             for name in names:
