@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from config_messages import message_for, nested
+from partita.config.checkpoint_keys import CheckpointConfig, EncryptionConfig
 from partita.config.fields import OwnKey
 from partita.config.sections import all_sections, join
 
@@ -66,6 +67,13 @@ CPU = {"device": "cpu"}
         ("activation_checkpointing.enabled", "yes", "true or false"),
         ("activation_checkpointing.classes", "Block", "a list or null"),
         ("activation_checkpointing.cpu_checkpointing", 1, "true or false"),
+        ("checkpoint", True, "an object"),
+        ("checkpoint.dir", "", "a string that is not empty or null"),
+        ("checkpoint.interval_steps", 0, "an integer >= 1 or null"),
+        ("checkpoint.interval_minutes", 0, "a number > 0 or null"),
+        ("checkpoint.keep_last", 0, "an integer >= 1 or null"),
+        ("checkpoint.resume", 100, "a string that is not empty"),
+        ("checkpoint.encryption", True, "an object"),
         ("zero_optimization.reduce_bucket_size", 1.5, "an integer >= 1"),
         ("zero_optimization.allgather_bucket_size", math.inf, "an integer >= 1"),
         ("zero_optimization.allgather_bucket_size", "5e8", "an integer >= 1"),
@@ -112,6 +120,17 @@ def test_wrong_value_names_key_value_and_range(key: str, value: Any, expected: s
             ["activation_checkpointing: ", "no effect while enabled is false", "set enabled to true"],
         ),
         ({"activation_checkpointing": {"enabled": True, "classes": ["a", 1]}}, ["activation_checkpointing.classes"]),
+        ({"checkpoint": {"interval_steps": 5}}, ["checkpoint: interval_steps has no effect without dir; set dir"]),
+        ({"checkpoint": {"keep_last": 2, "resume": "best"}}, ["checkpoint: keep_last and resume have no effect"]),
+        (
+            {"checkpoint": {"dir": "d", "fallback": True, "resume": "never"}},
+            ['checkpoint: fallback has no effect while resume = "never"; set resume to "auto"'],
+        ),
+        ({"checkpoint": {"encryption": {}}}, ["checkpoint.encryption: the key is missing: give one of key_env, "]),
+        (
+            {"checkpoint": {"encryption": {"key_env": "A", "key_file": "b"}}},
+            ["checkpoint.encryption: key_env and key_file exclude each other; leave one"],
+        ),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, ["fp16.enabled and bf16.enabled exclude each other"]),
         (
             {"fp16": {"enabled": True}, "torch_autocast": {"enabled": True}},
@@ -198,6 +217,8 @@ def test_own_keys_are_marked() -> None:
         "activation_checkpointing.classes",
         "activation_checkpointing.enabled",
         "bf16.master_weights",
+        *(f"checkpoint.{key}" for key in CheckpointConfig.model_fields),
+        *(f"checkpoint.encryption.{key}" for key in EncryptionConfig.model_fields),
         "comm",
         "max_consecutive_skipped_steps",
         "seed",

@@ -40,7 +40,7 @@ class RankLocal:
 
 def takes_auto(field: FieldInfo) -> bool:
     """Whether "auto" is a value like others for this key."""
-    return "auto" in typing.get_args(field.annotation)
+    return "auto" in (*typing.get_args(field.annotation), field.default)
 
 
 def _renamed(names: dict[str, str]) -> Callable[[Any], Any]:

@@ -9,6 +9,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from typing_extensions import Self
 
 from partita.config.answers import Ignored
+from partita.config.checkpoint_keys import CheckpointConfig
 from partita.config.fields import (
     WHOLE,
     AutocastName,
@@ -273,6 +274,7 @@ class Config(Section):
     activation_checkpointing: ActivationCheckpointingConfig = Field(
         ActivationCheckpointingConfig(), description="See [activation_checkpointing](#activation_checkpointing)."
     )
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="See [checkpoint](#checkpoint).")
     gradient_clipping: Annotated[float, Field(ge=0), DeepSpeedDefault("1.0")] = Field(
         0.0, description="Largest norm of all gradients together; 0 does not clip."
     )
