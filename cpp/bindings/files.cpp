@@ -48,7 +48,8 @@ void register_files(py::module_& m) {
                 return queue.take_over(first, last, pointer<void>(address));
             },
             py::arg("first"), py::arg("last"), py::arg("address"), release())
-        .def("wait", &wait, py::arg("count") = py::none(), release());
+        .def("wait", &wait, py::arg("count") = py::none(), release())
+        .def("idle", &FileQueue::idle, release());
 }
 
 }  // namespace partita::bindings

@@ -117,6 +117,7 @@ class FileQueue::State {
     std::int64_t put(const Job& job);
     std::int64_t take_over(std::int64_t first, std::int64_t last, char* copies);
     std::vector<FileResult> wait(std::optional<std::int64_t> count);
+    bool idle();
 
   private:
     using Numbers = std::set<std::int64_t>;
@@ -291,6 +292,12 @@ std::vector<FileResult> FileQueue::State::wait(std::optional<std::int64_t> count
     return results;
 }
 
+bool FileQueue::State::idle() {
+    require_own_process();
+    const std::lock_guard lock(mutex_);
+    return done_before_ == queued();
+}
+
 template <class Reached>
 void FileQueue::State::await(std::unique_lock<std::mutex>& lock, const Reached& reached) {
     while (!done_.wait_for(lock, look_around_every, reached)) {
@@ -337,5 +344,6 @@ std::int64_t FileQueue::take_over(std::int64_t first, std::int64_t last, void* c
     return state_->take_over(first, last, static_cast<char*>(copies));
 }
 std::vector<FileResult> FileQueue::wait(std::optional<std::int64_t> count) { return state_->wait(count); }
+bool FileQueue::idle() const { return state_->idle(); }
 
 }  // namespace partita

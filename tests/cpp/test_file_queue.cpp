@@ -212,8 +212,10 @@ TEST(FileQueue, WaitsForTheFirstJobsAlone) {
     auto rest = std::async(std::launch::async, [&] { return queue.wait(); });
     gate.await_arrival();
     EXPECT_EQ(rest.wait_for(120ms), std::future_status::timeout);
+    EXPECT_FALSE(queue.idle());
     gate.open();
     expect_done(rest.get(), 2);
+    EXPECT_TRUE(queue.idle());
 }
 
 // The sync has what stands behind the descriptor when it begins: a file at first, a pipe once the write is held.

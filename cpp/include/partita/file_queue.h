@@ -52,6 +52,9 @@ class FileQueue {
     // that are queued at the time of the call). Their results, in the order of their numbers.
     std::vector<FileResult> wait(std::optional<std::int64_t> count = {});
 
+    // Whether all jobs that are queued are done: wait() would not wait.
+    bool idle() const;
+
   private:
     class State;
     std::unique_ptr<State> state_;

@@ -4,13 +4,14 @@ from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.export import export
 from partita.checkpoint.folder import Found, checkpoints, find, latest_tag, prune
 from partita.checkpoint.load import Wanted, load
-from partita.checkpoint.save import About, save
+from partita.checkpoint.save import About, Save
 from partita.checkpoint.verify import Verified, verify
 
 __all__ = [
     "About",
     "CheckpointError",
     "Found",
+    "Save",
     "Verified",
     "Wanted",
     "checkpoints",
@@ -19,6 +20,5 @@ __all__ = [
     "latest_tag",
     "load",
     "prune",
-    "save",
     "verify",
 ]

@@ -31,7 +31,8 @@ class Place:
 class Piece:
     """A run of elements of a tensor that this rank writes.
 
-    shape: of the whole tensor. first: of the run in the flattened tensor. values: flat, contiguous.
+    shape: of the whole tensor. first: of the run in the flattened tensor. values: flat, contiguous; only
+    an update changes them, or who writes into parameters.
     """
 
     place: Place
@@ -182,8 +183,8 @@ def pieces(state: TrainState, names: StoredNames) -> Iterator[Piece]:
         yield Piece(names.of_parameter(name), tuple(tensor.shape), begin, flat[begin:end])
     if rank == 0:
         for name, tensor in names.buffers.items():
-            # The bits of a conjugate view are not those of its memory.
-            values = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+            # A copy: forwards change buffers. The bits of a conjugate view are not those of its memory.
+            values = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).view(-1)
             yield Piece(Place(MODEL, name), tuple(tensor.shape), 0, values)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -21,8 +22,8 @@ from partita.checkpoint.layout import MIN_CHUNK_BYTES, FileLayout, TensorSpec, c
 from partita.checkpoint.manifest import FORMAT, MANIFEST, VERSION, FileRecord, Manifest, manifest_text
 from partita.checkpoint.pieces import MODEL, OPTIMIZER, Piece, Place, StoredNames, pieces, stem_of
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state, state_text
-from partita.checkpoint.transfer import Transfer, digest_text
-from partita.comm import Communicator, require_same, text_by_rank
+from partita.checkpoint.transfer import COPIED_BYTES, Transfer, digest_text
+from partita.comm import Communicator, any_rank, require_same, text_by_rank
 from partita.model import DiffersByRank, TrainState, from_plain, to_plain
 
 # (file, offset, length, digest) of what was written in one piece.
@@ -42,14 +43,16 @@ class About:
     is_latest: bool = True
 
 
-def save(state: TrainState, directory: Path, tag: str, about: About, client_state: Mapping[str, Any]) -> Path:
-    """Writes a checkpoint DIRECTORY/TAG; returns its path. A collective.
+class Save:
+    """A save that is under way: its files are being written.
 
-    Every rank writes its own part of every tensor, straight from where it is. An older checkpoint of the same tag is
-    there until the new one is complete.
+    The training state must stay as it is until `finish()`, or until `take_over()`.
 
     Args:
+        state: all ranks write it, each its own part of every tensor, straight from where it is.
         client_state: the program's own; rank 0's is saved.
+        copied_bytes: of what a device has, copies on the host, at most; None: as many as there are to be.
+        then: called on rank 0 once the checkpoint is there.
 
     Raises:
         RuntimeError: in the midst of a step.
@@ -57,37 +60,121 @@ def save(state: TrainState, directory: Path, tag: str, about: About, client_stat
         CheckpointError: the checkpoint was not written, for the reason that it gives; on all ranks. What was there
             before is still there.
     """
-    world = state.world
-    require_same(world, [("save_dir", str(directory)), ("tag", tag), ("save_latest", str(about.is_latest))])
-    sections = state.take_sections()
-    what = f"the checkpoint '{directory / tag}' was not saved"
-    client = together(world, what, lambda: _plain_client_state(client_state))
-    names = together(world, what, lambda: StoredNames(state))
-    mine = together(world, what, lambda: list(pieces(state, names)))
-    files = together(world, what, partial(_lay_out, _all_specs(world, mine, names)))
-    staging = together(world, what, lambda: Staging(directory, tag))  # rank 0's is used
-    try:
-        folder = Path(from_rank_0(world, what, partial(_begin, staging, directory, files)))
-        chunks = together(world, what, partial(_write, folder, files, mine, world.rank == 0))
-        differing = {s.name: sections.pop(s.name) for s in state.sections if isinstance(s.owner, DiffersByRank)}
-        by_rank = [json.loads(text) for text in text_by_rank(world, json.dumps([differing, chunks]))]
 
-        def commit() -> str:
-            small = SavedState(
-                sections=sections,
-                ranks=[one for one, _ in by_rank],
-                client_state=client,
-                aliases=names.aliases,
-                parameters=names.renamed,
+    def __init__(
+        self,
+        state: TrainState,
+        directory: Path,
+        tag: str,
+        about: About,
+        client_state: Mapping[str, Any],
+        *,
+        copied_bytes: int | None = COPIED_BYTES,
+        then: Callable[[], object] = lambda: None,
+    ) -> None:
+        world = self._world = state.world
+        require_same(world, [("save_dir", str(directory)), ("tag", tag), ("save_latest", str(about.is_latest))])
+        sections = state.take_sections()
+        self.path = directory / tag
+        self._what = what = f"the checkpoint '{self.path}' was not saved"
+        client = together(world, what, lambda: _plain_client_state(client_state))
+        names = together(world, what, lambda: StoredNames(state))
+        mine = together(world, what, lambda: list(pieces(state, names)))
+        self._files = together(world, what, partial(_lay_out, _all_specs(world, mine, names)))
+        self._staging = together(world, what, lambda: Staging(directory, tag))  # rank 0's is used
+        self._differing = {s.name: sections.pop(s.name) for s in state.sections if isinstance(s.owner, DiffersByRank)}
+        self._small = SavedState(
+            sections=sections, ranks=[], client_state=client, aliases=names.aliases, parameters=names.renamed
+        )
+        self._about, self._then = about, then
+        self._committing: Future[str] | None = None
+        self._spoiled = ""
+        try:
+            folder = Path(from_rank_0(world, what, partial(_begin, self._staging, directory, self._files)))
+            self._writer = together(
+                world, what, partial(_Writer, folder, self._files, mine, world.rank == 0, copied_bytes)
             )
-            records = _records(files, [tuple(chunk) for _, written in by_rank for chunk in written])
-            manifest = partial(_manifest, tag, about, world.world_size)
-            return _commit(staging, _small_files(small, files), records, manifest, about.is_latest)
+        except BaseException:
+            self._staging.discard()
+            raise
 
-        return Path(from_rank_0(world, what, commit))
-    except BaseException:
-        staging.discard()
-        raise
+    def take_over(self) -> int:
+        """The training state may change from now on: what is not written yet has been copied. Returns the bytes of it.
+        No collective."""
+        return self._writer.transfer.take_over()
+
+    def spoil(self, why: str) -> None:
+        """The files may have anything by now, so the save fails once all ranks are done. No collective."""
+        self._spoiled = why
+
+    def is_written(self) -> bool:
+        """Whether nothing of the training state, nor of a copy of it, is still to be written. No collective."""
+        return self._writer.transfer.is_done()
+
+    def advance(self) -> bool:
+        """Does what can be done without waiting for a disk; whether the checkpoint is there. A collective.
+
+        Raises:
+            CheckpointError: it was not written, as in the constructor. The save is over.
+        """
+        is_ready = self.is_written() if self._committing is None else self._committing.done()
+        if any_rank(self._world, not is_ready):
+            return False
+        if self._committing is not None:
+            self.finish()
+            return True
+        with self._ended_by_errors():
+            commit = self._gather()
+        threads = ThreadPoolExecutor(1)
+        self._committing = threads.submit(commit if self._world.rank == 0 else str)
+        threads.shutdown(wait=False)
+        return False
+
+    def finish(self) -> Path:
+        """Waits until the checkpoint is there; returns its path. A collective.
+
+        Raises:
+            CheckpointError: it was not written, as in the constructor. The save is over.
+        """
+        with self._ended_by_errors():
+            commit = self._gather() if self._committing is None else self._committing.result
+            from_rank_0(self._world, self._what, commit)
+        return self.path
+
+    def abandon(self) -> None:
+        """Ends the save; nothing of it is left but a checkpoint that is complete. No collective."""
+        self._writer.close()
+        if self._committing is not None:
+            wait([self._committing])
+        self._staging.discard()
+
+    @contextmanager
+    def _ended_by_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _gather(self) -> Callable[[], str]:
+        """Waits until everything is written; what rank 0 has to do then."""
+        chunks = together(self._world, self._what, self._written)
+        by_rank = [json.loads(text) for text in text_by_rank(self._world, json.dumps([self._differing, chunks]))]
+        return partial(self._commit, by_rank)
+
+    def _written(self) -> list[Chunk]:
+        chunks = self._writer.finish()
+        if self._spoiled:
+            raise CheckpointError(self._spoiled)
+        return chunks
+
+    def _commit(self, by_rank: Sequence[tuple[dict[str, Any], list[Any]]]) -> str:
+        small = self._small.model_copy(update={"ranks": [one for one, _ in by_rank]})
+        records = _records(self._files, [tuple(chunk) for _, written in by_rank for chunk in written])
+        manifest = partial(_manifest, self.path.name, self._about, self._world.world_size)
+        path = _commit(self._staging, _small_files(small, self._files), records, manifest, self._about.is_latest)
+        self._then()
+        return path
 
 
 def _plain_client_state(client_state: Mapping[str, Any]) -> Any:
@@ -174,22 +261,40 @@ def _preallocate(path: Path, size: int) -> None:
         os.close(fd)
 
 
-def _write(folder: Path, files: Sequence[FileLayout], mine: Sequence[Piece], heads: bool) -> list[Chunk]:
-    """Writes this rank's pieces, and the headers if `heads`; they are on the disk afterwards."""
-    index = {Place(stem_of(file.name), name): i for i, file in enumerate(files) for name in file.begin}
-    with ExitStack() as exits:
-        transfer = exits.enter_context(Transfer(chunk_bytes(files)))
-        fds = [_open(folder, file, exits) for file in files]
-        for i, file in enumerate(files):
-            if heads:
-                transfer.write_data(fds[i], 0, file.header, (i, file.name))
-        for piece in mine:
-            i = index[piece.place]
-            begin = files[i].begin[piece.place.name] + piece.first * piece.values.element_size()
-            transfer.write(fds[i], begin, piece.values, (i, f"'{piece.place.name}' in {files[i].name}"))
-        for i, fd in enumerate(fds):
-            transfer.sync(fd, (i, files[i].name))
-        return transfer.finish()
+class _Writer:
+    """Writes this rank's pieces, and the headers if `heads`; they are on the disk after `finish()`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[FileLayout],
+        mine: Sequence[Piece],
+        heads: bool,
+        copied_bytes: int | None,
+    ) -> None:
+        index = {Place(stem_of(file.name), name): i for i, file in enumerate(files) for name in file.begin}
+        with ExitStack() as exits:
+            fds = [_open(folder, file, exits) for file in files]
+            self.transfer = transfer = exits.enter_context(Transfer(chunk_bytes(files), copied_bytes))
+            for i, file in enumerate(files):
+                if heads:
+                    transfer.write_data(fds[i], 0, file.header, (i, file.name))
+            for piece in mine:
+                i = index[piece.place]
+                begin = files[i].begin[piece.place.name] + piece.first * piece.values.element_size()
+                transfer.write(fds[i], begin, piece.values, (i, f"'{piece.place.name}' in {files[i].name}"))
+            for i, fd in enumerate(fds):
+                transfer.sync(fd, (i, files[i].name))
+            self._exits = exits.pop_all()
+
+    def finish(self) -> list[Chunk]:
+        """Waits for everything; where each chunk is, and its digest."""
+        with self._exits:
+            return self.transfer.finish()
+
+    def close(self) -> None:
+        """Drops what is not written."""
+        self._exits.close()
 
 
 def _open(folder: Path, file: FileLayout, exits: ExitStack) -> int:

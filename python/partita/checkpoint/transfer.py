@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from types import TracebackType
 
 import torch
@@ -29,7 +31,8 @@ def digest_text(data: bytes | bytearray) -> str:
 
 @dataclass
 class _Job:
-    """offset, nbytes: in the file. expected: the digest, of what is read. kept: memory that must last until then."""
+    """offset, nbytes: in the file. expected: the digest, of what is read. kept: memory that must last until then.
+    reads_live: a write out of memory that others change later."""
 
     label: Label
     offset: int
@@ -37,6 +40,7 @@ class _Job:
     expected: str | None = None
     kept: list[Tensor] = field(default_factory=list)
     then: tuple[Tensor, Tensor] | None = None  # (to, from): copied once it has been read
+    reads_live: bool = False
 
 
 class Transfer:
@@ -46,14 +50,18 @@ class Transfer:
 
     Args:
         chunk_bytes: of what is written; a multiple of the size of every element.
+        copied_bytes: of copies that wait to be written: a call that needs more waits. None: no call waits.
     """
 
-    def __init__(self, chunk_bytes: int = MIN_CHUNK_BYTES) -> None:
+    def __init__(self, chunk_bytes: int = MIN_CHUNK_BYTES, copied_bytes: int | None = COPIED_BYTES) -> None:
         self._chunk_bytes = chunk_bytes
+        self._copied_bytes = copied_bytes
         self._queue = FileQueue(THREADS)
         self._jobs: list[_Job] = []
         self._done: list[tuple[int, int, int, str]] = []
         self._copied = 0
+        self._settled = 0  # jobs before those of _jobs
+        self._copies: list[Tensor] = []
 
     def __enter__(self) -> Transfer:
         return self
@@ -67,14 +75,15 @@ class Transfer:
         self._jobs.clear()
 
     def write(self, fd: int, offset: int, values: Tensor, label: Label) -> None:
-        """Writes a flat tensor, which must not change until `finish()`. Values of a device are copied."""
+        """Writes a flat tensor, which must not change until `finish()` or `take_over()`. A device's is copied."""
         step = self._chunk_bytes // values.element_size()
         for first in range(0, values.numel(), step):
             part = values[first : first + step]
-            if part.device.type != "cpu":
+            is_here = part.device.type == "cpu"
+            if not is_here:
                 part = part.to(HOST)
                 self._make_room(part.nbytes)
-            self._write(fd, offset + first * values.element_size(), part, label)
+            self._write(fd, offset + first * values.element_size(), part, label, reads_live=is_here)
 
     def write_data(self, fd: int, offset: int, data: bytes, label: Label) -> None:
         """Writes bytes as one chunk."""
@@ -105,6 +114,22 @@ class Transfer:
         then = (raw, whole[offset - begin : offset - begin + into.nbytes])
         self._jobs.append(_Job(label, begin, length, digest, [whole], then))
 
+    def take_over(self) -> int:
+        """The tensors that are written may change when this returns. What is left of them has been copied; the number
+        of these bytes."""
+        copied = 0
+        for first, last, nbytes in self._live_runs():
+            copies = torch.empty(nbytes, dtype=torch.uint8, device=HOST)  # has pages only where something is copied
+            copied += self._queue.take_over(first, last, kernels.address(copies))
+            self._copies.append(copies)
+            for job in self._jobs[first - self._settled : last - self._settled]:
+                job.reads_live = False
+        return copied
+
+    def is_done(self) -> bool:
+        """Whether `finish()` would not wait."""
+        return self._queue.idle()
+
     def finish(self) -> list[tuple[int, int, int, str]]:
         """Waits for everything; (file, offset, length, digest) of all that was written or read.
 
@@ -116,20 +141,30 @@ class Transfer:
         done, self._done = self._done, []
         return done
 
-    def _write(self, fd: int, offset: int, part: Tensor, label: Label) -> None:
+    def _write(self, fd: int, offset: int, part: Tensor, label: Label, *, reads_live: bool = False) -> None:
         if part.nbytes:
             self._queue.write(fd, offset, kernels.address(part), part.nbytes)
-            self._jobs.append(_Job(label, offset, part.nbytes, kept=[part]))
+            self._jobs.append(_Job(label, offset, part.nbytes, kept=[part], reads_live=reads_live))
+
+    def _live_runs(self) -> Iterator[tuple[int, int, int]]:
+        """(first, last, bytes) of jobs in a row that write out of memory that others change."""
+        numbered = enumerate(self._jobs, self._settled)
+        for reads_live, run in groupby(list(numbered), lambda item: item[1].reads_live):
+            jobs = list(run)
+            if reads_live:
+                yield jobs[0][0], jobs[-1][0] + 1, sum(job.nbytes for _, job in jobs)
 
     def _make_room(self, nbytes: int) -> None:
         self._copied += nbytes
-        if self._copied > COPIED_BYTES:
+        if self._copied_bytes is not None and self._copied > self._copied_bytes:
             self._settle()
             self._copied = nbytes
 
     def _settle(self) -> None:
         results = self._queue.wait()  # may be interrupted: the jobs keep their memory
         jobs, self._jobs = self._jobs, []
+        self._settled += len(jobs)
+        self._copies.clear()
         for job, (error, digest) in zip(jobs, results, strict=True):
             place = f"{job.label[1]}, bytes {job.offset:,} to {job.offset + job.nbytes:,}"
             if error < 0:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from partita.data import ShardedLoader
+from partita.engine.save_beside import SaveBeside
 from partita.engine.saving import KeepsState
 from partita.model import ModelPart
 from partita.optim import ShardedOptimizer
@@ -57,6 +58,7 @@ class EngineBase(KeepsState):
         self._step = step
         self._calls = run.grid.calls
         self._is_destroyed = False
+        self._beside = SaveBeside(parts)
         self._announce()
         self._exits = exits.pop_all()  # the last thing that may fail is done
 
@@ -129,7 +131,8 @@ class EngineBase(KeepsState):
         """Lets go of the model: hooks are removed, groups are left, and buffers are freed with the last parameter that
         lies in them.
 
-        In stage 3 the parameters of the model have no values any more: take `module_state_dict()` before.
+        In stage 3 the parameters of the model have no values any more: take `module_state_dict()` before. A save beside
+        training is finished; that is a collective, and may raise CheckpointError.
         """
         if self._is_destroyed:
             return
@@ -140,11 +143,15 @@ class EngineBase(KeepsState):
                 f"the run ends {_count(unfinished, 'micro-batch')} into a step of {self._run.batch.accumulation} "
                 "(gradient_accumulation_steps), whose gradients are in no update: give each step all its micro-batches"
             )
-        try:
-            self._exits.close()
-        finally:
-            self.optimizer = self.lr_scheduler = None
-            self._parts.clear()
+        with ExitStack() as ends:  # all of them, whatever one raises
+            ends.callback(self._let_go)
+            ends.callback(self._exits.close)
+            if self._beside.path is not None:
+                self.wait_for_save()
+
+    def _let_go(self) -> None:
+        self.optimizer = self.lr_scheduler = None
+        self._parts.clear()
 
     def _announce(self) -> None:
         if not self._run.is_first:

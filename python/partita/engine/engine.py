@@ -190,6 +190,7 @@ class Engine(EngineBase):
             self._part.forget()
             self._begin_micro_batch()
             if at_boundary:
+                self._beside.before_update()
                 self._step.update()
             else:
                 self._part.commit()

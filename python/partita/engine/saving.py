@@ -15,6 +15,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from partita.config import save_config
 from partita.data import ShardedLoader
 from partita.engine.as_module import AsModule
+from partita.engine.save_beside import SaveBeside
 from partita.model import ModelPart, RandomState, Section, TrainState, clone_state_dict, save_weights
 from partita.optim import HyperParameters, ShardedOptimizer
 from partita.run import Run
@@ -35,6 +36,7 @@ class KeepsState(AsModule):
     _run: Run
     _parts: list[ModelPart]
     _step: OptimizerStep
+    _beside: SaveBeside
 
     def module_state_dict(self, rank: int | None = None) -> dict[str, Any]:
         """The model's state dict with memory of its own (a plain `state_dict()` shares the flat buffers).
@@ -52,6 +54,7 @@ class KeepsState(AsModule):
         """Gives the model the weights of a full state dict or of safetensors files, see `partita.zero.load_weights`."""
         with self._call_of_all("load_module_state_dict()"):
             self._wait_for_parameters()
+            self._beside.finish()
             return load_weights(self.module, source, strict=strict, rank=rank)
 
     def sync_buffers(self) -> None:
@@ -135,6 +138,10 @@ class KeepsState(AsModule):
         is complete and on the disk; an older one of the same tag is there until then. Any number of ranks, stage and
         precision loads it, and `from_pretrained` opens its weights. docs/checkpoint-format.md describes the files.
 
+        With `checkpoint.async_save` in the config it is written while training goes on. The call then returns before
+        the checkpoint is there: `wait_for_save()` waits for it, as do the next save, a load, and `destroy()`. An error
+        is raised by one of these, or by a `step()`. Who writes into parameters by hand waits first.
+
         Args:
             tag: the checkpoint's name; None: global_stepN.
             client_state: what the program wants back: numbers, strings, bytes, tensors, and lists, tuples and dicts of
@@ -146,13 +153,28 @@ class KeepsState(AsModule):
             TypeError, ValueError: a state cannot be saved; names it.
             CheckpointError: the checkpoint was not written; says why, on all ranks. Earlier ones are still there.
         """
-        from partita.checkpoint import About, save  # with pydantic, which `import partita` leaves out
+        from partita.checkpoint import About, Save  # with pydantic, which `import partita` leaves out
 
         with self._call_of_all("save_checkpoint()"):
             self._require_parts("save_checkpoint()")
+            self._beside.finish()
             name = f"global_step{self._step.global_steps}" if tag is None else str(tag)
             about = About(self._step.global_steps, self._step.global_samples, self._facts(), save_latest)
-            return save(self.train_state(), Path(save_dir), name, about, {} if client_state is None else client_state)
+            client_state = {} if client_state is None else client_state
+            if not self.config.checkpoint.async_save:
+                return Save(self.train_state(), Path(save_dir), name, about, client_state).finish()
+            save = Save(self.train_state(), Path(save_dir), name, about, client_state, copied_bytes=None)
+            self._beside.begin(save)
+            return save.path
+
+    def wait_for_save(self) -> Path | None:
+        """Waits for the save beside training (`checkpoint.async_save`); its path, None if there is none. A collective.
+
+        Raises:
+            CheckpointError: the checkpoint was not written; says why, on all ranks.
+        """
+        with self._call_of_all("wait_for_save()"):
+            return self._beside.finish()
 
     def load_checkpoint(
         self,
@@ -186,6 +208,7 @@ class KeepsState(AsModule):
 
         with self._call_of_all("load_checkpoint()"):
             self._require_parts("load_checkpoint()")
+            self._beside.finish()
             wanted = Wanted(
                 sections=not load_module_only,
                 optimizer=load_optimizer_states,

@@ -40,6 +40,8 @@ class FlatParameters:
         self._versions_at_pin: list[int] = []
         self._committed: set[Slot] = set()  # since somebody looked
         self.brings: Callable[[], bool] | None = None  # what the lifetimes of the parameters do for `bring`
+        # Called before others than an update write into the unit's values or states, as far as that is known before.
+        self.before_write: Callable[[], object] = lambda: None
 
     @property
     def params(self) -> Tensor:
@@ -79,6 +81,7 @@ class FlatParameters:
     def write_own(self, values: Tensor) -> None:
         """This rank's own range takes `values`. A collective."""
         self.communicator.barrier()  # nobody computes with the old ones any more
+        self.before_write()
         self.own_params.copy_(values)
         self.communicator.barrier()
 
@@ -111,6 +114,7 @@ class FlatParameters:
 
     def pin(self) -> None:
         """The values are in memory that belongs to this rank alone, see `Holder`."""
+        self.before_write()
         if not self.residence.is_pinned:
             self._versions_at_pin = self._current_versions()
         self.residence.pin()
@@ -158,10 +162,15 @@ class FlatParameters:
                 "modifier_rank=0)`; a module that changes its own parameters in forward needs stage 0, 1 or 2"
             )
 
+    def first_written(self) -> str | None:
+        """A parameter that is always here and was written by others since the last step, as far as that is counted."""
+        return None if self.residence.comes_and_goes else next((s.name for s in self._written_slots()), None)
+
     def take_written(self) -> set[Slot]:
         """The parameters that were written or committed since the last call, by others than the engine."""
         written = {*self._committed, *self._written_slots()}
         if written:
+            self.before_write()
             self._versions, self._committed = self._current_versions(), set()
         return written
 

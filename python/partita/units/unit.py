@@ -154,6 +154,7 @@ class Unit(FlatParameters):
     def write_full_precision(self, values: Tensor) -> None:
         """The fp32 weights of this rank's own range become `values`, and the parameters with them. A collective."""
         self.communicator.barrier()  # nobody computes with the old ones any more
+        self.before_write()
         if self.master is not None and self.master is not values:
             self.master.copy_(values)
         if self.dtype != torch.float32:
@@ -199,6 +200,7 @@ class Unit(FlatParameters):
         return next((s.slot.name for s in self.own_slices() if bool(differs[s.in_shard].any())), None)
 
     def _adopt(self, slots: Collection[Slot]) -> None:
+        self.before_write()
         if self.updated is not self.own_params:
             self.updated.copy_(self.own_params)
         if self.remainder is not None:
