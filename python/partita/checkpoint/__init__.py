@@ -1,24 +1,39 @@
 """Checkpoints: files that all ranks write together, and that any other run reads."""
 
+from partita.checkpoint.audit_check import Checked, check_audit
+from partita.checkpoint.disk import GROUP, OWNER
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.export import export
 from partita.checkpoint.folder import Found, checkpoints, find, latest_tag, prune
 from partita.checkpoint.load import Wanted, load
+from partita.checkpoint.protection import Protection, event_of, protection_for
+from partita.checkpoint.rekey import rekey
 from partita.checkpoint.save import About, Save
+from partita.checkpoint.user_key import KeySource, new_key
 from partita.checkpoint.verify import Verified, verify
 
 __all__ = [
+    "GROUP",
+    "OWNER",
     "About",
+    "Checked",
     "CheckpointError",
     "Found",
+    "KeySource",
+    "Protection",
     "Save",
     "Verified",
     "Wanted",
+    "check_audit",
     "checkpoints",
+    "event_of",
     "export",
     "find",
     "latest_tag",
     "load",
+    "new_key",
+    "protection_for",
     "prune",
+    "rekey",
     "verify",
 ]

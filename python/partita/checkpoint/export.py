@@ -14,14 +14,16 @@ from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.folder import Found
 from partita.checkpoint.manifest import MANIFEST, parse_manifest
 from partita.checkpoint.pieces import MODEL, REMAINDER, Place, of_quantity
+from partita.checkpoint.protection import PLAIN, Protection, event_of
 from partita.checkpoint.saved_state import STATE, parse_state
+from partita.checkpoint.sealing import Cipher
 from partita.checkpoint.stored import Stored, read_whole
 from partita.device import HOST, kernels
 from partita.model import WEIGHT
 from partita.model.export import WeightFile
 
 
-def export(found: Found, path: Path, dtype: torch.dtype | None) -> Iterator[int]:
+def export(found: Found, path: Path, dtype: torch.dtype | None, protection: Protection = PLAIN) -> Iterator[int]:
     """Writes the model's tensors into one safetensors file, one at a time; gives the bytes of each.
 
     Tensors that the state dict has under several names are written under each.
@@ -29,6 +31,7 @@ def export(found: Found, path: Path, dtype: torch.dtype | None) -> Iterator[int]
     Args:
         dtype: of the floating-point tensors; None: as the model computed. torch.float32 writes the masters of what
             was trained.
+        protection: the key of an encrypted checkpoint. What is written is not encrypted.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -36,9 +39,10 @@ def export(found: Found, path: Path, dtype: torch.dtype | None) -> Iterator[int]
         OSError: the file cannot be written.
     """
     _require_outside(path)
-    with Stored(found.path, found.manifest) as stored:
+    cipher = protection.opened(found)
+    with Stored(found.path, found.manifest, cipher) as stored:
         names = {place: [place.name] for place in stored.tensors if place.stem == MODEL}
-        for alias, name in _aliases(found).items():
+        for alias, name in _aliases(found, cipher).items():
             if Place(MODEL, name) not in names:
                 raise CheckpointError(f"'{found.path}' has no tensor '{name}', which {STATE} also calls '{alias}'")
             names[Place(MODEL, name)].append(alias)
@@ -53,12 +57,14 @@ def export(found: Found, path: Path, dtype: torch.dtype | None) -> Iterator[int]
                 for name in its_names:
                     file.write(name, values)
                     yield values.nbytes
+    protection.tell(found.path.parent, event_of("exported", found))
 
 
-def _aliases(found: Found) -> dict[str, str]:
+def _aliases(found: Found, cipher: Cipher | None) -> dict[str, str]:
     if STATE not in found.manifest.files:
         raise CheckpointError(f"'{found.path}' has no {STATE} in its manifest: it was not written by Partita")
-    return parse_state(read_whole(found.path, STATE, found.manifest.files[STATE]), str(found.path / STATE)).aliases
+    small = read_whole(found.path, STATE, found.manifest.files[STATE], cipher)
+    return parse_state(small, str(found.path / STATE)).aliases
 
 
 def _require_outside(path: Path) -> None:

@@ -16,18 +16,17 @@ from typing import Any
 
 from partita.checkpoint.agreement import from_rank_0, together
 from partita.checkpoint.commit import Staging, sweep
-from partita.checkpoint.disk import write_durably
+from partita.checkpoint.disk import create_file, write_durably
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.layout import MIN_CHUNK_BYTES, FileLayout, TensorSpec, chunk_bytes, index_text, lay_out
 from partita.checkpoint.manifest import FORMAT, MANIFEST, VERSION, FileRecord, Manifest, manifest_text
 from partita.checkpoint.pieces import MODEL, OPTIMIZER, Piece, Place, StoredNames, pieces, stem_of
+from partita.checkpoint.protection import PLAIN, Protection
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state, state_text
-from partita.checkpoint.transfer import COPIED_BYTES, Transfer, digest_text
+from partita.checkpoint.sealing import Cipher
+from partita.checkpoint.transfer import COPIED_BYTES, Done, Transfer, digest_text
 from partita.comm import Communicator, any_rank, require_same, text_by_rank
 from partita.model import DiffersByRank, TrainState, from_plain, to_plain
-
-# (file, offset, length, digest) of what was written in one piece.
-Chunk = tuple[int, int, int, str]
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Save:
         client_state: the program's own; rank 0's is saved.
         copied_bytes: of what a device has, copies on the host, at most; None: as many as there are to be.
         then: called on rank 0 once the checkpoint is there.
+        protection: who may read it, and the key with which it is encrypted.
 
     Raises:
         RuntimeError: in the midst of a step.
@@ -71,9 +71,10 @@ class Save:
         *,
         copied_bytes: int | None = COPIED_BYTES,
         then: Callable[[], object] = lambda: None,
+        protection: Protection = PLAIN,
     ) -> None:
         world = self._world = state.world
-        require_same(world, [("save_dir", str(directory)), ("tag", tag), ("save_latest", str(about.is_latest))])
+        _require_same(world, directory, tag, about, protection)
         sections = state.take_sections()
         self.path = directory / tag
         self._what = what = f"the checkpoint '{self.path}' was not saved"
@@ -81,19 +82,20 @@ class Save:
         names = together(world, what, lambda: StoredNames(state))
         mine = together(world, what, lambda: list(pieces(state, names)))
         self._files = together(world, what, partial(_lay_out, _all_specs(world, mine, names)))
-        self._staging = together(world, what, lambda: Staging(directory, tag))  # rank 0's is used
+        self._staging = together(world, what, lambda: Staging(directory, tag, protection.access))  # rank 0's
         self._differing = {s.name: sections.pop(s.name) for s in state.sections if isinstance(s.owner, DiffersByRank)}
         self._small = SavedState(
             sections=sections, ranks=[], client_state=client, aliases=names.aliases, parameters=names.renamed
         )
-        self._about, self._then = about, then
+        self._about, self._then, self._protection = about, then, protection
+        envelope = from_rank_0(world, what, protection.new_envelope)
+        self._cipher = together(world, what, partial(protection.cipher_in, envelope))
         self._committing: Future[str] | None = None
         self._spoiled = ""
         try:
-            folder = Path(from_rank_0(world, what, partial(_begin, self._staging, directory, self._files)))
-            self._writer = together(
-                world, what, partial(_Writer, folder, self._files, mine, world.rank == 0, copied_bytes)
-            )
+            folder = Path(from_rank_0(world, what, partial(_begin, self._staging, directory, self._files, protection)))
+            writer = partial(_Writer, folder, self._files, mine, world.rank == 0, copied_bytes, self._cipher)
+            self._writer = together(world, what, writer)
         except BaseException:
             self._staging.discard()
             raise
@@ -162,7 +164,7 @@ class Save:
         by_rank = [json.loads(text) for text in text_by_rank(self._world, json.dumps([self._differing, chunks]))]
         return partial(self._commit, by_rank)
 
-    def _written(self) -> list[Chunk]:
+    def _written(self) -> list[Done]:
         chunks = self._writer.finish()
         if self._spoiled:
             raise CheckpointError(self._spoiled)
@@ -171,10 +173,39 @@ class Save:
     def _commit(self, by_rank: Sequence[tuple[dict[str, Any], list[Any]]]) -> str:
         small = self._small.model_copy(update={"ranks": [one for one, _ in by_rank]})
         records = _records(self._files, [tuple(chunk) for _, written in by_rank for chunk in written])
-        manifest = partial(_manifest, self.path.name, self._about, self._world.world_size)
-        path = _commit(self._staging, _small_files(small, self._files), records, manifest, self._about.is_latest)
+        texts = _small_files(small, self._files)
+        records |= {name: self._write_small(name, text.encode()) for name, text in texts.items()}
+        manifest = _manifest(self.path.name, self._about, self._world.world_size, records)
+        path = self._publish(manifest)
         self._then()
         return path
+
+    def _write_small(self, name: str, data: bytes) -> FileRecord:
+        """Writes a file as rank 0 alone does."""
+        record = _record_of(data)
+        if self._cipher is not None:
+            data, record = _sealed(self._cipher, name, data, record)
+        write_durably(self._staging.path / name, data, self._protection.access.file)
+        return record
+
+    def _publish(self, manifest: Manifest) -> str:
+        """Writes the manifest, which is the last; returns the path of the checkpoint, which there is now."""
+        directory, tag = self.path.parent, self.path.name
+        manifest = self._protection.sealed(directory, manifest, self._cipher)
+        with self._protection.telling(directory, tag, self._cipher):
+            write_durably(self._staging.path / MANIFEST, manifest_text(manifest).encode(), self._protection.access.file)
+            return str(self._staging.publish(self._about.is_latest))
+
+
+def _require_same(world: Communicator, directory: Path, tag: str, about: About, protection: Protection) -> None:
+    """All ranks save the same in the same way."""
+    given = {
+        "save_dir": str(directory),
+        "tag": tag,
+        "save_latest": str(about.is_latest),
+        "checkpoint.encryption": "off" if protection.key is None else "on",
+    }
+    require_same(world, list(given.items()))
 
 
 def _plain_client_state(client_state: Mapping[str, Any]) -> Any:
@@ -185,12 +216,12 @@ def _plain_client_state(client_state: Mapping[str, Any]) -> Any:
     return plain
 
 
-def _begin(staging: Staging, directory: Path, files: Sequence[FileLayout]) -> str:
+def _begin(staging: Staging, directory: Path, files: Sequence[FileLayout], protection: Protection) -> str:
     """On rank 0: makes the folder and its large files; returns the folder's path."""
     sweep(directory)
     staging.create()
     for file in files:
-        _preallocate(staging.path / file.name, file.size)
+        _preallocate(staging.path / file.name, file.size, protection.access.file)
     return str(staging.path)
 
 
@@ -205,23 +236,10 @@ def _small_files(small: SavedState, files: Sequence[FileLayout]) -> dict[str, st
     return texts
 
 
-def _commit(
-    staging: Staging,
-    texts: Mapping[str, str],
-    records: dict[str, FileRecord],
-    manifest: Callable[[dict[str, FileRecord]], Manifest],
-    is_latest: bool,
-) -> str:
-    """On rank 0: writes the small files, the manifest last; returns the path of the checkpoint, which there is now."""
-    for name, text in texts.items():
-        write_durably(staging.path / name, text.encode())
-        records[name] = _record_of(text.encode())
-    write_durably(staging.path / MANIFEST, manifest_text(manifest(records)).encode())
-    return str(staging.publish(is_latest))
-
-
 def _manifest(tag: str, about: About, world_size: int, files: dict[str, FileRecord]) -> Manifest:
-    return Manifest(
+    # One of encrypted files is looked at when it is complete: `Protection.sealed`.
+    make = Manifest.model_construct if any(record.seals is not None for record in files.values()) else Manifest
+    return make(
         format=FORMAT,
         version=VERSION,
         tag=tag,
@@ -249,9 +267,9 @@ def _lay_out(specs: Mapping[str, list[TensorSpec]]) -> list[FileLayout]:
     return [file for stem, tensors in specs.items() for file in lay_out(stem, tensors)]
 
 
-def _preallocate(path: Path, size: int) -> None:
+def _preallocate(path: Path, size: int, mode: int) -> None:
     """A new file of this size, whose bytes have their place on the disk."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    fd = create_file(path, mode)
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
@@ -271,11 +289,18 @@ class _Writer:
         mine: Sequence[Piece],
         heads: bool,
         copied_bytes: int | None,
+        cipher: Cipher | None,
     ) -> None:
+        def seals(i: int, offset: int, data: memoryview, into: memoryview) -> bytes:
+            assert cipher is not None
+            return cipher.seal(files[i].name, offset, data, into)
+
         index = {Place(stem_of(file.name), name): i for i, file in enumerate(files) for name in file.begin}
         with ExitStack() as exits:
             fds = [_open(folder, file, exits) for file in files]
-            self.transfer = transfer = exits.enter_context(Transfer(chunk_bytes(files), copied_bytes))
+            self.transfer = transfer = exits.enter_context(
+                Transfer(chunk_bytes(files), copied_bytes, None if cipher is None else seals)
+            )
             for i, file in enumerate(files):
                 if heads:
                     transfer.write_data(fds[i], 0, file.header, (i, file.name))
@@ -287,7 +312,7 @@ class _Writer:
                 transfer.sync(fd, (i, files[i].name))
             self._exits = exits.pop_all()
 
-    def finish(self) -> list[Chunk]:
+    def finish(self) -> list[Done]:
         """Waits for everything; where each chunk is, and its digest."""
         with self._exits:
             return self.transfer.finish()
@@ -311,23 +336,37 @@ def _open(folder: Path, file: FileLayout, exits: ExitStack) -> int:
 
 def _records(files: Sequence[FileLayout], chunks: Iterable[Any]) -> dict[str, FileRecord]:
     """The chunks of every file, in the order of their offsets."""
-    by_file: list[list[tuple[int, int, str]]] = [[] for _ in files]
-    for i, offset, length, digest in chunks:
-        by_file[i].append((offset, length, digest))
+    by_file: list[list[tuple[int, int, str, str]]] = [[] for _ in files]
+    for i, *chunk in chunks:
+        by_file[i].append(tuple(chunk))
     records = {}
     for file, written in zip(files, by_file, strict=True):
         end = 0
-        for offset, length, _ in sorted(written):
+        for offset, length, *_ in sorted(written):
             if offset != end:
                 raise CheckpointError(f"{file.name}: no rank wrote the bytes from {end} on, or two did")
             end += length
         if end != file.size:
             raise CheckpointError(f"{file.name}: no rank wrote the bytes from {end} to {file.size}")
-        in_order = [(length, digest) for _, length, digest in sorted(written)]
-        records[file.name] = FileRecord(size=file.size, chunks=in_order)
+        in_order = [(length, digest) for _, length, digest, _ in sorted(written)]
+        seals = [seal for *_, seal in sorted(written)]
+        record = FileRecord(size=file.size, chunks=in_order)
+        records[file.name] = record if not any(seals) else record.model_copy(update={"seals": seals})
     return records
 
 
 def _record_of(data: bytes) -> FileRecord:
     parts = [data[begin : begin + MIN_CHUNK_BYTES] for begin in range(0, len(data), MIN_CHUNK_BYTES)]
     return FileRecord(size=len(data), chunks=[(len(part), digest_text(part)) for part in parts])
+
+
+def _sealed(cipher: Cipher, name: str, data: bytes, record: FileRecord) -> tuple[bytes, FileRecord]:
+    """A small file as it is encrypted, in the same chunks."""
+    parts, seals, begin = [], [], 0
+    for length, _ in record.chunks:
+        part, seal = cipher.seal_bytes(name, begin, data[begin : begin + length])
+        parts.append(part)
+        seals.append(seal.hex())
+        begin += length
+    chunks = [(len(part), digest_text(part)) for part in parts]
+    return b"".join(parts), FileRecord(size=record.size, chunks=chunks, seals=seals)

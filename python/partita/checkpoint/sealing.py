@@ -72,12 +72,12 @@ class Cipher:
         self._content.encrypt_into(nonce, data, self._place(file, offset, len(data)), into)
         return nonce + bytes(into[len(data) :])
 
-    def open(self, file: str, offset: int, sealed: memoryview, seal: bytes, into: memoryview) -> bool:
+    def open(self, file: str, offset: int, seal: bytes, sealed: memoryview, into: memoryview) -> bool:
         """Decrypts a chunk. False: it is not what was sealed at this place of this checkpoint; `into` has zeros then.
 
         Args:
-            sealed: the encrypted chunk, with room for a tag behind it.
             seal: as `seal()` gave it.
+            sealed: the encrypted chunk, with room for a tag behind it.
         """
         from cryptography.exceptions import InvalidTag
 
@@ -99,7 +99,7 @@ class Cipher:
         """A small chunk; None: see `open()`."""
         into = bytearray(len(sealed))
         room = bytearray(sealed) + bytes(TAG_BYTES)
-        return bytes(into) if self.open(file, offset, memoryview(room), seal, memoryview(into)) else None
+        return bytes(into) if self.open(file, offset, seal, memoryview(room), memoryview(into)) else None
 
     def seal_facts(self, facts: Mapping[str, Any]) -> bytes:
         """What people want to know of a run, as a nonce, encrypted JSON and a tag."""

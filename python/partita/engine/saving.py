@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from partita.step import OptimizerStep
 from partita.zero import WeightSource, load_weights
 
 if TYPE_CHECKING:
+    from partita.checkpoint import Protection
     from partita.config import Config
 
 
@@ -161,9 +163,10 @@ class KeepsState(AsModule):
             name = f"global_step{self._step.global_steps}" if tag is None else str(tag)
             about = About(self._step.global_steps, self._step.global_samples, self._facts(), save_latest)
             client_state = {} if client_state is None else client_state
+            begin = partial(Save, self.train_state(), Path(save_dir), name, about, client_state)
             if not self.config.checkpoint.async_save:
-                return Save(self.train_state(), Path(save_dir), name, about, client_state).finish()
-            save = Save(self.train_state(), Path(save_dir), name, about, client_state, copied_bytes=None)
+                return begin(protection=self._protection()).finish()
+            save = begin(copied_bytes=None, protection=self._protection())
             self._beside.begin(save)
             return save.path
 
@@ -215,8 +218,19 @@ class KeepsState(AsModule):
                 schedule=load_lr_scheduler_states,
                 strict=load_module_strict,
             )
-            path, client_state = load(self.train_state(), Path(load_dir), None if tag is None else str(tag), wanted)
+            named = None if tag is None else str(tag)
+            path, client_state = load(self.train_state(), Path(load_dir), named, wanted, self._protection())
             return path, client_state
+
+    def _protection(self) -> Protection:
+        """What the config says of checkpoints. Each rank gets the key by itself, since it goes over no network.
+
+        Raises:
+            CheckpointError: a rank has no key; on all ranks.
+        """
+        from partita.checkpoint import protection_for
+
+        return protection_for(self.config.checkpoint, self._run.grid.world)
 
     def _require_parts(self, call: str) -> None:
         """Raises RuntimeError if the engine has let go of the model: it would save nothing, over something perhaps."""
