@@ -25,7 +25,7 @@ def verify_command(
     key_file: KeyFile = None,
     key_command: KeyCommand = None,
     holds: Annotated[
-        str | None, typer.Option(help="NUMBER:HASH of a line that must be there, as printed before.")
+        str | None, typer.Option(help="NUMBER:HASH of a line, as printed once, that must be there.")
     ] = None,
 ) -> None:
     """Look for lines that were changed, removed, inserted or moved; 1 if there are any."""

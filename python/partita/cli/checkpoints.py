@@ -141,9 +141,7 @@ def new_key_command() -> None:
 @app.command("rekey")
 def rekey_command(
     folder: _Folder,
-    tag: Annotated[
-        str | None, typer.Option("--tag", "-t", help="One checkpoint; without it: all, and the log.")
-    ] = None,
+    tag: Annotated[str | None, typer.Option("--tag", "-t", help="One checkpoint; without it: all and the log.")] = None,
     key_env: KeyEnv = None,
     key_file: KeyFile = None,
     key_command: KeyCommand = None,

@@ -1,4 +1,4 @@
-"""C8: encrypted checkpoints: other ranks and stages read the same bits; what is changed, swapped or older is refused."""
+"""C8: encrypted checkpoints: other ranks and stages read the same bits; whatever was changed or swapped is refused."""
 
 from __future__ import annotations
 
