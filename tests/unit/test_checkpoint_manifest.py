@@ -73,11 +73,11 @@ def test_two_hundred_thousand_chunks_are_read():
     assert parse_manifest(manifest_text(large).encode(), "here") == large
 
 
-@pytest.mark.parametrize("version", [2, 7, 2**62])
+@pytest.mark.parametrize("version", [3, 7, 2**62])
 def test_a_newer_version_says_to_update(version):
     """Whatever else is new."""
     says = refused(content(version=version, more={"deep": [1]}, files="elsewhere"))
-    assert says == (f"this checkpoint has format version {version}, this Partita reads up to 1: update Partita")
+    assert says == (f"this checkpoint has format version {version}, this Partita reads up to 2: update Partita")
 
 
 @pytest.mark.parametrize(

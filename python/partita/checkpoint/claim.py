@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from partita.checkpoint.disk import is_at
+from partita.checkpoint.disk import OWNER, create_file, is_at
 from partita.checkpoint.tags import lock_name, new_token
 
 logger = logging.getLogger("partita")
@@ -75,7 +75,7 @@ def new_claim(directory: Path) -> Claim:
     while True:
         token = new_token()
         path = directory / lock_name(token)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        fd = create_file(path, OWNER.file)
         # Who sweeps may take the file for one without an owner until it is locked, and remove it.
         if _locks(fd, otherwise=lambda: True) and is_at(fd, path):
             return Claim(token, path, fd)

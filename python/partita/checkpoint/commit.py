@@ -28,6 +28,9 @@ from pathlib import Path
 from partita.checkpoint.carry import carry_over
 from partita.checkpoint.claim import new_claim, take_over
 from partita.checkpoint.disk import (
+    OWNER,
+    Access,
+    create_folder,
     exchange,
     is_at,
     kind_of,
@@ -62,13 +65,17 @@ class Staging:
     Its files are written and synced by others, in `path`, between `create()` and `publish()`.
     """
 
-    def __init__(self, directory: Path, tag: str) -> None:
+    def __init__(self, directory: Path, tag: str, access: Access = OWNER) -> None:
         """Touches nothing yet.
+
+        Args:
+            access: who may read the folder, the directory if it is made, and `latest`.
 
         Raises:
             CheckpointError: no folder can have this tag.
         """
         self._tag = check_tag(tag)
+        self._access = access
         self._directory = Path(os.path.abspath(directory))  # the program may change its working directory
         self._phase = _Phase.PLANNED
         self._token: str | None = None
@@ -88,11 +95,11 @@ class Staging:
         """
         self._require(_Phase.PLANNED, "create()")
         self._require_place()
-        make_folders(self._directory)
+        make_folders(self._directory, self._access.folder)
         claim = new_claim(self._directory)
         self._claim.callback(claim.release)
         self._token = claim.token
-        self.path.mkdir()
+        create_folder(self.path, self._access.folder)
         self._phase = _Phase.OPEN
 
     def publish(self, is_latest: bool = True) -> Path:
@@ -210,7 +217,7 @@ class Staging:
     def _write_latest(self) -> Path:
         """The coming `latest`, under a hidden name."""
         unfinished = self._directory / partial_name(LATEST, self._own_token())
-        write_durably(unfinished, self._tag.encode())
+        write_durably(unfinished, self._tag.encode(), self._access.file)
         return unfinished
 
 

@@ -10,6 +10,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 logger = logging.getLogger("partita")
@@ -23,6 +24,17 @@ _CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 _CANNOT_SYNC_FOLDERS = {errno.EINVAL, errno.EOPNOTSUPP}
 
 _TRIES = 100
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may read: the modes of files and of folders, whatever the process's umask is."""
+
+    file: int
+    folder: int
+
+
+OWNER, GROUP = Access(0o600, 0o700), Access(0o640, 0o750)
 
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFREG: "a file", stat.S_IFLNK: "a link"}
 
@@ -71,14 +83,42 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def write_durably(path: Path, data: bytes) -> None:
+def create_file(path: Path, mode: int) -> int:
+    """A new file of this mode, opened for reading and writing. The caller closes the file descriptor.
+
+    Raises:
+        FileExistsError: there is something of this name, also if it is a link to nowhere.
+        OSError: anything else that the system says.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    if stat.S_IMODE(os.fstat(fd).st_mode) != mode:
+        with suppress(OSError):  # a file system without modes
+            os.fchmod(fd, mode)
+    return fd
+
+
+def create_folder(path: Path, mode: int) -> None:
+    """A new folder of this mode.
+
+    Raises:
+        FileExistsError: there is something of this name.
+        OSError: anything else that the system says.
+    """
+    path.mkdir(mode)
+    found = stat.S_IMODE(path.stat().st_mode)
+    if found & 0o777 != mode:
+        with suppress(OSError):
+            path.chmod(found & ~0o777 | mode)  # the bit stays by which files get the folder's group
+
+
+def write_durably(path: Path, data: bytes, mode: int = OWNER.file) -> None:
     """Writes a new file, which is on the disk when this returns. A file that could not be written whole is removed.
 
     Raises:
         FileExistsError: there is something of this name, also if it is a link to nowhere.
         OSError: anything else that the system says.
     """
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    fd = create_file(path, mode)
     try:
         with naming(path):
             try:
@@ -111,8 +151,11 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def make_folders(folder: Path) -> None:
+def make_folders(folder: Path, mode: int = OWNER.folder) -> None:
     """Makes a folder with its parents; each new name is on the disk when this returns.
+
+    Args:
+        mode: of the folder, if it is made now. Its parents have the modes that the process gives.
 
     Raises:
         OSError: what the system says, or NotADirectoryError: something else is there, or a link to nothing.
@@ -122,7 +165,7 @@ def make_folders(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if kind_of(path) is None]
     for path in reversed(missing):
         with suppress(FileExistsError):  # another process was faster
-            path.mkdir()
+            create_folder(path, mode) if path == folder else path.mkdir()
         sync_folder(path.parent)
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
@@ -173,14 +216,20 @@ def try_remove(path: Path) -> bool:
     return True
 
 
-def preallocate(path: Path, size: int) -> None:
+def preallocate(path: Path, size: int, mode: int | None = None) -> None:
     """Makes a file of this size, whose bytes have their place on the disk.
+
+    Args:
+        mode: None: what the process gives to new files.
 
     Raises:
         FileExistsError: there is something of this name.
         OSError: there is no room, or what else the system says.
     """
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    if mode is None:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    else:
+        fd = create_file(path, mode)
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:

@@ -16,7 +16,9 @@ from partita.checkpoint.layout import TensorSpec
 from partita.checkpoint.model_files import ModelFiles
 from partita.checkpoint.model_weights import Read
 from partita.checkpoint.pieces import MODEL, REMAINDER, Place, dtype_name, of_quantity
+from partita.checkpoint.protection import PLAIN, Protection, event_of
 from partita.checkpoint.saved_state import STATE, parse_state
+from partita.checkpoint.sealing import Cipher
 from partita.checkpoint.stored import Stored, read_whole
 from partita.device import HOST, kernels
 from partita.model import WEIGHT
@@ -24,7 +26,7 @@ from partita.model import WEIGHT
 _RUN = 2**22  # elements that are read at a time
 
 
-def export(found: Found, path: Path, dtype: torch.dtype | None) -> Iterator[int]:
+def export(found: Found, path: Path, dtype: torch.dtype | None, protection: Protection = PLAIN) -> Iterator[int]:
     """Writes the model's tensors into files of their own (see `ModelFiles`), some elements at a time; gives the bytes
     of these.
 
@@ -33,15 +35,17 @@ def export(found: Found, path: Path, dtype: torch.dtype | None) -> Iterator[int]
     Args:
         dtype: of the floating-point tensors; None: as the model computed. torch.float32 writes the masters of what
             was trained.
+        protection: the key of an encrypted checkpoint. What is written is not encrypted.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
         ValueError: `path` is in a folder of a checkpoint, or cannot be that of model files.
         OSError: the files cannot be written.
     """
-    with Stored(found.path, found.manifest) as stored:
+    cipher = protection.opened(found)
+    with Stored(found.path, found.manifest, cipher) as stored:
         names = {place: [place.name] for place in stored.tensors if place.stem == MODEL}
-        for alias, name in _aliases(found).items():
+        for alias, name in _aliases(found, cipher).items():
             if Place(MODEL, name) not in names:
                 raise CheckpointError(f"'{found.path}' has no tensor '{name}', which {STATE} also calls '{alias}'")
             names[Place(MODEL, name)].append(alias)
@@ -60,12 +64,14 @@ def export(found: Found, path: Path, dtype: torch.dtype | None) -> Iterator[int]
         except BaseException:
             files.discard()
             raise
+    protection.tell(found.path.parent, event_of("exported", found))
 
 
-def _aliases(found: Found) -> dict[str, str]:
+def _aliases(found: Found, cipher: Cipher | None) -> dict[str, str]:
     if STATE not in found.manifest.files:
         raise CheckpointError(f"'{found.path}' has no {STATE} in its manifest: it was not written by Partita")
-    return parse_state(read_whole(found.path, STATE, found.manifest.files[STATE]), str(found.path / STATE)).aliases
+    small = read_whole(found.path, STATE, found.manifest.files[STATE], cipher)
+    return parse_state(small, str(found.path / STATE)).aliases
 
 
 def _copy(

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from partita.checkpoint.agreement import from_rank_0, together
+from partita.checkpoint.audit import Event
 from partita.checkpoint.errors import CheckpointError
-from partita.checkpoint.folder import find
+from partita.checkpoint.folder import Found, find
 from partita.checkpoint.manifest import manifest_text, parse_manifest
+from partita.checkpoint.protection import PLAIN, Protection, event_of
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state
 from partita.checkpoint.stored import Stored, read_whole
 from partita.checkpoint.values import ValueReader
@@ -52,11 +54,14 @@ class Wanted:
 
 
 @torch.inference_mode(mode=False)  # what is made now is trained later
-def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) -> tuple[Path, Any]:
+def load(
+    state: TrainState, directory: Path, tag: str | None, wanted: Wanted, protection: Protection = PLAIN
+) -> tuple[Path, Any]:
     """Takes the state of a checkpoint; returns its path and the program's own state. A collective.
 
     Args:
         tag: None: what `directory/latest` names.
+        protection: the key of an encrypted checkpoint. The audit log says what was loaded, or refused.
 
     Raises:
         RuntimeError: in the midst of a step.
@@ -67,22 +72,40 @@ def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) ->
     world = state.world
     require_same(world, [("load_dir", str(directory)), ("tag", str(tag)), ("what is loaded", str(wanted))])
     state.require_idle("a checkpoint is loaded")
+    try:
+        found, client_state = _load(state, directory, tag, wanted, protection)
+    except CheckpointError:
+        if world.rank == 0:
+            protection.tell(directory, Event("refused", tag or ""))
+        raise
+    if world.rank == 0:
+        protection.tell(directory, event_of("loaded", found))
+    return found.path, client_state
+
+
+def _load(
+    state: TrainState, directory: Path, tag: str | None, wanted: Wanted, protection: Protection
+) -> tuple[Found, Any]:
+    world = state.world
     what = f"the checkpoint in '{directory}' was not loaded"
 
     def look() -> str:
         found = find(Path(os.path.abspath(directory)), tag)
         if STATE not in found.manifest.files:
             raise CheckpointError(f"'{found.path}' has no {STATE} in its manifest: it was not written by Partita")
-        small = read_whole(found.path, STATE, found.manifest.files[STATE]).decode()
-        return json.dumps([str(found.path), manifest_text(found.manifest), small])
+        cipher = protection.opened(found)
+        small = read_whole(found.path, STATE, found.manifest.files[STATE], cipher).decode()
+        return json.dumps([str(found.path), found.tag, manifest_text(found.manifest), small])
 
-    path, manifest_json, small = json.loads(from_rank_0(world, what, look))
+    path, its_tag, manifest_json, small = json.loads(from_rank_0(world, what, look))
     folder = Path(path)
     what = f"the checkpoint '{folder}' was not loaded"
     manifest, saved = together(
         world, what, lambda: (parse_manifest(manifest_json.encode(), path), parse_state(small.encode(), path))
     )
-    with together(world, what, partial(Stored, folder, manifest)) as stored:
+    found = Found(folder, its_tag, manifest)
+    cipher = together(world, what, partial(protection.opened, found))
+    with together(world, what, partial(Stored, folder, manifest, cipher)) as stored:
         client_state = together(world, what, lambda: from_plain(saved.client_state))
         reader = together(world, what, partial(ValueReader, state, stored, saved, wanted.strict))
         states = together(world, what, partial(_sections, state, saved, wanted, reader))
@@ -100,7 +123,7 @@ def load(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) ->
             _warn_of_weights(reader, sorted({name for text in said for name in json.loads(text)}), folder)
             if any(wanted.takes(name) for name, _ in _keepers(state)):
                 _say_what_is_not_trained(reader, folder)
-    return folder, client_state
+    return found, client_state
 
 
 def _sections(state: TrainState, saved: SavedState, wanted: Wanted, reader: ValueReader) -> dict[str, dict[str, Any]]:

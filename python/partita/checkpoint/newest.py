@@ -20,6 +20,7 @@ from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.folder import Found, age, checkpoints, latest_tag, manifest_in, opened_folder, read_checkpoint
 from partita.checkpoint.load import Wanted, load
 from partita.checkpoint.manifest import MANIFEST
+from partita.checkpoint.protection import PLAIN, Protection
 from partita.checkpoint.tags import LATEST, check_tag, parse_leftover
 from partita.checkpoint.verify import verify
 from partita.comm import Communicator
@@ -79,7 +80,9 @@ def newest_tag(directory: Path) -> str | None:
     return next(iter(there), None) or _broken(directory)
 
 
-def load_sound(state: TrainState, directory: Path, tag: str | None, wanted: Wanted) -> tuple[Path, Any]:
+def load_sound(
+    state: TrainState, directory: Path, tag: str | None, wanted: Wanted, protection: Protection = PLAIN
+) -> tuple[Path, Any]:
     """As `load()`; if the checkpoint is damaged, takes the newest sound one before it, and says so. A collective.
 
     Raises:
@@ -91,7 +94,7 @@ def load_sound(state: TrainState, directory: Path, tag: str | None, wanted: Want
     first: CheckpointError | None = None
     for one in tags:
         try:
-            return load(state, directory, one, wanted)
+            return load(state, directory, one, wanted, protection)
         except CheckpointError as error:
             damage = from_rank_0(world, what, partial(_damage, directory, one))
             if not damage:

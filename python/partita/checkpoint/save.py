@@ -19,10 +19,12 @@ from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.layout import MIN_CHUNK_BYTES, FileLayout, TensorSpec, chunk_bytes, index_text, lay_out
 from partita.checkpoint.manifest import FORMAT, MANIFEST, VERSION, FileRecord, Manifest, manifest_text
 from partita.checkpoint.pieces import MODEL, OPTIMIZER, Piece, Place, StoredNames, pieces, stem_of
+from partita.checkpoint.protection import PLAIN, Protection
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state, state_text
-from partita.checkpoint.transfer import HostRoom, digest_text
+from partita.checkpoint.sealing import Cipher
+from partita.checkpoint.transfer import Done, HostRoom, digest_text
 from partita.checkpoint.unchanged import Earlier, earlier_files, has_same_bytes, try_link
-from partita.checkpoint.writer import Chunk, Run, Writer, places_in, records_of, runs_in
+from partita.checkpoint.writer import Run, Writer, places_in, records_of, runs_in
 from partita.comm import Communicator, any_rank, any_rank_each, require_same, text_by_rank
 from partita.model import DiffersByRank, TrainState, from_plain, to_plain
 
@@ -50,6 +52,7 @@ class Save:
         client_state: the program's own; rank 0's is saved.
         room: for `take_over()`; without it nothing is copied but, in pieces, what a device has.
         then: called on rank 0 once the checkpoint is there.
+        protection: who may read it, and the key with which it is encrypted.
 
     Raises:
         RuntimeError: in the midst of a step.
@@ -68,9 +71,10 @@ class Save:
         *,
         room: HostRoom | None = None,
         then: Callable[[], object] = lambda: None,
+        protection: Protection = PLAIN,
     ) -> None:
         world = self._world = state.world
-        require_same(world, [("save_dir", str(directory)), ("tag", tag), ("save_latest", str(about.is_latest))])
+        _require_same(world, directory, tag, about, protection)
         sections = state.take_sections()
         self.path = directory / tag
         self._what = what = f"the checkpoint '{self.path}' was not saved"
@@ -79,23 +83,23 @@ class Save:
         mine = together(world, what, lambda: list(pieces(state, names)))
         frozen = {names.of_parameter(name) for name in state.frozen()}
         self._files = together(world, what, partial(_lay_out, _all_specs(world, mine, names), frozen))
-        self._staging = together(world, what, lambda: Staging(directory, tag))  # rank 0's is used
+        self._staging = together(world, what, lambda: Staging(directory, tag, protection.access))  # rank 0's
         self._differing = {s.name: sections.pop(s.name) for s in state.sections if isinstance(s.owner, DiffersByRank)}
         self._small = SavedState(
             sections=sections, ranks=[], client_state=client, aliases=names.aliases, parameters=names.renamed
         )
-        self._about, self._then = about, then
+        self._about, self._then, self._protection = about, then, protection
+        envelope = from_rank_0(world, what, protection.new_envelope)
+        self._cipher = together(world, what, partial(protection.cipher_in, envelope))
         self._committing: Future[str] | None = None
         self._spoiled = ""
         try:
             runs = runs_in(self._files, mine)
-            folder, earlier = json.loads(
-                from_rank_0(world, what, partial(_begin, self._staging, directory, self._files, frozen))
-            )
-            self._linked = _link(world, what, Path(folder), self._files, Earlier.model_validate(earlier), runs)
-            self._writer = together(
-                world, what, partial(Writer, Path(folder), self._files, self._linked, runs, world.rank == 0, room)
-            )
+            made = from_rank_0(world, what, partial(_begin, self._staging, directory, self._files, frozen, protection))
+            folder, earlier = Path(json.loads(made)[0]), Earlier.model_validate(json.loads(made)[1])
+            self._linked = _link(world, what, folder, self._files, earlier, runs, protection.access.file)
+            writer = partial(Writer, folder, self._files, self._linked, runs, world.rank == 0, room, self._cipher)
+            self._writer = together(world, what, writer)
         except BaseException:
             self._staging.discard()
             raise
@@ -164,7 +168,7 @@ class Save:
         by_rank = [json.loads(text) for text in text_by_rank(self._world, json.dumps([self._differing, chunks]))]
         return partial(self._commit, by_rank)
 
-    def _written(self) -> list[Chunk]:
+    def _written(self) -> list[Done]:
         chunks = self._writer.finish()
         if self._spoiled:
             raise CheckpointError(self._spoiled)
@@ -174,10 +178,39 @@ class Save:
         small = self._small.model_copy(update={"ranks": [one for one, _ in by_rank]})
         chunks = [tuple(chunk) for _, written in by_rank for chunk in written]
         records = {**records_of(self._files, chunks, self._linked), **self._linked}
-        manifest = partial(_manifest, self.path.name, self._about, self._world.world_size)
-        path = _commit(self._staging, _small_files(small, self._files), records, manifest, self._about.is_latest)
+        texts = _small_files(small, self._files)
+        records |= {name: self._write_small(name, text.encode()) for name, text in texts.items()}
+        manifest = _manifest(self.path.name, self._about, self._world.world_size, records)
+        path = self._publish(manifest)
         self._then()
         return path
+
+    def _write_small(self, name: str, data: bytes) -> FileRecord:
+        """Writes a file as rank 0 alone does."""
+        record = _record_of(data)
+        if self._cipher is not None:
+            data, record = _sealed(self._cipher, name, data, record)
+        write_durably(self._staging.path / name, data, self._protection.access.file)
+        return record
+
+    def _publish(self, manifest: Manifest) -> str:
+        """Writes the manifest, which is the last; returns the path of the checkpoint, which there is now."""
+        directory, tag = self.path.parent, self.path.name
+        manifest = self._protection.sealed(directory, manifest, self._cipher)
+        with self._protection.telling(directory, tag, self._cipher):
+            write_durably(self._staging.path / MANIFEST, manifest_text(manifest).encode(), self._protection.access.file)
+            return str(self._staging.publish(self._about.is_latest))
+
+
+def _require_same(world: Communicator, directory: Path, tag: str, about: About, protection: Protection) -> None:
+    """All ranks save the same in the same way."""
+    given = {
+        "save_dir": str(directory),
+        "tag": tag,
+        "save_latest": str(about.is_latest),
+        "checkpoint.encryption": "off" if protection.key is None else "on",
+    }
+    require_same(world, list(given.items()))
 
 
 def _plain_client_state(client_state: Mapping[str, Any]) -> Any:
@@ -188,20 +221,29 @@ def _plain_client_state(client_state: Mapping[str, Any]) -> Any:
     return plain
 
 
-def _begin(staging: Staging, directory: Path, files: Sequence[FileLayout], frozen: set[Place]) -> str:
+def _begin(
+    staging: Staging, directory: Path, files: Sequence[FileLayout], frozen: set[Place], protection: Protection
+) -> str:
     """On rank 0: makes the folder and its large files; returns, as JSON, the folder's path, and which files are not
-    made, as an earlier checkpoint may have them."""
+    made, as an earlier checkpoint may have them. An encrypted one has other bytes in any case."""
     sweep(directory)
     staging.create()
-    earlier = earlier_files(directory, [file for file in files if places_in(file) <= frozen])
+    maybe = [file for file in files if places_in(file) <= frozen and protection.key is None]
+    earlier = earlier_files(directory, maybe)
     for file in files:
         if file.name not in earlier.files:
-            preallocate(staging.path / file.name, file.size)
+            preallocate(staging.path / file.name, file.size, protection.access.file)
     return json.dumps([str(staging.path), earlier.model_dump(mode="json")])
 
 
 def _link(
-    world: Communicator, what: str, folder: Path, files: Sequence[FileLayout], earlier: Earlier, runs: list[Run]
+    world: Communicator,
+    what: str,
+    folder: Path,
+    files: Sequence[FileLayout],
+    earlier: Earlier,
+    runs: list[Run],
+    mode: int,
 ) -> dict[str, FileRecord]:
     """Files of an earlier checkpoint that have the bytes of this one get a name in it; the others are made. Returns
     the former."""
@@ -218,10 +260,10 @@ def _link(
     def link() -> str:
         linked = []
         for (_, file), is_other in zip(maybe, differs, strict=True):
-            if not is_other and try_link(Path(earlier.folder, file.name), folder / file.name, file.size):
+            if not is_other and try_link(Path(earlier.folder, file.name), folder / file.name, file.size, mode):
                 linked.append(file.name)
             else:
-                preallocate(folder / file.name, file.size)
+                preallocate(folder / file.name, file.size, mode)
         return json.dumps(linked)
 
     return {name: earlier.files[name] for name in json.loads(from_rank_0(world, what, link))}
@@ -238,23 +280,10 @@ def _small_files(small: SavedState, files: Sequence[FileLayout]) -> dict[str, st
     return texts
 
 
-def _commit(
-    staging: Staging,
-    texts: Mapping[str, str],
-    records: dict[str, FileRecord],
-    manifest: Callable[[dict[str, FileRecord]], Manifest],
-    is_latest: bool,
-) -> str:
-    """On rank 0: writes the small files, the manifest last; returns the path of the checkpoint, which there is now."""
-    for name, text in texts.items():
-        write_durably(staging.path / name, text.encode())
-        records[name] = _record_of(text.encode())
-    write_durably(staging.path / MANIFEST, manifest_text(manifest(records)).encode())
-    return str(staging.publish(is_latest))
-
-
 def _manifest(tag: str, about: About, world_size: int, files: dict[str, FileRecord]) -> Manifest:
-    return Manifest(
+    # One of encrypted files is looked at when it is complete: `Protection.sealed`.
+    make = Manifest.model_construct if any(record.seals is not None for record in files.values()) else Manifest
+    return make(
         format=FORMAT,
         version=VERSION,
         tag=tag,
@@ -291,3 +320,15 @@ def _lay_out(specs: Mapping[str, list[TensorSpec]], frozen: set[Place]) -> list[
 def _record_of(data: bytes) -> FileRecord:
     parts = [data[begin : begin + MIN_CHUNK_BYTES] for begin in range(0, len(data), MIN_CHUNK_BYTES)]
     return FileRecord(size=len(data), chunks=[(len(part), digest_text(part)) for part in parts])
+
+
+def _sealed(cipher: Cipher, name: str, data: bytes, record: FileRecord) -> tuple[bytes, FileRecord]:
+    """A small file as it is encrypted, in the same chunks."""
+    parts, seals, begin = [], [], 0
+    for length, _ in record.chunks:
+        part, seal = cipher.seal_bytes(name, begin, data[begin : begin + length])
+        parts.append(part)
+        seals.append(seal.hex())
+        begin += length
+    chunks = [(len(part), digest_text(part)) for part in parts]
+    return b"".join(parts), FileRecord(size=record.size, chunks=chunks, seals=seals)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from types import TracebackType
@@ -14,13 +14,22 @@ from torch import Tensor
 from partita._core import FileQueue, xxh3_64
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.layout import MIN_CHUNK_BYTES
+from partita.checkpoint.sealing import TAG_BYTES
 from partita.device import HOST, kernels
 
 COPIED_BYTES = 64 << 20  # of copies on the host that wait to be written, at most
 THREADS = 2
 
+NOT_SEALED = "this is not what was encrypted here: it was changed, or is from another place or checkpoint"
+
 # What a job is about: the number of a file, and words for an error.
 Label = tuple[int, str]
+# Encrypts a chunk: the number of its file, its offset, its bytes, room for them and a tag. Returns the seal.
+Seals = Callable[[int, int, memoryview, memoryview], bytes]
+# Decrypts a chunk: its bytes with room for a tag, room for what they are. False: it is not what was sealed.
+Opens = Callable[[memoryview, memoryview], bool]
+# (file, offset, length, digest, seal) of what was written or read in one piece; the seal in hex, if there is one.
+Done = tuple[int, int, int, str, str]
 
 
 def digest_text(data: bytes | bytearray) -> str:
@@ -50,8 +59,10 @@ class _Job:
     nbytes: int
     expected: str | None = None
     kept: list[Tensor] = field(default_factory=list)
-    then: tuple[Tensor, Tensor] | None = None  # (to, from): copied once it has been read
+    then: tuple[Tensor, int] | None = None  # (to, first): gets the bytes of kept[0] from `first` on, once they are read
     reads_live: bool = False
+    seal: str = ""
+    opens: Opens | None = None  # decrypts kept[0] before that
 
 
 class HostRoom:
@@ -76,14 +87,18 @@ class Transfer:
         chunk_bytes: of what is written; a multiple of the size of every element.
         room: for `take_over()`; nobody else uses it meanwhile. What a device has is then copied without waiting for
             earlier copies to be written.
+        seals: encrypts what is written; None: it is written as it is. Encrypted chunks are copies.
     """
 
-    def __init__(self, chunk_bytes: int = MIN_CHUNK_BYTES, room: HostRoom | None = None) -> None:
+    def __init__(
+        self, chunk_bytes: int = MIN_CHUNK_BYTES, room: HostRoom | None = None, seals: Seals | None = None
+    ) -> None:
         self._chunk_bytes = chunk_bytes
         self._room = room
+        self._seals = seals
         self._queue = FileQueue(THREADS)
         self._jobs: list[_Job] = []
-        self._done: list[tuple[int, int, int, str]] = []
+        self._done: list[Done] = []
         self._copied = 0
         self._settled = 0  # jobs before those of _jobs
 
@@ -104,6 +119,7 @@ class Transfer:
             is_here = part.device.type == "cpu"
             if not is_here:
                 part = part.to(HOST)
+            if not is_here or self._seals is not None:
                 self._make_room(part.nbytes)
             self._write(fd, begin, part, label, reads_live=is_here)
 
@@ -116,25 +132,33 @@ class Transfer:
         self._queue.sync(fd)
         self._jobs.append(_Job(label, 0, 0))
 
-    def read(self, fd: int, offset: int, chunk: tuple[int, int, str], into: Tensor, label: Label) -> None:
+    def read(
+        self,
+        fd: int,
+        offset: int,
+        chunk: tuple[int, int, str],
+        into: Tensor,
+        label: Label,
+        opens: Opens | None = None,
+    ) -> None:
         """Reads a part of a chunk, whose digest is compared.
 
         Args:
             offset: of the part in the file; the part has as many bytes as `into`.
             chunk: its offset in the file, its length and its digest.
             into: flat.
+            opens: decrypts the chunk; None: it is as it is.
         """
         begin, length, digest = chunk
         raw = into.view(torch.uint8)
-        if into.device.type == "cpu" and (begin, length) == (offset, into.nbytes):
+        if opens is None and into.device.type == "cpu" and (begin, length) == (offset, into.nbytes):
             self._queue.read(fd, begin, kernels.address(into), length)
             self._jobs.append(_Job(label, begin, length, digest, [into]))
             return
         self._make_room(length)
-        whole = torch.empty(length, dtype=torch.uint8, device=HOST)
+        whole = torch.empty(length if opens is None else length + TAG_BYTES, dtype=torch.uint8, device=HOST)
         self._queue.read(fd, begin, kernels.address(whole), length)
-        then = (raw, whole[offset - begin : offset - begin + into.nbytes])
-        self._jobs.append(_Job(label, begin, length, digest, [whole], then))
+        self._jobs.append(_Job(label, begin, length, digest, [whole], (raw, offset - begin), opens=opens))
 
     def take_over(self) -> int:
         """The tensors that are written may change when this returns. What is left of them has been copied; the number
@@ -151,8 +175,8 @@ class Transfer:
         """Whether `finish()` would not wait."""
         return self._queue.idle()
 
-    def finish(self) -> list[tuple[int, int, int, str]]:
-        """Waits for everything; (file, offset, length, digest) of all that was written or read.
+    def finish(self) -> list[Done]:
+        """Waits for everything; all that was written or read.
 
         Raises:
             OSError: what the system said, with file and place.
@@ -163,9 +187,15 @@ class Transfer:
         return done
 
     def _write(self, fd: int, offset: int, part: Tensor, label: Label, *, reads_live: bool = False) -> None:
-        if part.nbytes:
-            self._queue.write(fd, offset, kernels.address(part), part.nbytes)
-            self._jobs.append(_Job(label, offset, part.nbytes, kept=[part], reads_live=reads_live))
+        nbytes, seal = part.nbytes, b""
+        if not nbytes:
+            return
+        if self._seals is not None:
+            room = torch.empty(nbytes + TAG_BYTES, dtype=torch.uint8, device=HOST)
+            seal = self._seals(label[0], offset, kernels.memory(part), kernels.memory(room))
+            part, reads_live = room, False
+        self._queue.write(fd, offset, kernels.address(part), nbytes)
+        self._jobs.append(_Job(label, offset, nbytes, kept=[part], reads_live=reads_live, seal=seal.hex()))
 
     def _live_runs(self) -> Iterator[tuple[int, int, int]]:
         """(first, last, bytes) of jobs in a row that write out of memory that others change."""
@@ -195,7 +225,19 @@ class Transfer:
             if job.expected is not None and text != job.expected:
                 raise CheckpointError(f"{place}: these are not the bytes that were saved (their digest differs)")
             if job.then is not None:
-                to, values = job.then
-                to.copy_(values)
+                _take(job, job.kept[0], *job.then, place)
             if job.nbytes:
-                self._done.append((job.label[0], job.offset, job.nbytes, text))
+                self._done.append((job.label[0], job.offset, job.nbytes, text, job.seal))
+
+
+def _take(job: _Job, whole: Tensor, to: Tensor, first: int, place: str) -> None:
+    """Bytes of a chunk that was read go where they are wanted."""
+    if job.opens is not None:
+        is_all = to.is_cpu and to.nbytes == job.nbytes
+        plain = to if is_all else torch.empty(job.nbytes, dtype=torch.uint8, device=HOST)
+        if not job.opens(kernels.memory(whole), kernels.memory(plain)):
+            raise CheckpointError(f"{place}: {NOT_SEALED}")
+        if is_all:
+            return
+        whole = plain
+    to.copy_(whole[first : first + to.nbytes])

@@ -64,14 +64,14 @@ def has_same_bytes(record: FileRecord, own: Iterable[tuple[int, Tensor]], chunk_
     )
 
 
-def try_link(source: Path, target: Path, size: int) -> bool:
-    """Gives a regular file of this size a second name, if the file system can; else nothing is left."""
+def try_link(source: Path, target: Path, size: int, mode: int) -> bool:
+    """Gives a regular file of this size and mode a second name, if the file system can; else nothing is left."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
         return False
     status = target.lstat()
-    if stat.S_ISREG(status.st_mode) and status.st_size == size:
+    if stat.S_ISREG(status.st_mode) and (status.st_size, stat.S_IMODE(status.st_mode)) == (size, mode):
         return True
     os.unlink(target)
     return False

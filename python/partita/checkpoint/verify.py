@@ -12,6 +12,8 @@ import torch
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.folder import open_file
 from partita.checkpoint.manifest import FileRecord, Manifest
+from partita.checkpoint.sealing import Cipher
+from partita.checkpoint.stored import opener
 from partita.checkpoint.transfer import Transfer
 from partita.device import HOST
 
@@ -25,8 +27,13 @@ class Verified:
     problem: str = ""
 
 
-def verify(folder: Path, manifest: Manifest) -> Iterator[Verified]:
-    """Reads all files of a checkpoint and compares each chunk with its digest. Goes on after a problem."""
+def verify(folder: Path, manifest: Manifest, cipher: Cipher | None = None) -> Iterator[Verified]:
+    """Reads all files of a checkpoint and compares each chunk with its digest. Goes on after a problem.
+
+    Args:
+        cipher: of an encrypted checkpoint, whose chunks are decrypted too: who has changed them may have changed the
+            digests. None: only damage is found.
+    """
     with Transfer() as transfer:
         for name, record in manifest.files.items():
             try:
@@ -35,22 +42,25 @@ def verify(folder: Path, manifest: Manifest) -> Iterator[Verified]:
                 yield Verified(name, record.size, str(error))
                 continue
             try:
-                yield from _verify_file(folder / name, fd, record, transfer)
+                yield from _verify_file(folder / name, fd, record, transfer, cipher)
             finally:
                 os.close(fd)
 
 
-def _verify_file(path: Path, fd: int, record: FileRecord, transfer: Transfer) -> Iterator[Verified]:
+def _verify_file(
+    path: Path, fd: int, record: FileRecord, transfer: Transfer, cipher: Cipher | None
+) -> Iterator[Verified]:
     size = os.fstat(fd).st_size
     if size != record.size:
         yield Verified(path.name, 0, f"'{path}' has {size:,} bytes, and had {record.size:,} when it was saved")
         return
     begin = 0
-    for length, digest in record.chunks:
+    for number, (length, digest) in enumerate(record.chunks):
         buffer = torch.empty(length, dtype=torch.uint8, device=HOST)
         problem = ""
         try:
-            transfer.read(fd, begin, (begin, length, digest), buffer, (0, f"'{path}'"))
+            opens = None if cipher is None else opener(cipher, path.name, record, number, begin)
+            transfer.read(fd, begin, (begin, length, digest), buffer, (0, f"'{path}'"), opens)
             transfer.finish()
         except (OSError, CheckpointError) as error:
             problem = str(error)

@@ -14,10 +14,8 @@ from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.layout import FileLayout, chunk_bytes
 from partita.checkpoint.manifest import FileRecord
 from partita.checkpoint.pieces import Piece, Place, stem_of
-from partita.checkpoint.transfer import HostRoom, Transfer
-
-# (file, offset, length, digest) of what was written in one piece.
-Chunk = tuple[int, int, int, str]
+from partita.checkpoint.sealing import Cipher
+from partita.checkpoint.transfer import Done, HostRoom, Transfer
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,17 @@ class Writer:
         runs: Sequence[Run],
         heads: bool,
         room: HostRoom | None,
+        cipher: Cipher | None,
     ) -> None:
+        def seals(i: int, offset: int, data: memoryview, into: memoryview) -> bytes:
+            assert cipher is not None
+            return cipher.seal(files[i].name, offset, data, into)
+
         with ExitStack() as exits:
             fds = {i: _open(folder, file, exits) for i, file in enumerate(files) if file.name not in there}
-            self.transfer = transfer = exits.enter_context(Transfer(chunk_bytes(files), room))
+            self.transfer = transfer = exits.enter_context(
+                Transfer(chunk_bytes(files), room, None if cipher is None else seals)
+            )
             for i, fd in fds.items():
                 if heads:
                     transfer.write_data(fd, 0, files[i].header, (i, files[i].name))
@@ -72,7 +77,7 @@ class Writer:
                 transfer.sync(fd, (i, files[i].name))
             self._exits = exits.pop_all()
 
-    def finish(self) -> list[Chunk]:
+    def finish(self) -> list[Done]:
         """Waits for everything; where each chunk is, and its digest."""
         with self._exits:
             return self.transfer.finish()
@@ -96,20 +101,22 @@ def _open(folder: Path, file: FileLayout, exits: ExitStack) -> int:
 
 def records_of(files: Sequence[FileLayout], chunks: Iterable[Any], there: Collection[str]) -> dict[str, FileRecord]:
     """The chunks of every file that was written, in the order of their offsets."""
-    by_file: list[list[tuple[int, int, str]]] = [[] for _ in files]
-    for i, offset, length, digest in chunks:
-        by_file[i].append((offset, length, digest))
+    by_file: list[list[tuple[int, int, str, str]]] = [[] for _ in files]
+    for i, *chunk in chunks:
+        by_file[i].append(tuple(chunk))
     records = {}
     for file, written in zip(files, by_file, strict=True):
         if file.name in there:
             continue
         end = 0
-        for offset, length, _ in sorted(written):
+        for offset, length, *_ in sorted(written):
             if offset != end:
                 raise CheckpointError(f"{file.name}: no rank wrote the bytes from {end} on, or two did")
             end += length
         if end != file.size:
             raise CheckpointError(f"{file.name}: no rank wrote the bytes from {end} to {file.size}")
-        in_order = [(length, digest) for _, length, digest in sorted(written)]
-        records[file.name] = FileRecord(size=file.size, chunks=in_order)
+        in_order = [(length, digest) for _, length, digest, _ in sorted(written)]
+        seals = [seal for *_, seal in sorted(written)]
+        record = FileRecord(size=file.size, chunks=in_order)
+        records[file.name] = record if not any(seals) else record.model_copy(update={"seals": seals})
     return records

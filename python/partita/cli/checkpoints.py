@@ -12,7 +12,20 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from rich.table import Table
 from rich.text import Text
 
-from partita.checkpoint import CheckpointError, Found, checkpoints, export, find, latest_tag, prune, verify
+from partita.checkpoint import (
+    CheckpointError,
+    Found,
+    checkpoints,
+    event_of,
+    export,
+    find,
+    latest_tag,
+    new_key,
+    prune,
+    rekey,
+    verify,
+)
+from partita.cli.keys import KeyCommand, KeyEnv, KeyFile, key_from, protection_from
 
 app = typer.Typer(help="Look at checkpoints, check them, export their weights.", no_args_is_help=True)
 
@@ -42,6 +55,7 @@ def inspect(folder: _Folder) -> None:
     for one in found:
         manifest = one.manifest
         facts = ", ".join(f"{name} {value}" for name, value in manifest.engine.items())
+        facts = facts if manifest.encryption is None else "encrypted"
         mark = " (latest)" if one.tag == latest else ""
         cells = (f"{one.tag}{mark}", f"{manifest.step:,}", f"{manifest.samples:,}", _size(one), manifest.created)
         table.add_row(*(Text(cell) for cell in (*cells, str(manifest.world_size), facts)))
@@ -52,21 +66,34 @@ def inspect(folder: _Folder) -> None:
 
 
 @app.command("verify")
-def verify_command(folder: _Folder, tag: _Tag = None) -> None:
-    """Read every byte of a checkpoint and compare it with what was saved; 1 if something is damaged."""
+def verify_command(
+    folder: _Folder, tag: _Tag = None, key_env: KeyEnv = None, key_file: KeyFile = None, key_command: KeyCommand = None
+) -> None:
+    """Read every byte of a checkpoint and compare it with what was saved; 1 if something is damaged.
+
+    Of an encrypted checkpoint, damage is found without its key, and what people have changed with it.
+    """
     found = _find(folder, tag)
     problems = []
+    try:
+        protection = protection_from(key_env, key_file, key_command)
+        cipher = None if protection.key is None else protection.opened(found)
+    except CheckpointError as error:
+        _fail(str(error))
     with _progress() as progress:
         task = progress.add_task("", total=sum(record.size for record in found.manifest.files.values()))
-        for looked_at in verify(found.path, found.manifest):
+        for looked_at in verify(found.path, found.manifest, cipher):
             progress.advance(task, looked_at.nbytes)
             if looked_at.problem:
                 problems.append(looked_at.problem)
+    protection.tell(folder, event_of("refused" if problems else "verified", found))
     for problem in problems:
         typer.echo(problem, err=True)
     if problems:
         raise typer.Exit(1)
-    typer.echo(f"'{found.path}' is sound: {len(found.manifest.files)} files, {_size(found)}")
+    unseen = found.manifest.encryption is not None and cipher is None
+    note = "; without the key, only damage was looked for" if unseen else ""
+    typer.echo(f"'{found.path}' is sound: {len(found.manifest.files)} files, {_size(found)}{note}")
 
 
 @app.command("export")
@@ -75,13 +102,17 @@ def export_command(
     output: Annotated[Path, typer.Argument(metavar="FILE", help="A new .safetensors file.")],
     tag: _Tag = None,
     dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(_DTYPES)}.")] = "fp32",
+    key_env: KeyEnv = None,
+    key_file: KeyFile = None,
+    key_command: KeyCommand = None,
 ) -> None:
     """Write the weights of a checkpoint into one safetensors file; fp32 writes the masters."""
     if dtype not in _DTYPES:
         _fail(f"--dtype {dtype}: give one of {', '.join(_DTYPES)}")
     found = _find(folder, tag)
     try:
-        nbytes = sum(export(found, output, _DTYPES[dtype]))
+        protection = protection_from(key_env, key_file, key_command)
+        nbytes = sum(export(found, output, _DTYPES[dtype], protection))
     except (CheckpointError, OSError, ValueError) as error:
         _fail(str(error))
     typer.echo(f"'{output}': {nbytes:,} bytes of weights, of step {found.manifest.step}")
@@ -97,6 +128,36 @@ def prune_command(
             _fail(f"'{folder}': there is no whole checkpoint")
         for path in prune(folder, keep):
             typer.echo(f"deleted '{path}'")
+    except (CheckpointError, OSError) as error:
+        _fail(str(error))
+
+
+@app.command("new-key")
+def new_key_command() -> None:
+    """Print a new random key, for a file of your own (chmod 600) or a store of secrets."""
+    typer.echo(new_key())
+
+
+@app.command("rekey")
+def rekey_command(
+    folder: _Folder,
+    tag: Annotated[str | None, typer.Option("--tag", "-t", help="One checkpoint; without it: all and the log.")] = None,
+    key_env: KeyEnv = None,
+    key_file: KeyFile = None,
+    key_command: KeyCommand = None,
+    new_key_env: KeyEnv = None,
+    new_key_file: KeyFile = None,
+    new_key_command: KeyCommand = None,
+) -> None:
+    """Give encrypted checkpoints another key; the old one does not open them any more. No data is written anew."""
+    try:
+        old = key_from(key_env, key_file, key_command)
+        new = key_from(new_key_env, new_key_file, new_key_command, "--new-key")
+        if old is None or new is None:
+            _fail("give the old key (--key-env, --key-file, --key-command) and the new one (--new-key-env, ...)")
+        found = checkpoints(folder) if tag is None else [find(folder, tag)]
+        for path in rekey(folder, found, old, new, log=tag is None):
+            typer.echo(f"'{path}' has the new key")
     except (CheckpointError, OSError) as error:
         _fail(str(error))
 

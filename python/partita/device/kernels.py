@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -51,6 +53,23 @@ def address(tensor: Tensor, name: str = "tensor") -> int:
         reason = why_no_address(tensor) or f"of shape {tuple(tensor.shape)} has no memory: its values are elsewhere"
         raise ValueError(f"{name} {reason}; the native core needs a tensor with memory of its own")
     return pointer
+
+
+def memory(tensor: Tensor, name: str = "tensor") -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, which must live as long as the view. Writes go into the tensor.
+
+    `tensor.numpy()` would tie a storage to its size.
+
+    Raises:
+        ValueError: as for `address`, or the tensor is not on the CPU.
+    """
+    if not tensor.is_cpu:
+        raise _no_kernels(tensor, name)
+    if not tensor.nbytes:
+        return memoryview(b"")
+    place = (ctypes.c_ubyte * tensor.nbytes).from_address(address(tensor, name))
+    values: Any = np.ctypeslib.as_array(place)
+    return memoryview(values)
 
 
 def _no_kernels(tensor: Tensor, name: str) -> ValueError:

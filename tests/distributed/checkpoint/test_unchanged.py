@@ -106,8 +106,8 @@ def test_other_ranks_write_what_they_cannot_compare(ranks, tmp_path):
     assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "changed" / name).read_bytes()
 
 
-@pytest.mark.parametrize("what", ["missing", "link", "folder", "other size"])
-def test_only_a_file_of_this_size_is_linked(tmp_path, what):
+@pytest.mark.parametrize("what", ["missing", "link", "folder", "other size", "other mode"])
+def test_only_a_file_of_this_size_and_mode_is_linked(tmp_path, what):
     """Nothing is left where it cannot be; a file system without links says the same as a missing file."""
     source, target = tmp_path / "source", tmp_path / "target"
     if what == "link":
@@ -117,12 +117,17 @@ def test_only_a_file_of_this_size_is_linked(tmp_path, what):
         source.mkdir()
     elif what == "other size":
         source.write_bytes(b"123")
+        source.chmod(0o600)
+    elif what == "other mode":
+        source.write_bytes(b"1234")
+        source.chmod(0o640)
     before = sorted(tmp_path.iterdir())
-    assert not try_link(source, target, 4)
+    assert not try_link(source, target, 4, 0o600)
     assert sorted(tmp_path.iterdir()) == before
     source = tmp_path / "sound"
     source.write_bytes(b"1234")
-    assert try_link(source, target, 4)
+    source.chmod(0o600)
+    assert try_link(source, target, 4, 0o600)
     assert target.stat().st_ino == source.stat().st_ino
 
 
