@@ -6,7 +6,7 @@ from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.export import export
 from partita.checkpoint.folder import Found, checkpoints, find, latest_tag, prune
 from partita.checkpoint.load import Wanted, load
-from partita.checkpoint.protection import Protection, event_of, protection_for
+from partita.checkpoint.protection import Protection, event_of, facts_of, protection_for
 from partita.checkpoint.rekey import rekey
 from partita.checkpoint.save import About, Save
 from partita.checkpoint.user_key import KeySource, new_key
@@ -28,6 +28,7 @@ __all__ = [
     "checkpoints",
     "event_of",
     "export",
+    "facts_of",
     "find",
     "latest_tag",
     "load",
