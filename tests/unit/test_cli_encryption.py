@@ -44,7 +44,10 @@ def copy(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_inspect_and_verify_go_without_a_key(copy):
-    assert "encrypted" in run("checkpoint", "inspect", copy).output
+    shown = run("checkpoint", "inspect", copy).output
+    assert "encrypted" in shown and "bf16" not in shown
+    assert "bf16" in run("checkpoint", "inspect", copy, "--key-env", "A_KEY").output
+    assert "another key" in run("checkpoint", "inspect", copy, "--key-env", "OTHER_KEY").output
     assert "only damage" in run("checkpoint", "verify", copy).output
     done = run("checkpoint", "verify", copy, "--key-env", "A_KEY")
     assert done.exit_code == 0 and "only damage" not in done.output

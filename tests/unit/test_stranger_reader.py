@@ -13,20 +13,22 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from cryptography.exceptions import InvalidTag
 from partita.checkpoint.layout import TensorSpec, index_text, lay_out
 from partita.checkpoint.manifest import FileRecord, Manifest, manifest_text
 from partita.device import kernels
 from partita.model import DTYPE_NAMES
+from resumed import config_for, engine_for, take_steps
 from torch import Tensor
 
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoint-format.md"
-READER, JOIN = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+UNSEAL, READER, JOIN = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
 def stranger(name: str) -> Callable[..., Any]:
     """A function of the page."""
     names: dict[str, Any] = {}
-    exec(READER + JOIN, names)
+    exec(UNSEAL + READER + JOIN, names)
     found: Callable[..., Any] = names[name]
     return found
 
@@ -165,3 +167,20 @@ def test_a_stranger_notices_a_shorter_file(tmp_path):
         file.truncate(file.seek(0, 2) - 1)
     with pytest.raises(AssertionError, match=r"model\.safetensors"):
         stranger("read")(tmp_path)
+
+
+def test_a_stranger_opens_an_encrypted_checkpoint(tmp_path, monkeypatch):
+    """Every file is then that of a plain checkpoint of the same run."""
+    key = bytes(range(32))
+    monkeypatch.setenv("A_KEY", key.hex())
+    files = []
+    for encryption in ({"key_env": "A_KEY"}, None):
+        engine = engine_for(config_for(1, 1, "split", checkpoint={"encryption": encryption}), seed=1)
+        take_steps(engine, 1)
+        folder = engine.save_checkpoint(tmp_path / str(encryption is None))
+        engine.destroy()
+        plain = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+        files.append(plain if encryption is None else stranger("unseal")(folder, key))
+    assert files[0] == files[1]
+    with pytest.raises(InvalidTag):
+        stranger("unseal")(tmp_path / "False" / "global_step1", key[::-1])

@@ -9,7 +9,7 @@ from partita.checkpoint.load import Wanted, load
 from partita.checkpoint.model_files import save_model_files
 from partita.checkpoint.model_weights import ModelWeights
 from partita.checkpoint.newest import load_sound, newest, newest_tag, prepare, verify_together
-from partita.checkpoint.protection import Protection, event_of, protection_for
+from partita.checkpoint.protection import Protection, event_of, facts_of, protection_for
 from partita.checkpoint.rekey import rekey
 from partita.checkpoint.save import About, Save
 from partita.checkpoint.transfer import HostRoom
@@ -34,6 +34,7 @@ __all__ = [
     "checkpoints",
     "event_of",
     "export",
+    "facts_of",
     "find",
     "latest_tag",
     "load",

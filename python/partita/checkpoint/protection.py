@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from partita.checkpoint import audit
 from partita.checkpoint.agreement import together
@@ -18,6 +18,7 @@ from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.folder import Found
 from partita.checkpoint.manifest import ENCRYPTED_VERSION, MANIFEST, AuditMark, Encryption, Manifest, content_of
 from partita.checkpoint.sealing import Cipher, unwrapped
+from partita.checkpoint.strict_json import parse_json
 from partita.checkpoint.user_key import KeySource, UserKey
 from partita.comm import Communicator, require_same
 
@@ -155,6 +156,21 @@ def opened_manifest(found: Found, encryption: Encryption, key: UserKey) -> Ciphe
             f"'{found.path}' is the checkpoint '{found.manifest.tag}' under another name: give it its name back"
         )
     return cipher
+
+
+def facts_of(found: Found, key: UserKey) -> dict[str, Any]:
+    """The facts about the run that saved an encrypted checkpoint.
+
+    Raises:
+        CheckpointError: as for `Protection.opened`.
+    """
+    cipher = Protection(key=key).opened(found)
+    encryption = found.manifest.encryption
+    text = None if cipher is None or encryption is None else cipher.open_facts(bytes.fromhex(encryption.facts))
+    if text is None:
+        raise CheckpointError(f"'{found.path / MANIFEST}' was changed: the facts are not those that were saved")
+    facts: dict[str, Any] = parse_json(text, str(found.path))
+    return facts
 
 
 def _hash_of(manifest: Manifest, cipher: Cipher) -> str:

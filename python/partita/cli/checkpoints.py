@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -18,6 +18,7 @@ from partita.checkpoint import (
     checkpoints,
     event_of,
     export,
+    facts_of,
     find,
     latest_tag,
     new_key,
@@ -25,6 +26,7 @@ from partita.checkpoint import (
     rekey,
     verify,
 )
+from partita.checkpoint.user_key import UserKey
 from partita.cli.keys import KeyCommand, KeyEnv, KeyFile, key_from, protection_from
 
 app = typer.Typer(help="Look at checkpoints, check them, export their weights.", no_args_is_help=True)
@@ -35,11 +37,14 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 
 
 @app.command()
-def inspect(folder: _Folder) -> None:
-    """Print a line for each checkpoint: tag, step, samples, size, and the run that saved it."""
+def inspect(folder: _Folder, key_env: KeyEnv = None, key_file: KeyFile = None, key_command: KeyCommand = None) -> None:
+    """Print a line for each checkpoint: tag, step, samples, size, and the run that saved it, if it can be read."""
     try:
+        key = key_from(key_env, key_file, key_command)
         found = checkpoints(folder)
     except OSError as error:
+        _fail(str(error))
+    except CheckpointError as error:
         _fail(str(error))
     if not found:
         _fail(f"'{folder}': there is no whole checkpoint")
@@ -54,8 +59,7 @@ def inspect(folder: _Folder) -> None:
         )
     for one in found:
         manifest = one.manifest
-        facts = ", ".join(f"{name} {value}" for name, value in manifest.engine.items())
-        facts = facts if manifest.encryption is None else "encrypted"
+        facts = ", ".join(f"{name} {value}" for name, value in _facts(one, key).items())
         mark = " (latest)" if one.tag == latest else ""
         cells = (f"{one.tag}{mark}", f"{manifest.step:,}", f"{manifest.samples:,}", _size(one), manifest.created)
         table.add_row(*(Text(cell) for cell in (*cells, str(manifest.world_size), facts)))
@@ -160,6 +164,18 @@ def rekey_command(
             typer.echo(f"'{path}' has the new key")
     except (CheckpointError, OSError) as error:
         _fail(str(error))
+
+
+def _facts(one: Found, key: UserKey | None) -> dict[str, Any]:
+    """About the run that saved a checkpoint, as far as the key shows them."""
+    if one.manifest.encryption is None:
+        return one.manifest.engine
+    if key is None:
+        return {"encrypted": ""}
+    try:
+        return facts_of(one, key)
+    except CheckpointError:
+        return {"encrypted": "with another key, or changed"}
 
 
 def _find(folder: Path, tag: str | None) -> Found:
