@@ -220,7 +220,10 @@ CALLS: dict[str, Mistake] = {
         "'weight' is not in the model",
     ),
     "a folder for a file": says(
-        "e = start(); e.save_model(tempfile.mkdtemp())", "is a folder", "such as", "model.safetensors'"
+        "e = start(); e.save_model(tempfile.mkdtemp(suffix='.safetensors'))",
+        "is a folder",
+        "such as",
+        "model.safetensors'",
     ),
     "a device for a file": says("e = start(); e.save_model('/dev/full')", "'/dev/full' is a device", "name of a file"),
     "a loss that is not finite": says(
