@@ -181,11 +181,16 @@ def _builds_and_saves(kind: str, over: str, folder: str) -> None:
     fresh.load_state_dict(load_file(Path(folder) / "model.safetensors"), strict=True)
     assert_same_weights(fresh.state_dict(), weights)
     assert not torch.equal(next(iter(weights.values())), next(iter(plain.values())))
+    several = Path(folder) / "several"
+    inside.save_in_files_of(engine, several, 20_000)
+    assert len(list(several.glob("model-*-of-*.safetensors"))) > 1
     if engine.global_rank == 0:
         model.config.save_pretrained(folder)
+        model.config.save_pretrained(several)
     inside.communicator(engine).barrier()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    assert_same_weights(loaded.state_dict(), weights)
+    for place in (folder, several):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(place)
+        assert_same_weights(loaded.state_dict(), weights)
     engine.destroy()
 
 

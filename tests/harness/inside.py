@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import partita.model.export
 import partita.run.run
 import partita.units.residence.gathered
 import partita.units.unit
@@ -145,6 +145,14 @@ def connect_by(replacement: Connect) -> None:
 def with_streams(replacement: Streams) -> AbstractContextManager[Any]:
     """Engines made in this block work on `replacement`."""
     return mock.patch.object(_MODULE, "streams_of", lambda _device: replacement)
+
+
+def save_in_files_of(engine: Engine, folder: Path, max_bytes: int) -> None:
+    """`save_model()` with smaller files than five gigabytes."""
+    from partita.checkpoint import ModelWeights, save_model_files
+
+    state = engine.train_state()
+    save_model_files(ModelWeights(state, engine.module, None), folder, state.world, max_bytes)
 
 
 # -- what an engine does

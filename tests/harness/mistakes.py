@@ -219,8 +219,8 @@ CALLS: dict[str, Mistake] = {
         "'first.weight' is missing",
         "'weight' is not in the model",
     ),
-    "a folder for a file": says(
-        "e = start(); e.save_model(tempfile.mkdtemp())", "is a folder", "such as", "model.safetensors'"
+    "a file for a folder": says(
+        "e = start(); e.save_model(tempfile.__file__)", "is a file", "ends in '.safetensors', or a folder"
     ),
     "a device for a file": says("e = start(); e.save_model('/dev/full')", "'/dev/full' is a device", "name of a file"),
     "a loss that is not finite": says(

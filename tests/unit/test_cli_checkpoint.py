@@ -115,8 +115,14 @@ def test_a_wrong_folder_is_named(tmp_path, arguments):
 
 def test_a_dtype_that_is_none_and_a_place_that_is_taken(saved, tmp_path):
     assert "fp64" in run("export", saved[0], tmp_path / "x", "--dtype", "fp64").output
-    done = run("export", saved[0], tmp_path)
-    assert done.exit_code == 1 and "a folder" in done.output
+    (tmp_path / "x").touch()
+    done = run("export", saved[0], tmp_path / "x")
+    assert done.exit_code == 1 and "is a file" in done.output
+
+
+def test_export_into_a_folder(saved, tmp_path):
+    assert run("export", saved[0], tmp_path / "new", "--dtype", "as saved").exit_code == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.safetensors"]
 
 
 def test_export_leaves_a_checkpoint_as_it_is(folder):

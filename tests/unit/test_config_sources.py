@@ -149,7 +149,7 @@ AUTO_KEYS = {
     "zero_optimization.stage3_prefetch_bucket_size": "is 8388608, the default",
     "zero_optimization.stage3_max_live_parameters": "is 1000000000, the default",
     "zero_optimization.offload_optimizer.device": "is 'none', the default",
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "always gather the weights",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "always write whole weights",
     "zero_optimization.sub_group_size": "needs no tiles",
     "fp16.loss_scale": "is 0.0, the default",
     "communication_data_type": "is None, the default",

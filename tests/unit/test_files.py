@@ -45,19 +45,21 @@ def engine() -> partita.Engine:
 @pytest.mark.parametrize("writer", WRITERS)
 def test_what_is_no_regular_file_is_refused_and_stays(engine, tmp_path, writer, kind):
     """F61: as root, renaming a file onto /dev/full replaced the device and said nothing."""
-    path = tmp_path / "there"
+    path = tmp_path / "there.safetensors"
     IRREGULAR[kind](path)
     before = path.stat()
-    with pytest.raises(OSError, match=rf"there' is {kind}, which is not replaced by a file: give the name of a file"):
+    with pytest.raises(
+        OSError, match=rf"there.safetensors' is {kind}, which is not replaced by a file: give the name of a file"
+    ):
         WRITERS[writer](engine, path)
     assert (path.stat().st_ino, path.stat().st_mode) == (before.st_ino, before.st_mode)
-    assert [file.name for file in tmp_path.iterdir()] == ["there"]
+    assert [file.name for file in tmp_path.iterdir()] == ["there.safetensors"]
     engine.train_batch(inputs())
 
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_link_to_a_device_is_the_device(engine, tmp_path, writer):
-    link = tmp_path / "link"
+    link = tmp_path / "link.safetensors"
     link.symlink_to("/dev/full")
     with pytest.raises(OSError, match="is a device"):
         WRITERS[writer](engine, link)
@@ -68,17 +70,19 @@ def test_a_link_to_a_device_is_the_device(engine, tmp_path, writer):
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_link_to_a_file_stays_and_the_file_is_written(engine, tmp_path, writer):
     (tmp_path / "file").write_text("old")
-    (tmp_path / "link").symlink_to("file")
-    WRITERS[writer](engine, tmp_path / "link")
-    assert (tmp_path / "link").is_symlink()
+    link = tmp_path / "link.safetensors"
+    link.symlink_to("file")
+    WRITERS[writer](engine, link)
+    assert link.is_symlink()
     assert (tmp_path / "file").stat().st_size > 3
 
 
-def test_the_place_of_an_unfinished_file_is_looked_at_too(engine, tmp_path):
-    os.mkfifo(tmp_path / "model.partial")
-    with pytest.raises(OSError, match=r"model\.partial' is a pipe"):
-        engine.save_model(tmp_path / "model")
-    assert stat.S_ISFIFO((tmp_path / "model.partial").stat().st_mode)
+@pytest.mark.parametrize("name", ["model.safetensors", "folder"])
+def test_a_pipe_in_the_place_of_a_file_or_a_folder_of_files(engine, tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match=rf"{name}' is a pipe"):
+        engine.save_model(tmp_path / name)
+    assert stat.S_ISFIFO((tmp_path / name).stat().st_mode)
 
 
 def test_the_command_line_does_not_write_into_a_pipe_either(tmp_path):
@@ -103,7 +107,7 @@ def test_files_have_the_mode_that_the_user_asked_for(engine, tmp_path):
     """Not that of a temporary file, which nobody else may read."""
     umask = os.umask(0o027)
     try:
-        engine.save_model(tmp_path / "model")
+        engine.save_model(tmp_path / "model.safetensors")
         engine.save_config(tmp_path / "config")
     finally:
         os.umask(umask)

@@ -103,14 +103,14 @@ def verify_command(
 @app.command("export")
 def export_command(
     folder: _Folder,
-    output: Annotated[Path, typer.Argument(metavar="FILE", help="A new .safetensors file.")],
+    output: Annotated[Path, typer.Argument(metavar="PATH", help="A .safetensors file, or a folder of them.")],
     tag: _Tag = None,
     dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(_DTYPES)}.")] = "fp32",
     key_env: KeyEnv = None,
     key_file: KeyFile = None,
     key_command: KeyCommand = None,
 ) -> None:
-    """Write the weights of a checkpoint into one safetensors file; fp32 writes the masters."""
+    """Write the weights of a checkpoint into safetensors files; fp32 writes the masters."""
     if dtype not in _DTYPES:
         _fail(f"--dtype {dtype}: give one of {', '.join(_DTYPES)}")
     found = _find(folder, tag)

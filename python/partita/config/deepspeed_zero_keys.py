@@ -7,7 +7,7 @@ from partita.config.answers import ANY, EMPTY, Rule, noted, numbers, only, refus
 _ZERO = "zero_optimization"
 _NOTHING = "asks for nothing"
 _GATHERS = "stage 3 gathers whole layers and needs no further limit"
-_SAVES = "engine.save_16bit_model() and save_model() always gather the weights"
+_SAVES = "engine.save_16bit_model() and save_model() always write whole weights"
 _NVME = "it tunes NVMe offload, which is not there"
 _NO_NVME = 'there is no NVMe offload: set device to "cpu", and remove nvme_path'
 _FULL_PRECISION = (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,7 +15,6 @@ import partita
 import pytest
 import torch
 from blocks_model import TRANSPORTS, BlocksModel, assert_same_weights, batch_of, config_for, error_of, take_step
-from partita.model.export import WeightFile
 from partita.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -131,41 +132,21 @@ def test_a_state_dict_for_one_rank_is_empty_elsewhere(ranks, stage, over):
 # -- C2: what cannot be written
 
 
-class FullDisk(WeightFile):
-    """The disk is full when `large` is written."""
-
-    def write(self, name: str, values: Tensor) -> None:
-        if name == "large":
-            raise OSError(28, "No space left on device")
-        super().write(name, values)
+def _full(name: str) -> Any:
+    """The disk is full when files get their room."""
+    return mock.patch.object(os, "posix_fallocate", side_effect=OSError(28, "No space left on device"))
 
 
-class LateError(WeightFile):
-    """The system reports the error of a write when it is asked to finish."""
-
-    def __enter__(self) -> WeightFile:
-        self.patch = mock.patch.object(os, "fsync", side_effect=OSError(5, "Input/output error"))
-        self.patch.start()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        try:
-            super().__exit__(*error)
-        finally:
-            self.patch.stop()
-
-
-FAILURES: dict[str, tuple[Callable[..., WeightFile], str, str]] = {
-    "full disk": (FullDisk, "a.safetensors", "No space left"),
-    "late error": (LateError, "a.safetensors", "Input/output error"),
-    "a file is in the way of the folder": (WeightFile, "taken/a.safetensors", "taken"),
-    "the name is that of a folder": (WeightFile, "folder", "folder"),
-    "the name is too long": (WeightFile, 300 * "x", "name too long"),
+FAILURES: dict[str, tuple[Callable[[str], Any], str, str]] = {
+    "full disk": (_full, "a.safetensors", "No space left"),
+    "a file is in the way of the folder": (nullcontext, "taken/a.safetensors", "taken"),
+    "the name is that of a folder": (nullcontext, "folder.safetensors", "folder"),
+    "the name is too long": (nullcontext, 300 * "x", "name too long"),
 }
 
 
 def _fails(folder: str, stage: int, over: str, failure: str) -> tuple[str, list[str]]:
-    file, name, _ = FAILURES[failure]
+    failing, name, _ = FAILURES[failure]
     root = Path(folder)
     engine = partita.Engine(model=make(), config=config_for(stage, over))
     other = partita.Engine(model=make(), config=config_for(stage, over))
@@ -173,9 +154,9 @@ def _fails(folder: str, stage: int, over: str, failure: str) -> tuple[str, list[
         take_step(each, 0)
     if engine.global_rank == 0:
         (root / "taken").write_text("a file")
-        (root / "folder" / "inner").mkdir(parents=True)
+        (root / "folder.safetensors" / "inner").mkdir(parents=True)
     inside.communicator(engine).barrier()
-    with inside.with_weight_file(file):
+    with failing(name):
         message = error_of(lambda: engine.save_model(root / name), OSError)
     inside.communicator(engine).barrier()
     left = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
@@ -197,10 +178,10 @@ def test_an_error_of_rank_0s_disk_is_raised_everywhere_and_leaves_no_file(ranks,
     """All ranks raise, none waits, training goes on, and the next file is written."""
     first, second = ranks(2).run(_fails, str(tmp_path), stage, over, failure)
     path = str(tmp_path / FAILURES[failure][1])
-    assert f"'{path}' was not written on rank 0" in first[0]
+    assert f"'{path}' was not written" in first[0]
     assert FAILURES[failure][2].lower() in first[0].lower()
     assert second[0] == first[0]
-    assert first[1] == second[1] == ["folder", "folder/inner", "taken"]
+    assert first[1] == second[1] == ["folder.safetensors", "folder.safetensors/inner", "taken"]
 
 
 class WithExtra(BlocksModel):
@@ -228,5 +209,77 @@ def test_what_the_format_lacks_is_refused_by_name_on_all_ranks(ranks, tmp_path, 
     """Promise 7"""
     for extra, dtype in ranks(2).run(_refuses, str(tmp_path), stage):
         assert "'_extra_state' in the model's state dict is a dict: only tensors are written" in extra
-        assert "'odd' is torch.complex128, which safetensors does not have" in dtype
+        assert "'odd' is torch.complex128: safetensors files have" in dtype
     assert list(tmp_path.iterdir()) == []
+
+
+# -- folders
+
+
+def _shards(folder: str, stage: int, precision: str) -> None:
+    engine = partita.Engine(model=make(), config=config_for(stage, "auto", precision))
+    root = Path(folder)
+    for step, max_bytes in enumerate((3000, 10**9, 6000)):  # several files, one, and others
+        take_step(engine, step)
+        inside.save_in_files_of(engine, root, max_bytes)
+        live = engine.module_state_dict()
+        inside.communicator(engine).barrier()
+        files = sorted(path.name for path in root.iterdir())
+        if max_bytes == 10**9:
+            assert files == ["model.safetensors", "notes.txt"]
+        else:
+            weight_map = json.loads((root / "model.safetensors.index.json").read_text())["weight_map"]
+            assert files == sorted({*weight_map.values(), "model.safetensors.index.json", "notes.txt"})
+            assert len(files) > 4
+        written: dict[str, Tensor] = {}
+        for path in root.glob("*.safetensors"):
+            written.update(load_file(path))
+        assert_same_weights(written, live, "in the files")
+        inside.communicator(engine).barrier()
+    assert engine.load_module_state_dict(root) == []
+    engine.destroy()
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "split"), (3, "bf16")])
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_folder_has_one_export_whole(ranks, tmp_path, size, stage, precision):
+    """C5: files of another number are gone with the index; what is of others stays."""
+    (tmp_path / "notes.txt").write_text("mine")
+    ranks(size).run(_shards, str(tmp_path), stage, precision)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def _is_older(folder: str) -> str:
+    engine = partita.Engine(model=make(), config=config_for(2, "auto"))
+    root = Path(folder)
+    inside.save_in_files_of(engine, root, 3000)
+    before = {path.name: path.read_bytes() for path in root.iterdir()}
+    inside.communicator(engine).barrier()
+    take_step(engine, 0)
+    fails = mock.patch.object(os, "pwrite", side_effect=OSError(5, "Input/output error"))
+    if engine.global_rank == 1:  # the folder is not seen there
+        fails = mock.patch.object(os, "open", side_effect=FileNotFoundError(2, "not here"))
+    with fails:
+        message = error_of(lambda: inside.save_in_files_of(engine, root, 3000), Exception)
+    inside.communicator(engine).barrier()
+    assert {path.name: path.read_bytes() for path in root.iterdir()} == before
+    engine.destroy()
+    return message
+
+
+def test_an_error_of_one_rank_leaves_the_older_export(ranks, tmp_path):
+    first, second = ranks(2).run(_is_older, str(tmp_path))
+    assert first == second
+    assert "rank 1:" in first and "is not seen here" in first
+
+
+def test_pickles_and_places_in_a_checkpoint_are_refused(tmp_path):
+    engine = partita.Engine(model=make(), config=config_for(0))
+    with pytest.raises(ValueError, match="pickles are not written"):
+        engine.save_model(tmp_path / "pytorch_model.bin")
+    engine.save_checkpoint(tmp_path, "a")
+    with pytest.raises(OSError, match="would be in the checkpoint"):
+        engine.save_model(tmp_path / "a" / "x.safetensors")
+    with pytest.raises(ValueError, match=r"dtype = torch\.int32"):
+        engine.save_model(tmp_path / "b", dtype=torch.int32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "latest"]
