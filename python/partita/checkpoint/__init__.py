@@ -1,5 +1,6 @@
 """Checkpoints: files that all ranks write together, and that any other run reads."""
 
+from partita.checkpoint.deepspeed import DeepSpeedImport
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.export import export
 from partita.checkpoint.folder import Found, checkpoints, find, latest_tag, prune
@@ -10,6 +11,7 @@ from partita.checkpoint.verify import Verified, verify
 __all__ = [
     "About",
     "CheckpointError",
+    "DeepSpeedImport",
     "Found",
     "Verified",
     "Wanted",

@@ -30,6 +30,8 @@ UNIVERSAL = "zero"  # the folder of a universal checkpoint that has a folder for
 # Of objects of these packages nothing is needed, so they may be there. Another object may be no checkpoint's at all.
 _HARMLESS = ("deepspeed", "megatron", "numpy", "argparse")
 _READ_BYTES = 1 << 20
+# What torch's loader says of bytes that it did not write.
+_DAMAGED = (RuntimeError, ValueError, TypeError, EOFError, LookupError, AttributeError)
 
 _TENSOR_PARALLEL = (
     "was saved by ranks that share tensors or layers (tensor, pipeline or expert parallelism): convert it with "
@@ -212,7 +214,15 @@ def load_inert(path: Path, any_objects: bool = False) -> Any:
         raise
     except OSError as error:
         raise CheckpointError(f"'{path}' cannot be read: {error}") from None
-    except (RuntimeError, ValueError, TypeError, EOFError, LookupError, AttributeError, pickle.UnpicklingError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        EOFError,
+        LookupError,
+        AttributeError,
+        pickle.UnpicklingError,
+    ) as error:
         raise CheckpointError(f"'{path}' is no file of torch.save(), or is damaged: {_first_line(error)}") from None
 
 

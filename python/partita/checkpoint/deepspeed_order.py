@@ -1,4 +1,4 @@
-"""Stage 0 of DeepSpeed: its optimizer numbers the parameters and does not name them. Which number is which name. Pure."""
+"""The names of the parameters that the optimizer of DeepSpeed's stage 0 only numbers. Pure."""
 
 from __future__ import annotations
 

@@ -171,7 +171,9 @@ class _Reader:
         inner = inner if isinstance(inner, Mapping) else common
         self._groups = inner.get("param_groups", [])
         counts = [one.get("step") for one in _mapping(inner.get("state", {}), self._files.common, "state").values()]
-        shapes = {k: v for group in _shapes(self._model.get("param_shapes"), self._files.model[0]) for k, v in group.items()}
+        shapes = {
+            k: v for group in _shapes(self._model.get("param_shapes"), self._files.model[0]) for k, v in group.items()
+        }
         found = {}
         for name, shape in shapes.items():
             folder = self._files.parameters.get(name)
@@ -284,14 +286,17 @@ class _Reader:
         small: dict[str, Any] = {
             "step": to_plain(step, "step"),
             "accumulation": {"micro_steps": step["global_steps"], "micro_batches": 1},
-            **{name: None for name in NOT_IN_FILES},
+            **dict.fromkeys(NOT_IN_FILES),
         }
         notes.append("the place in the data and random states begin anew: DeepSpeed does not save them")
         rank: dict[str, Any] = {}
+        if self._weights_only:
+            notes.append("what the optimizer keeps is left out: load_checkpoint(load_optimizer_states=False)")
         if not self._weights_only and trained:
             native = sections.is_adam(self._groups, trained)
             states = sections.optimizer_states(trained, native, applied)
             rank["optimizer_states"] = to_plain(states, "optimizer_states")
+            # An elastic checkpoint has no param groups: those of the run stay.
             small["optimizer"] = sections.param_groups(self._groups, notes) if self._groups else None
         if isinstance(model.get("lr_scheduler"), Mapping):
             small["lr_scheduler"] = sections.schedule(model["lr_scheduler"], notes)
