@@ -58,19 +58,21 @@ def deepspeed_names() -> Iterator[None]:
     named = {LOSS_SCALER: [LossScaler, DynamicLossScaler], ENUM: [ZeroStageEnum], FRAGMENT: [fragment_address]}
     before, own = dict(sys.modules), __name__
     for module, classes in named.items():
-        sys.modules[module] = types.ModuleType(module)
+        parts = module.split(".")
+        for i in range(1, len(parts) + 1):
+            sys.modules[".".join(parts[:i])] = types.ModuleType(".".join(parts[:i]))
         for one in classes:
             setattr(sys.modules[module], one.__name__, one)
             one.__module__ = module
     try:
         yield
     finally:
-        for module, classes in named.items():
+        for classes in named.values():
             for one in classes:
                 one.__module__ = own
-            sys.modules.pop(module)
-            if module in before:
-                sys.modules[module] = before[module]
+        for name in [name for name in sys.modules if name.split(".")[0] == "deepspeed"]:
+            del sys.modules[name]
+        sys.modules.update({name: module for name, module in before.items() if name.split(".")[0] == "deepspeed"})
 
 
 @dataclass
