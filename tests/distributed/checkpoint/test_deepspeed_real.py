@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import partita
 import pytest
 import torch
 from deepspeed_run import config_of, new_model, optimizer_of, tokens_of
@@ -16,7 +17,6 @@ from deepspeed_writer import of_optimizer, write
 from partita.checkpoint import DeepSpeedImport
 from partita.checkpoint.deepspeed_files import Inert, load_dict
 from partita.utils import safe_get_full_fp32_param
-from ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 RUNNER = Path(__file__).parents[2] / "harness" / "deepspeed_run.py"
@@ -55,13 +55,13 @@ def structure(value: Any) -> Any:
 ASKED = [(0, 2, "fp32"), (1, 2, "bf16"), (2, 3, "fp32"), (3, 2, "bf16"), (3, 3, "fp32")]
 
 
-@pytest.mark.parametrize(("stage", "ranks", "precision"), ASKED)
-def test_a_run_of_deepspeed_goes_on(tmp_path, stage, ranks, precision):
+@pytest.mark.parametrize(("stage", "number", "precision"), ASKED)
+def test_a_run_of_deepspeed_goes_on(ranks, tmp_path, stage, number, precision):
     zero = {"memory_efficient_linear": False} if stage == 3 else {}  # which adds the bias after rounding
-    asked = {"stage": stage, "ranks": ranks, "precision": precision, "schedule": True, "zero": zero}
+    asked = {"stage": stage, "ranks": number, "precision": precision, "schedule": True, "zero": zero}
     expected = run_deepspeed(tmp_path / "from", asked)
     assert sum(DeepSpeedImport(tmp_path / "from", tmp_path / "to").run()) > 0
-    found = run_ranks(go_on, ranks, str(tmp_path), asked)
+    found = ranks(number).run(go_on, str(tmp_path), asked)
     for losses in found:
         assert losses == pytest.approx(expected[3:], rel=1e-6 if precision == "fp32" else 1e-3)
 
@@ -71,16 +71,15 @@ def test_a_run_of_deepspeed_goes_on(tmp_path, stage, ranks, precision):
     optimizer.step()
     more = {"note": "hello", "numbers": [1, 2.5], "pair": (1, 2), "tensor": torch.arange(3)}
     run = of_optimizer(model, optimizer, precision=precision, more=more, lr_scheduler={"last_batch_iteration": 2})
-    ours, theirs = write(tmp_path / "ours", run, stage, ranks), tmp_path / "from" / "global_step3"
+    ours, theirs = write(tmp_path / "ours", run, stage, number), tmp_path / "from" / "global_step3"
     assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
     for path in ours.iterdir():
         assert structure(load_dict(path)) == structure(load_dict(theirs / path.name)), path.name
 
 
-def go_on(rank: int, ranks: int, folder: str, asked: dict[str, Any]) -> list[float]:
+def go_on(folder: str, asked: dict[str, Any]) -> list[float]:
     """Three more steps in Partita; compares the masters with those that DeepSpeed's script finds first."""
-    import partita
-
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     model = new_model()
     config = {**config_of({**asked, "zero": {}}), "steps_per_print": 0}
     config.pop("zero_allow_untested_optimizer")
