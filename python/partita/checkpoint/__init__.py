@@ -1,6 +1,7 @@
 """Checkpoints: files that all ranks write together, and that any other run reads."""
 
 from partita.checkpoint.audit_check import Checked, check_audit
+from partita.checkpoint.deepspeed import DeepSpeedImport
 from partita.checkpoint.disk import GROUP, OWNER
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.export import export
@@ -22,6 +23,7 @@ __all__ = [
     "About",
     "Checked",
     "CheckpointError",
+    "DeepSpeedImport",
     "Found",
     "HostRoom",
     "KeySource",

@@ -134,8 +134,9 @@ def _sections(state: TrainState, saved: SavedState, wanted: Wanted, reader: Valu
     found = {s.name: _saved_by_ranks(s, state, saved, names) for s in state.sections if wanted.takes(s.name)}
     steps = _applied_steps(saved)
     states = {name: value for name, value in found.items() if value is not None}
-    if len(states) < len(found) and wanted.strict:
-        missing = next(name for name in found if name not in states)
+    # Who wrote the checkpoint says by null that there is nothing to go on from.
+    missing = next((name for name in found if name not in states and name not in saved.sections), None)
+    if missing is not None and wanted.strict:
         raise CheckpointError(
             f"it has no state of '{missing}', which this run has: load_module_strict=False goes on without"
         )
@@ -164,7 +165,10 @@ def _with_learning_rates(state: TrainState, states: dict[str, dict[str, Any]]) -
 def _warn_of_what_is_left(state: TrainState, saved: SavedState, wanted: Wanted, folder: Path) -> None:
     """The program may have forgotten to give the engine what the run had."""
     here = {section.name for section in state.sections}
-    for name in sorted({*saved.sections, *(name for one in saved.ranks for name in one)} - here):
+    there = {name for name, value in saved.sections.items() if value is not None}
+    if anew := sorted((saved.sections.keys() - there) & here):
+        logger.info(f"'{folder}' has nothing of {', '.join(anew)}, which begin anew")
+    for name in sorted({*there, *(name for one in saved.ranks for name in one)} - here):
         if wanted.takes(name):
             logger.warning(f"'{folder}' has the state of '{name}', which this run does not have: it is not used")
 

@@ -178,7 +178,7 @@ class Save:
         small = self._small.model_copy(update={"ranks": [one for one, _ in by_rank]})
         chunks = [tuple(chunk) for _, written in by_rank for chunk in written]
         records = {**records_of(self._files, chunks, self._linked), **self._linked}
-        texts = _small_files(small, self._files)
+        texts = small_files(small, self._files)
         records |= {name: self._write_small(name, text.encode()) for name, text in texts.items()}
         manifest = _manifest(self.path.name, self._about, self._world.world_size, records)
         path = self._publish(manifest)
@@ -187,7 +187,7 @@ class Save:
 
     def _write_small(self, name: str, data: bytes) -> FileRecord:
         """Writes a file as rank 0 alone does."""
-        record = _record_of(data)
+        record = record_of(data)
         if self._cipher is not None:
             data, record = _sealed(self._cipher, name, data, record)
         write_durably(self._staging.path / name, data, self._protection.access.file)
@@ -269,7 +269,7 @@ def _link(
     return {name: earlier.files[name] for name in json.loads(from_rank_0(world, what, link))}
 
 
-def _small_files(small: SavedState, files: Sequence[FileLayout]) -> dict[str, str]:
+def small_files(small: SavedState, files: Sequence[FileLayout]) -> dict[str, str]:
     """The texts of what is not tensors."""
     texts = {STATE: state_text(small)}
     parse_state(texts[STATE].encode(), STATE)  # what could not be loaded is refused now
@@ -317,7 +317,8 @@ def _lay_out(specs: Mapping[str, list[TensorSpec]], frozen: set[Place]) -> list[
     return files
 
 
-def _record_of(data: bytes) -> FileRecord:
+def record_of(data: bytes) -> FileRecord:
+    """A file of these bytes, in chunks."""
     parts = [data[begin : begin + MIN_CHUNK_BYTES] for begin in range(0, len(data), MIN_CHUNK_BYTES)]
     return FileRecord(size=len(data), chunks=[(len(part), digest_text(part)) for part in parts])
 

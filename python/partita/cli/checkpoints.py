@@ -14,6 +14,7 @@ from rich.text import Text
 
 from partita.checkpoint import (
     CheckpointError,
+    DeepSpeedImport,
     Found,
     checkpoints,
     event_of,
@@ -29,7 +30,7 @@ from partita.checkpoint import (
 from partita.checkpoint.user_key import UserKey
 from partita.cli.keys import KeyCommand, KeyEnv, KeyFile, key_from, protection_from
 
-app = typer.Typer(help="Look at checkpoints, check them, export their weights.", no_args_is_help=True)
+app = typer.Typer(help="Look at checkpoints, check them, export weights, import DeepSpeed's.", no_args_is_help=True)
 
 _Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder in which checkpoints were saved.")]
 _Tag = Annotated[str | None, typer.Option("--tag", "-t", help="The checkpoint; without it: the latest.")]
@@ -120,6 +121,30 @@ def export_command(
     except (CheckpointError, OSError, ValueError) as error:
         _fail(str(error))
     typer.echo(f"'{output}': {nbytes:,} bytes of weights, of step {found.manifest.step}")
+
+
+@app.command("import")
+def import_command(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="The folder in which DeepSpeed saved checkpoints.")],
+    folder: Annotated[Path, typer.Argument(metavar="DEST", help="Another folder, for the new checkpoint.")],
+    tag: Annotated[str | None, typer.Option("--tag", "-t", help="DeepSpeed's; without it: the latest.")] = None,
+    as_tag: Annotated[str | None, typer.Option(help="Of the new checkpoint; without it: DeepSpeed's.")] = None,
+    weights_only: Annotated[bool, typer.Option(help="Leave out what the optimizer keeps.")] = False,
+    any_objects: Annotated[bool, typer.Option(help="Leave out objects of unknown classes. None is ever made.")] = False,
+) -> None:
+    """Make a checkpoint that engine.load_checkpoint() loads out of one that DeepSpeed saved."""
+    try:
+        one = DeepSpeedImport(source, folder, tag, as_tag, weights_only=weights_only, any_objects=any_objects)
+        with _progress() as progress:
+            task = progress.add_task("", total=one.nbytes)
+            for nbytes in one.run():
+                progress.advance(task, nbytes)
+        found = find(folder, one.path.name)
+    except (CheckpointError, OSError, ValueError) as error:
+        _fail(f"'{source}' was not imported: {error}")
+    for note in one.notes:
+        typer.echo(f"noted: {note}", err=True)
+    typer.echo(f"'{one.path}': step {found.manifest.step:,}, {_size(found)}")
 
 
 @app.command("prune")
