@@ -1,11 +1,10 @@
-"""Ranks that torchrun starts again after one was killed, also fewer of them; and signals to a job of torchrun's."""
+"""Ranks that torchrun starts again after one was killed; and signals to a job of torchrun's."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,6 @@ from typing import Any
 import elastic_run
 import pytest
 from partita.checkpoint import checkpoints
-from resumed import BATCH
 
 STEPS = 9
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -66,16 +64,6 @@ def lines(folder: Path, rank: int) -> list[dict[str, Any]]:
 def begins(folder: Path, rank: int = 0) -> list[tuple[int, int]]:
     """(step, number of ranks) of each start of a rank."""
     return [(line["begins"], line["ranks"]) for line in lines(folder, rank) if "begins" in line]
-
-
-def samples(folder: Path, ranks: int) -> dict[int, list[int]]:
-    """Those of all ranks by step, as the last start that made the step has seen them."""
-    found: dict[int, dict[int, list[int]]] = {}
-    for rank in range(ranks):
-        for line in lines(folder, rank):
-            if "step" in line:
-                found.setdefault(line["step"], {})[rank] = line["samples"]
-    return {step: sorted(sample for one in by_rank.values() for sample in one) for step, by_rank in found.items()}
 
 
 def wait_for(condition: Any, within_s: float = 90) -> None:
@@ -153,37 +141,3 @@ def test_sigterm_to_torchrun(tmp_path, transport):
     # The step that ends the run raises, and is not in the list.
     assert [steps(tmp_path, rank)[-1] for rank in (0, 1)] == [newest - 1] * 2
     assert "rank0" not in (tmp_path / "log").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("transport", ["auto", "torch"])
-def test_fewer_ranks_and_more_again(unbroken, tmp_path, transport):
-    """Of two agents one is killed for good, with its rank; later another one joins. The global batch is the same."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--monitor-interval", "0.2"]
-    options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "elastic"]
-    options += ["--rdzv-conf", "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2,is_host=%d"]
-    program = (150, "--pace", 0.1, "--transport", transport)
-
-    def options_of(is_host: int) -> list[str]:
-        return [option % is_host if "%d" in option else option for option in options]
-
-    def ranks_now() -> int:
-        return begins(tmp_path)[-1][1] if begins(tmp_path) else 0
-
-    with agent(tmp_path, *program, options=options_of(1), log="first") as first:
-        with agent(tmp_path, *program, options=options_of(0), log="second") as second:
-            wait_for(lambda: ranks_now() == 2 and len(steps(tmp_path)) > 5)
-            kill_session(second.pid)
-        wait_for(lambda: ranks_now() == 1 and lines(tmp_path, 0)[-1].get("step", 0) > 10)
-        with agent(tmp_path, *program, options=options_of(0), log="third") as third:
-            wait_for(lambda: begins(tmp_path)[-1][1] == 2 and "step" in lines(tmp_path, 0)[-1])
-            assert (first.wait(120), third.wait(120)) == (0, 0), (tmp_path / "first").read_text()
-    starts = begins(tmp_path)
-    assert [ranks for _, ranks in starts] == [2, 1, 2]
-    assert 0 < starts[1][0] < starts[2][0]
-    seen, right = samples(tmp_path, 2), samples(unbroken, 2)
-    assert all(seen[step] == right[step] for step in range(1, starts[1][0] + 1) if step in right)
-    assert {len(found) for found in seen.values()} == {BATCH}
