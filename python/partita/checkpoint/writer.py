@@ -28,6 +28,7 @@ class Run:
 
 
 def places_in(file: FileLayout) -> set[Place]:
+    """The tensors of a file."""
     return {Place(stem_of(file.name), name) for name in file.begin}
 
 
