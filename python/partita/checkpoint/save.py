@@ -233,7 +233,7 @@ def _begin(
     for file in files:
         if file.name not in earlier.files:
             preallocate(staging.path / file.name, file.size, protection.access.file)
-    return json.dumps([str(staging.path), earlier.model_dump(mode="json")])
+    return json.dumps([str(staging.path), earlier.model_dump(mode="json", exclude_none=True)])
 
 
 def _link(
