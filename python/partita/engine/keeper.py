@@ -38,10 +38,13 @@ class Preempted(SystemExit):
         step: `global_steps` then.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int = 0) -> None:
         super().__init__(0)
         self.path = path
         self.step = step
+
+    def __reduce__(self) -> tuple[type[Preempted], tuple[Path, int]]:
+        return type(self), (self.path, self.step)  # the argument of SystemExit is the exit code
 
 
 class Keeps(Protocol):
