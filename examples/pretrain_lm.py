@@ -150,7 +150,7 @@ def train(
         if step % args.log_every and step % args.eval_every and step != args.steps:
             continue
         # Only here does the host look at numbers: in between, an accelerator would run on without waiting.
-        total_of_ranks, stop = sum_over_ranks(engine, total.item(), float(interrupts.requested))
+        total_of_ranks, stop = sum_over_ranks(engine, total.item(), float(interrupts.ends_loop))
         seconds, steps = time.perf_counter() - started, step - first
         loss_mean = total_of_ranks / (steps * engine.gradient_accumulation_steps() * engine.world_size)
         last = step == args.steps or stop > 0

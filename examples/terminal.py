@@ -22,7 +22,7 @@ class Interrupts:
     """Lets Ctrl-C end all ranks after the same step; a second one ends them at once.
 
     With checkpoints the engine does it, as for SIGUSR1: it saves, and raises `partita.Preempted`. Without them
-    `requested` is a flag to look at.
+    `ends_loop` is a flag to look at.
     """
 
     def __init__(self, *, saves: bool, speaks: bool) -> None:
@@ -31,6 +31,11 @@ class Interrupts:
         self._saves = saves
         self._speaks = speaks
         signal.signal(signal.SIGINT, self._take)
+
+    @property
+    def ends_loop(self) -> bool:
+        """Whether the training loop is to end by itself."""
+        return self.requested and not self._saves
 
     def _take(self, *_: object) -> None:
         if not self.requested:
