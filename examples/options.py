@@ -65,6 +65,14 @@ def parse_arguments(description: str) -> argparse.Namespace:
     report.add_argument("--sample-bytes", type=number(int, 0), default=500, help="length of the sample")
     report.add_argument("--temperature", type=rate, default=0.7, help="of the sample; lower is more predictable")
     report.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="folder for the results")
+    kept = parser.add_argument_group("checkpoints", "where there is one, the run goes on from it")
+    folder = "folder for checkpoints, which all hosts see; '' for none"
+    kept.add_argument("--checkpoints", metavar="DIR", default="checkpoints/pretrain_lm", help=folder)
+    kept.add_argument(
+        "--no-checkpoints", dest="checkpoints", action="store_const", const="", help="as --checkpoints ''"
+    )
+    kept.add_argument("--save-every", type=count, default=100, help="steps between two checkpoints")
+    kept.add_argument("--keep", type=count, default=2, help="how many checkpoints stay")
     args = parser.parse_args()
     if args.model == "gpt" and args.width % args.heads:
         parser.error(f"--width {args.width} is not a multiple of --heads {args.heads}")

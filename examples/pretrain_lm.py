@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 examples/pretrain_lm.py
     python examples/pretrain_lm.py --text book.txt --stage 1 --precision bf16
 
+Saves checkpoints into --checkpoints, and goes on from the last one: after Ctrl-C, a crash, or with other ranks.
 Writes into --out: model.safetensors, model.json (its sizes), config.json (the engine's), metrics.csv, loss.png,
 sample.txt.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import math
 import os
 import signal
@@ -28,17 +28,16 @@ import torch
 import torch.distributed as dist
 from models import GPT, LSTM, ModelConfig
 from options import JobError, parse_arguments
+from partita.checkpoint import CheckpointError
 from partita.files import file_to_write
 from report import MetricsFile, Row, plot_losses
+from terminal import Interrupts, Progress
 from text import Corpus, TextError, Windows, read_text, split, standard_library_text
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import default_collate
-from tqdm import tqdm  # type: ignore[import-untyped]
-from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
 MODELS = {"gpt": GPT, "lstm": LSTM}
-BAR = "{percentage:3.0f}% {bar:10} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 WARMUP = 0.05  # of all steps
 FILES = ("model.safetensors", "model.json", "config.json", "metrics.csv", "loss.png", "sample.txt")
 SPEAKER_SECONDS = 10.0  # that the other ranks give rank 0 to say what is wrong
@@ -68,6 +67,12 @@ def engine_config(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "steps_per_print": 0,  # the progress bar says it
     }
+    if args.checkpoints:
+        config["checkpoint"] = {
+            "dir": args.checkpoints,
+            "interval_steps": args.save_every,
+            "keep_last": args.keep,
+        }
     if args.precision != "fp32":
         config[args.precision] = {"enabled": True}
     return config if args.config is None else {**config, **read_json(args.config)}
@@ -109,22 +114,13 @@ def make_engine(args: argparse.Namespace, train: Windows) -> tuple[partita.Engin
         engine, _, loader, _ = partita.initialize(model, training_data=train, config=engine_config(args))
     except ValueError as error:  # a ConfigError, or what the config asks for does not fit the model or the data
         raise JobError(str(error)) from None
+    except CheckpointError as error:  # the folder, or what is in it, is not for this run
+        raise JobError(f"{error} (--checkpoints DIR takes another folder)", code=1) from None
     assert loader is not None  # there is training data
     return engine, loader.repeat()
 
 
 # -- training
-
-
-class Interrupts:
-    """Turns Ctrl-C into a flag, so that all ranks stop after the same step and still write their results."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        signal.signal(signal.SIGINT, self._remember)
-
-    def _remember(self, *_: object) -> None:
-        self.requested = True
 
 
 def train(
@@ -134,13 +130,16 @@ def train(
     args: argparse.Namespace,
     metrics: MetricsFile,
     progress: Progress,
+    interrupts: Interrupts,
 ) -> bool:
-    """Trains for `args.steps` steps and adds rows to `metrics`; True if Ctrl-C ended it earlier."""
-    interrupts = Interrupts()
+    """Trains up to step `args.steps` and adds rows to `metrics`; True if Ctrl-C ended it earlier."""
     step_tokens = engine.train_batch_size() * args.context
-    metrics.add(measure(engine, val_loss=validate(engine, held_out, args.eval_windows)))
-    total, first, started = torch.zeros((), device=engine.device), 0, time.perf_counter()
-    for step in range(1, args.steps + 1):
+    first = engine.global_steps
+    if first == 0:
+        metrics.add(measure(engine, val_loss=validate(engine, held_out, args.eval_windows)))
+    total, started = torch.zeros((), device=engine.device), time.perf_counter()
+    for step in range(first + 1, args.steps + 1):
+        count_tokens(engine, step_tokens)
         for _ in range(engine.gradient_accumulation_steps()):
             tokens, targets = (part.to(engine.device, non_blocking=True) for part in next(batches))
             loss = engine(tokens, targets)
@@ -151,7 +150,7 @@ def train(
         if step % args.log_every and step % args.eval_every and step != args.steps:
             continue
         # Only here does the host look at numbers: in between, an accelerator would run on without waiting.
-        total_of_ranks, stop = sum_over_ranks(engine, total.item(), float(interrupts.requested))
+        total_of_ranks, stop = sum_over_ranks(engine, total.item(), float(interrupts.ends_loop))
         seconds, steps = time.perf_counter() - started, step - first
         loss_mean = total_of_ranks / (steps * engine.gradient_accumulation_steps() * engine.world_size)
         last = step == args.steps or stop > 0
@@ -162,6 +161,12 @@ def train(
             return True
         total, first, started = torch.zeros_like(total), step, time.perf_counter()
     return False
+
+
+def count_tokens(engine: partita.Engine, step_tokens: int) -> None:
+    """Notes what the next step's checkpoint says of the run."""
+    tokens = engine.client_state.get("tokens", 0) + step_tokens
+    engine.client_state = {"tokens": tokens, "batch": engine.train_batch_size()}
 
 
 def measure(
@@ -201,38 +206,6 @@ def sum_over_ranks(engine: partita.Engine, *values: float) -> list[float]:
     return [float(value) for value in total]
 
 
-class Progress:
-    """On a terminal a bar, elsewhere (a log, a job's output) a plain line for each row of metrics."""
-
-    def __init__(self, steps: int, *, speaks: bool) -> None:
-        has_bar = speaks and sys.stderr.isatty()
-        self._prints = speaks and not has_bar
-        self._steps = steps
-        self._bar = tqdm(total=steps, disable=not has_bar, dynamic_ncols=True, bar_format=BAR)
-        self._logging = logging_redirect_tqdm([logging.getLogger("partita")]) if has_bar else contextlib.nullcontext()
-
-    def __enter__(self) -> Progress:
-        self._logging.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._logging.__exit__(*error)
-        self._bar.close()
-
-    def step(self) -> None:
-        self._bar.update()
-
-    def show(self, rows: list[Row]) -> None:
-        row, held_out = rows[-1], [row.val_loss for row in rows if row.val_loss is not None]
-        text = (
-            f"loss {row.loss:.3f} val {held_out[-1]:.3f} {row.tokens_per_s:,.0f} tokens/s lr {row.lr:.2g} "
-            f"norm {row.grad_norm:.2f} scale {row.loss_scale:g} skipped {row.skipped_steps}"
-        )
-        self._bar.set_postfix_str(text)
-        if self._prints:
-            print(f"step {row.step}/{self._steps} {text}", file=sys.stderr, flush=True)
-
-
 # -- what it learned
 
 
@@ -265,11 +238,42 @@ def write_results(engine: partita.Engine, args: argparse.Namespace, rows: list[R
     title = f"{args.model.upper()}, {millions:.2f} M parameters, {precision}, ZeRO stage {stage}, {ranks}"
     plot_losses(rows, title, args.out / "loss.png")
     last = rows[-1]
-    tokens = last.step * engine.train_batch_size() * args.context
+    tokens = engine.client_state["tokens"]
     return (
         f"{title}: {last.step} steps, {tokens / 1e6:.2f} M tokens; loss {last.loss:.3f}, "
         f"validation {last.val_loss:.3f} nats = {last.bits_per_byte:.3f} bits per byte; results in {args.out}"
     )
+
+
+def say_where_it_begins(engine: partita.Engine, args: argparse.Namespace) -> bool:
+    """One line on rank 0 if the run goes on from a checkpoint; False if nothing is left to do."""
+    if engine.resumed_from is None:
+        return True
+    is_left, step = engine.global_steps < args.steps, engine.global_steps
+    if is_left:
+        text = f"goes on from {engine.resumed_from}, step {step} of {args.steps}"
+        batch, before = engine.train_batch_size(), engine.client_state.get("batch")
+        if before not in (None, batch):
+            text += (
+                f"; a step now has {batch} windows, before it had {before}: it is --batch-size x --accumulate x ranks"
+            )
+    else:
+        text = (
+            f"complete already: {engine.resumed_from} is at step {step} of {args.steps}; give more --steps to go on, "
+            "or another folder with --checkpoints DIR to begin anew"
+        )
+    if engine.global_rank == 0:
+        print(text, file=sys.stderr if is_left else sys.stdout, flush=True)
+    return is_left
+
+
+def save_end(engine: partita.Engine) -> None:
+    """Saves the last step, unless its turn to be saved has come anyway."""
+    settings = engine.config.checkpoint
+    if settings.dir is not None and not (
+        settings.interval_steps and engine.global_steps % settings.interval_steps == 0
+    ):
+        engine.save_checkpoint(settings.dir, client_state=engine.client_state)
 
 
 def run(args: argparse.Namespace) -> bool:
@@ -278,25 +282,41 @@ def run(args: argparse.Namespace) -> bool:
     args.out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         file_to_write(args.out / name)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # unless the engine takes it: after the last step it ends nothing
     engine, batches = make_engine(args, corpus.train)
+    if not say_where_it_begins(engine, args):
+        engine.destroy()
+        return False
     speaks = engine.global_rank == 0
-    with MetricsFile(args.out / "metrics.csv" if speaks else None) as metrics:
-        with Progress(args.steps, speaks=speaks) as progress:
-            interrupted = train(engine, batches, corpus.held_out, args, metrics, progress)
-        engine.save_model(args.out / "model.safetensors")
-        sample = generate(
-            engine,
-            args.prompt.encode(),
-            args.sample_bytes,
-            context=args.context,
-            temperature=args.temperature,
-            seed=args.seed,
-        ).decode(errors="replace")
-        if speaks:
-            summary = write_results(engine, args, metrics.rows, sample)
-            print(f"\n{sample}\n\n{'interrupted; ' if interrupted else ''}{summary}", flush=True)
+    interrupts = Interrupts(saves=engine.config.checkpoint.dir is not None, speaks=speaks)
+    goes_on_from = None if engine.resumed_from is None else engine.global_steps
+    with MetricsFile(args.out / "metrics.csv" if speaks else None, goes_on_from=goes_on_from) as metrics:
+        try:
+            with Progress(args.steps, done=engine.global_steps, speaks=speaks) as progress:
+                interrupted = train(engine, batches, corpus.held_out, args, metrics, progress, interrupts)
+        except partita.Preempted:  # the engine has saved, and has said so
+            engine.destroy()
+            return interrupts.requested
+        save_results(engine, args, metrics.rows, interrupted=interrupted)
+    save_end(engine)
     engine.destroy()
     return interrupted
+
+
+def save_results(engine: partita.Engine, args: argparse.Namespace, rows: list[Row], *, interrupted: bool) -> None:
+    """Writes the files of --out but for the metrics, and prints the sample and a summary. All ranks call it."""
+    engine.save_model(args.out / "model.safetensors")
+    sample = generate(
+        engine,
+        args.prompt.encode(),
+        args.sample_bytes,
+        context=args.context,
+        temperature=args.temperature,
+        seed=args.seed,
+    ).decode(errors="replace")
+    if engine.global_rank == 0:
+        summary = write_results(engine, args, rows, sample)
+        print(f"\n{sample}\n\n{'interrupted; ' if interrupted else ''}{summary}", flush=True)
 
 
 @contextlib.contextmanager
@@ -320,6 +340,8 @@ def job() -> bool:
     except OSError as error:
         what = f"{error.filename or args.out}: {error.strerror}" if error.strerror else str(error)
         raise JobError(f"cannot write {what}") from None
+    except CheckpointError as error:  # not written, as the disk is full, say
+        raise JobError(str(error), code=1) from None
     except FloatingPointError as error:  # the engine gave up: no step has finite gradients
         raise JobError(str(error), code=1) from None
     except KeyboardInterrupt:

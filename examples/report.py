@@ -31,14 +31,21 @@ class Row:
 
 
 class MetricsFile:
-    """Rows of a run, written as they come; `file` None keeps them in memory only."""
+    """Rows of a run, written as they come; `file` None keeps them in memory only.
 
-    def __init__(self, file: Path | None) -> None:
+    Args:
+        goes_on_from: the step whose checkpoint the run goes on from; the rows of `file` up to it stay.
+    """
+
+    def __init__(self, file: Path | None, *, goes_on_from: int | None = None) -> None:
+        earlier = [] if file is None or goes_on_from is None else read_rows(file, goes_on_from)
         self.rows: list[Row] = []
         self._stream = None if file is None else file.open("w", newline="", encoding="utf-8")
         self._writer = self._stream and csv.DictWriter(self._stream, [field.name for field in fields(Row)])
         if self._writer:
             self._writer.writeheader()
+        for row in earlier:
+            self.add(row)
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -53,6 +60,22 @@ class MetricsFile:
         if self._stream and self._writer:
             self._writer.writerow(asdict(row))
             self._stream.flush()
+
+
+def read_rows(file: Path, last: int) -> list[Row]:
+    """The rows of an earlier start up to step `last`; none where there is no such table."""
+    if not file.exists():
+        return []
+    whole = {"step", "skipped_steps"}
+    with file.open(newline="", encoding="utf-8") as stream:
+        try:
+            rows = [
+                Row(**{key: int(text) if key in whole else float(text) if text else None for key, text in line.items()})  # type: ignore[arg-type]
+                for line in csv.DictReader(stream)
+            ]
+        except (TypeError, ValueError):  # another table, or one that was cut off
+            return []
+    return [row for row in rows if row.step <= last]
 
 
 def to_bits(nats: Any) -> Any:
