@@ -167,6 +167,7 @@ class EngineBase(KeepsState):
     def _let_go(self) -> None:
         self.optimizer = self.lr_scheduler = None
         self._parts.clear()
+        self._beside.close()
 
     def _announce(self) -> None:
         if not self._run.is_first:

@@ -88,6 +88,12 @@ class SaveBeside:
             self._forget()
             save.abandon()
 
+    def close(self) -> None:
+        """Lets go of the model, when no save is under way any more."""
+        self.abandon()
+        self._units.clear()
+        self._room = None
+
     def _let_write(self) -> None:
         """Copies what is not written yet, unless that has been done."""
         if self._save is not None and not self._is_copied:
