@@ -116,6 +116,7 @@ def test_several_kills_in_a_row(unbroken, tmp_path):
     assert made(tmp_path, 0) == made(unbroken, 0)
 
 
+@pytest.mark.slow  # in one process each: test_preempted
 def test_one_rank_that_gets_a_signal_ends_all(tmp_path):
     """torchrun ends with exit code 0, and the next job goes on."""
     code, said = run(tmp_path, STEPS, "1:3:SIGUSR1")
