@@ -51,7 +51,6 @@ class Save:
         state: all ranks write it, each its own part of every tensor, straight from where it is.
         client_state: the program's own; rank 0's is saved.
         room: for `take_over()`; without it nothing is copied but, in pieces, what a device has.
-        then: called on rank 0 once the checkpoint is there.
         protection: who may read it, and the key with which it is encrypted.
 
     Raises:
@@ -70,7 +69,6 @@ class Save:
         client_state: Mapping[str, Any],
         *,
         room: HostRoom | None = None,
-        then: Callable[[], object] = lambda: None,
         protection: Protection = PLAIN,
     ) -> None:
         world = self._world = state.world
@@ -88,7 +86,7 @@ class Save:
         self._small = SavedState(
             sections=sections, ranks=[], client_state=client, aliases=names.aliases, parameters=names.renamed
         )
-        self._about, self._then, self._protection = about, then, protection
+        self._about, self._protection = about, protection
         envelope = from_rank_0(world, what, protection.new_envelope)
         self._cipher = together(world, what, partial(protection.cipher_in, envelope))
         self._committing: Future[str] | None = None
@@ -181,9 +179,7 @@ class Save:
         texts = small_files(small, self._files)
         records |= {name: self._write_small(name, text.encode()) for name, text in texts.items()}
         manifest = _manifest(self.path.name, self._about, self._world.world_size, records)
-        path = self._publish(manifest)
-        self._then()
-        return path
+        return self._publish(manifest)
 
     def _write_small(self, name: str, data: bytes) -> FileRecord:
         """Writes a file as rank 0 alone does."""

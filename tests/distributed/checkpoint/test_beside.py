@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,6 @@ from resumed import config_for, differences, engine_for, take_steps
 from saves_beside import CHANGES, load, save_and_change, slow_disk, train, write_by_hand
 
 RANKS = 2
-
-
-@pytest.fixture(scope="module")
-def slow_ranks(transport: str) -> Iterator[RankPool]:
-    pool = RankPool(RANKS, transport)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture
-def below_shim(slow_ranks: RankPool, fault_shim: Path, monkeypatch: pytest.MonkeyPatch) -> RankPool:
-    """Ranks whose disk can be slow."""
-    monkeypatch.setenv("LD_PRELOAD", str(fault_shim))  # of the processes that the pool starts
-    return slow_ranks
 
 
 def beside(stage: int, precision: str, optimizer: str = "AdamW", **changes: Any) -> dict[str, Any]:
@@ -56,23 +41,23 @@ def require_saved(pool: RankPool, folder: Path, config: dict[str, Any], optimize
 
 
 @pytest.mark.parametrize(("stage", "precision", "optimizer", "more"), CASES)
-def test_steps_during_a_save_are_not_in_it(below_shim, tmp_path, stage, precision, optimizer, more):
-    require_saved(below_shim, tmp_path, beside(stage, precision, optimizer, **more), optimizer, "steps")
+def test_steps_during_a_save_are_not_in_it(faulty, tmp_path, stage, precision, optimizer, more):
+    require_saved(faulty, tmp_path, beside(stage, precision, optimizer, **more), optimizer, "steps")
 
 
 @pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("change", sorted(CHANGES.keys() - {"steps"}))
-def test_other_changes_during_a_save_are_not_in_it(below_shim, tmp_path, stage, change):
+def test_other_changes_during_a_save_are_not_in_it(faulty, tmp_path, stage, change):
     """Of masters, moments and gathered parameters, loaded weights, buffers in a forward."""
-    require_saved(below_shim, tmp_path, beside(stage, "split"), "AdamW", change)
+    require_saved(faulty, tmp_path, beside(stage, "split"), "AdamW", change)
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "split"), (2, "fp32"), (3, "bf16")])
-def test_training_does_not_notice(below_shim, tmp_path, stage, precision):
+def test_training_does_not_notice(faulty, tmp_path, stage, precision):
     """Losses, norms, samples, random numbers and states are those of a run that saves nothing. Saves come faster than
     the disk takes them."""
     config = beside(stage, precision, gradient_accumulation_steps=2, train_micro_batch_size_per_gpu=3)
-    saving, alone = (below_shim.run(train, str(tmp_path), config, every) for every in (1, 0))
+    saving, alone = (faulty.run(train, str(tmp_path), config, every) for every in (1, 0))
     for a, b in zip(saving, alone, strict=True):
         assert differences(a, b) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
@@ -81,9 +66,9 @@ def test_training_does_not_notice(below_shim, tmp_path, stage, precision):
 
 
 @pytest.mark.parametrize("rank", range(RANKS))
-def test_writes_by_hand_spoil_a_save(below_shim, tmp_path, rank):
+def test_writes_by_hand_spoil_a_save(faulty, tmp_path, rank):
     """One error on all ranks, also for writes on one; nothing is left, and the next save works."""
-    first, second = below_shim.run(write_by_hand, str(tmp_path), beside(1, "bf16"), rank)
+    first, second = faulty.run(write_by_hand, str(tmp_path), beside(1, "bf16"), rank)
     assert first == second
     torn, after = first
     assert after == ""
@@ -110,7 +95,7 @@ def save_on_its_own(folder: str, config: dict[str, Any]) -> tuple[list[str], lis
     return seen, left, step, str(engine.resumed_from)
 
 
-def test_saves_on_its_own_beside_training(below_shim, tmp_path):
+def test_saves_on_its_own_beside_training(faulty, tmp_path):
     """Old ones go when the new one is there; the last one is finished at the end, and goes on."""
     config = beside(2, "split")
     config["checkpoint"] = {
@@ -120,7 +105,7 @@ def test_saves_on_its_own_beside_training(below_shim, tmp_path):
         "keep_last": 1,
         "verify": True,
     }
-    seen, left, step, path = below_shim.run(save_on_its_own, str(tmp_path), config)[0]
+    seen, left, step, path = faulty.run(save_on_its_own, str(tmp_path), config)[0]
     assert left == ["global_step6", "latest"]
     assert all(there for there in seen[4:]), "there is always one"
     assert (step, path) == (6, str(tmp_path / "global_step6"))

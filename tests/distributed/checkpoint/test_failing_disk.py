@@ -39,20 +39,6 @@ CALLS = {
 }
 
 
-@pytest.fixture(scope="module")
-def pool(transport: str) -> Iterator[RankPool]:
-    pool = RankPool(RANKS, transport)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture
-def faulty(pool: RankPool, fault_shim: Path, monkeypatch: pytest.MonkeyPatch) -> RankPool:
-    """Ranks below the shim."""
-    monkeypatch.setenv("LD_PRELOAD", str(fault_shim))  # of the processes that the pool starts
-    return pool
-
-
 def outcomes(pool: RankPool, function: Any, *arguments: Any) -> list[Outcome]:
     """Of rank 0, after it is clear that the ranks agree on all that both can know."""
     first, second = pool.run(function, *arguments)
