@@ -45,7 +45,7 @@ def find(directory: Path, tag: str | None) -> Found:
     Raises:
         CheckpointError: there is none, or it is not whole. Says which there are, and what to do.
     """
-    _require_folder(directory)
+    require_folder(directory)
     try:
         if tag is not None:
             return _read_at_its_place(directory, check_tag(tag))
@@ -265,12 +265,20 @@ def _folders(directory: Path) -> list[Path]:
         return []
 
 
-def _require_folder(directory: Path) -> None:
-    """The name of the folder of checkpoints may be a link: it is the caller's, and not in the folder."""
+def require_folder(directory: Path) -> None:
+    """Refuses what is no folder of checkpoints. Its name may be a link: it is the caller's, and not in the folder.
+
+    Raises:
+        CheckpointError: says what it is, and what to give.
+    """
     try:
         link = dead_link(directory)
         if link is not None:
             wrong = f"'{link}' is a link to nothing"
+        elif kind_of(directory / MANIFEST) == "a file":
+            raise CheckpointError(
+                f"'{directory}' is a checkpoint: give the folder that it is in, and its name as the tag"
+            )
         elif directory.is_dir():
             return
         else:
