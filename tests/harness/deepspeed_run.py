@@ -120,7 +120,9 @@ def kept_by(engine: Any, asked: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
     own = engine.optimizer  # torch's, or one with masters
     pairs = [(p, p) for p in names]
     if hasattr(own, "fp32_groups"):
-        pairs = [pair for groups in zip(own.fp16_groups, own.fp32_groups) for pair in zip(*groups)]
+        pairs = [
+            pair for groups in zip(own.fp16_groups, own.fp32_groups, strict=True) for pair in zip(*groups, strict=True)
+        ]
     return {
         names[p]: {"weight": m.detach().clone(), **{key: own.state[m][key].clone() for key in MOMENTS}}
         for p, m in pairs
