@@ -70,6 +70,29 @@ TEST(FileQueue, WritesAndReadsWithDigests) {
     }
 }
 
+TEST(FileQueue, KeepsAPartOfWhatItReads) {
+    FileQueue queue(2);
+    File file;
+    const Bytes bytes = random_bytes(2'000'001);
+    queue.write(file.fd(), 3, bytes.data(), 2'000'001);
+    queue.wait();
+    const std::int64_t parts[][2] = {{0, 0}, {0, 1}, {600'000, 700'000}, {2'000'000, 1}, {0, 2'000'001}};
+    for (const auto& [first, kept] : parts) {
+        Bytes back(static_cast<std::size_t>(kept) + 1);  // with one more that nobody writes
+        queue.read_part(file.fd(), 3, 2'000'001, first, back.data(), kept);
+        const auto results = queue.wait();
+        expect_done(results, 1);
+        EXPECT_EQ(results[0].digest, xxh3_64(bytes.data(), 2'000'001));
+        EXPECT_TRUE(std::equal(back.begin(), back.end() - 1, bytes.begin() + first));
+        EXPECT_EQ(back.back(), Bytes::value_type{});
+    }
+    queue.read_part(file.fd(), 3, 2'000'002, 0, nullptr, 0);
+    EXPECT_EQ(queue.wait().front().error, FileResult::unexpected_end);
+    Bytes back(1);
+    EXPECT_THROW(queue.read_part(file.fd(), 0, 10, 10, back.data(), 1), std::invalid_argument);
+    EXPECT_THROW(queue.read_part(file.fd(), 0, 10, -1, back.data(), 1), std::invalid_argument);
+}
+
 TEST(FileQueue, HoweverLittleTheSystemTakes) {
     FileQueue queue(2);
     File file;
