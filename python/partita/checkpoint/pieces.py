@@ -199,13 +199,7 @@ def _require_plain(kept: Iterable[Any]) -> None:
 
 
 def _pieces_of(quantity: Quantity, names: StoredNames) -> Iterator[Piece]:
-    unit = quantity.unit
-    stored: dict[str, Tensor]
-    if quantity.name == WEIGHT:
-        stored = unit.stored_weights() if isinstance(unit, Unit) else {"": unit.own_params}
-    else:
-        stored = {quantity.name: quantity.read()}
-    for kind, flat in stored.items():
+    for kind, flat in quantity.stored().items():
         for slot, first, where in shares(quantity):
             parameter = names.of_parameter(slot.name)
             place = of_quantity(kind, parameter) if kind else parameter
