@@ -205,8 +205,8 @@ class TrainState:
 
     @torch.no_grad()
     def take_sections(self) -> dict[str, Any]:
-        """The small states by name, as JSON has them. All that was written counts, and ranks share their buffers. A
-        collective.
+        """The small states by name, as JSON has them. Writes into parameters that were counted count, and ranks share
+        their buffers. A collective.
 
         Raises:
             RuntimeError: in the midst of a step, whose gradients are no part of the state.
@@ -232,6 +232,7 @@ class TrainState:
             TypeError, ValueError: a section has something that cannot be saved; names it.
         """
         sections = self.take_sections()
+        self.adopt_written_parameters()
         values = {}
         for quantity in self.quantities():
             flat = quantity.read()
@@ -258,8 +259,13 @@ class TrainState:
         for name, tensor in self.tensors().items():
             tensor.copy_(snapshot.tensors[name])
 
+    def adopt_written_parameters(self) -> None:
+        """All that was written into parameters counts, also what nothing counted: all are compared. No collective."""
+        for part in self._parts:
+            part.adopt_written_parameters()
+
     def require_idle(self, when: str) -> None:
-        """Between two steps all that was written counts. A collective.
+        """Between two steps; writes into parameters that were counted count. A collective.
 
         Args:
             when: for the error.
@@ -319,7 +325,7 @@ class TrainState:
         for part in self._parts:
             part.rest()
             part.gathers.wait()
-            part.adopt_written_parameters()
+            part.adopt_written_parameters(looks=False)
 
     def _require_all(self, snapshot: Snapshot) -> None:
         """Refuses what does not fit, while nothing has been loaded."""
