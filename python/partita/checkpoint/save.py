@@ -186,7 +186,7 @@ class Save:
         """Writes a file as rank 0 alone does."""
         record = record_of(data)
         if self._cipher is not None:
-            data, record = _sealed(self._cipher, name, data, record)
+            data, record = sealed_file(self._cipher, name, data, record)
         write_durably(self._staging.path / name, data, self._protection.access.file)
         return record
 
@@ -328,7 +328,7 @@ def record_of(data: bytes) -> FileRecord:
     return FileRecord(size=len(data), chunks=[(len(part), digest_text(part)) for part in parts])
 
 
-def _sealed(cipher: Cipher, name: str, data: bytes, record: FileRecord) -> tuple[bytes, FileRecord]:
+def sealed_file(cipher: Cipher, name: str, data: bytes, record: FileRecord) -> tuple[bytes, FileRecord]:
     """A small file as it is encrypted, in the same chunks."""
     parts, seals, begin = [], [], 0
     for length, _ in record.chunks:
