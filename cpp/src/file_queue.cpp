@@ -1,5 +1,6 @@
 #include "partita/file_queue.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <unistd.h>
@@ -93,6 +94,15 @@ class Passage {
     std::int64_t nbytes_ = 0;
 };
 
+// The disk begins with what was written, so that it does not wait for the sync; less than this is left to the sync. An
+// error of the disk may be told here or by the sync. What else this call says is no error: not all systems have it.
+int begin_writeback(const Job& job) {
+    if (job.nbytes < piece_bytes || sync_file_range(job.fd, job.offset, job.nbytes, SYNC_FILE_RANGE_WRITE) == 0)
+        return 0;
+    const bool is_of_disk = errno == EIO || errno == ENOSPC || errno == EDQUOT;
+    return is_of_disk ? errno : 0;
+}
+
 // A write or a read. Gives up when nobody wants the result any more.
 FileResult move_pieces(const Job& job, char* const memory, const std::atomic<bool>& closing) {
     Xxh3 digest(memory, job.nbytes);
@@ -104,6 +114,9 @@ FileResult move_pieces(const Job& job, char* const memory, const std::atomic<boo
         const auto move = job.kind == Kind::write ? write_piece : read_piece;
         if (const int error = move(job.fd, data, size, job.offset + begin); error != 0) return {error, 0};
         if (job.kind == Kind::read) digest.advance(begin + size);
+    }
+    if (job.kind == Kind::write) {
+        if (const int error = begin_writeback(job); error != 0) return {error, 0};
     }
     return {0, digest.digest()};
 }

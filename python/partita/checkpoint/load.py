@@ -71,7 +71,9 @@ def load(
     """
     world = state.world
     require_same(world, [("load_dir", str(directory)), ("tag", str(tag)), ("what is loaded", str(wanted))])
-    state.require_idle("a checkpoint is loaded", adopts=not wanted.strict)  # else all weights are overwritten
+    state.require_idle("a checkpoint is loaded")
+    if not wanted.strict:
+        state.adopt_written_parameters()  # parameters that the checkpoint does not have keep what was written
     try:
         found, client_state = _load(state, directory, tag, wanted, protection)
     except CheckpointError:

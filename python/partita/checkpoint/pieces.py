@@ -41,6 +41,11 @@ class Piece:
     values: Tensor
 
     @property
+    def is_weight(self) -> bool:
+        """Whether it is of the model, as it computes or as it is kept beside that; otherwise the optimizer's alone."""
+        return self.place.stem == MODEL or self.place.name.partition("/")[0] in RESERVED
+
+    @property
     def spec(self) -> TensorSpec:
         """Of the whole tensor."""
         return TensorSpec(self.place.name, dtype_name(self.values.dtype), self.shape)

@@ -42,6 +42,7 @@ class KeepsState(AsModule):
     _step: OptimizerStep
     _beside: SaveBeside
     _is_torn = False  # a load has failed after it had begun to write
+    _protection: Protection
 
     def module_state_dict(self, rank: int | None = None) -> dict[str, Any]:
         """The model's state dict with memory of its own (a plain `state_dict()` shares the flat buffers).
@@ -182,7 +183,7 @@ class KeepsState(AsModule):
             name = f"global_step{self._step.global_steps}" if tag is None else str(tag)
             about = About(self._step.global_steps, self._step.global_samples, self._facts(), save_latest)
             client = self.client_state if client_state is None else client_state
-            save = partial(Save, self.train_state(), Path(save_dir), name, about, client, protection=self._protection())
+            save = partial(Save, self.train_state(), Path(save_dir), name, about, client, protection=self._protection)
             return self._beside.begin(save) if self.config.checkpoint.async_save else save().finish()
 
     @property
@@ -247,22 +248,12 @@ class KeepsState(AsModule):
             take, name = load_sound if fallback else load, None if tag is None else str(tag)
             state = self.train_state()
             try:
-                path, client_state = take(state, Path(load_dir), name, wanted, self._protection())
+                path, client_state = take(state, Path(load_dir), name, wanted, self._protection)
             except BaseException:
                 self._is_torn |= state.is_torn
                 raise
             self._is_torn &= wanted != Wanted()
             return path, client_state
-
-    def _protection(self) -> Protection:
-        """What the config says of checkpoints. Each rank gets the key by itself, since it goes over no network.
-
-        Raises:
-            CheckpointError: a rank has no key; on all ranks.
-        """
-        from partita.checkpoint import protection_for
-
-        return protection_for(self.config.checkpoint, self._run.grid.world)
 
     def _require_parts(self, call: str) -> None:
         """Raises RuntimeError if the engine has let go of the model: it would save nothing, over something perhaps."""

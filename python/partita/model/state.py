@@ -216,8 +216,8 @@ class TrainState:
 
     @torch.no_grad()
     def take_sections(self) -> dict[str, Any]:
-        """The small states by name, as JSON has them. All that was written counts, and ranks share their buffers. A
-        collective.
+        """The small states by name, as JSON has them. Writes into parameters that were counted count, and ranks share
+        their buffers. A collective.
 
         Raises:
             RuntimeError: in the midst of a step, whose gradients are no part of the state.
@@ -243,6 +243,7 @@ class TrainState:
             TypeError, ValueError: a section has something that cannot be saved; names it.
         """
         sections = self.take_sections()
+        self.adopt_written_parameters()
         values = {}
         for quantity in self.quantities():
             flat = quantity.read()
@@ -279,17 +280,21 @@ class TrainState:
             yield
         self.is_torn = False
 
-    def require_idle(self, when: str, *, adopts: bool = True) -> None:
-        """Between two steps all that was written counts. A collective.
+    def adopt_written_parameters(self) -> None:
+        """All that was written into parameters counts, also what nothing counted: all are compared. No collective."""
+        for part in self._parts:
+            part.adopt_written_parameters()
+
+    def require_idle(self, when: str) -> None:
+        """Between two steps; writes into parameters that were counted count. A collective.
 
         Args:
             when: for the error.
-            adopts: what a program has written into parameters is looked for. Not needed before all are `rewriting`.
 
         Raises:
             RuntimeError: in the midst of a step.
         """
-        self._agree(partial(self._require_idle, when, adopts))
+        self._agree(partial(self._require_idle, when))
 
     def load_sections(self, states: Mapping[str, dict[str, Any]], agree: Agree | None = None) -> None:
         """Sections take these states, all or none: a section may refuse what it is given, on one rank alone. Sections
@@ -335,14 +340,13 @@ class TrainState:
             error = refused
         raise_together(self._world, error)
 
-    def _require_idle(self, when: str, adopts: bool = True) -> None:
+    def _require_idle(self, when: str) -> None:
         for part in self._parts:
             part.require_no_gradients(when)
         for part in self._parts:
             part.rest()
             part.gathers.wait()
-            if adopts:
-                part.adopt_written_parameters()
+            part.adopt_written_parameters(looks=False)
 
     def _require_all(self, snapshot: Snapshot) -> None:
         """Refuses what does not fit, while nothing has been loaded."""
