@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pairwise import pairwise
 from ranks import RankPool
+from warm_python import WarmPython
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,6 +53,13 @@ def ranks(transport: str) -> Iterator[Callable[[int], RankPool]]:
     yield lambda world_size: pools.setdefault(world_size, RankPool(world_size, transport))
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    """For programs of their own: starts them without the seconds of an import of torch."""
+    with WarmPython(tmp_path_factory.mktemp("python")) as warm:
+        yield warm
 
 
 @pytest.fixture(scope="session")
