@@ -1,21 +1,23 @@
-"""Ranks that torchrun starts again after one was killed; and signals to a job of torchrun's."""
+"""Ranks that torchrun starts again after one was killed, also fewer of them; and signals to a job of torchrun's."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import elastic_run
 import pytest
 from partita.checkpoint import checkpoints
+from resumed import BATCH
 
 STEPS = 9
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -33,18 +35,26 @@ def agent(folder: Path, *program: Any, options: list[str], log: str = "log") -> 
         try:
             yield process
         finally:
-            kill_session(process.pid)
+            kill_tree(process.pid)
             process.wait()
 
 
-def kill_session(leader: int) -> None:
-    """The agent, whose ranks are in process groups of their own, and these."""
-    for name in os.listdir("/proc"):
-        try:
-            if name.isdigit() and os.getsid(int(name)) == leader:
-                os.kill(int(name), signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+def kill_tree(agent: int) -> None:
+    """The agent and its ranks, which are in sessions of their own. The agent first: it would start ranks again."""
+    ranks = ranks_of(agent)
+    for pid in (agent, *ranks):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def ranks_of(agent: int) -> list[int]:
+    """The processes that an agent has started."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if f"\nPPid:\t{agent}\n" in status.read_text():
+                found.append(int(status.parent.name))
+    return found
 
 
 def run(folder: Path, *program: Any, ranks: int = 2, restarts: int = 0, within_s: float = 120) -> tuple[int, str]:
@@ -64,6 +74,18 @@ def lines(folder: Path, rank: int) -> list[dict[str, Any]]:
 def begins(folder: Path, rank: int = 0) -> list[tuple[int, int]]:
     """(step, number of ranks) of each start of a rank."""
     return [(line["begins"], line["ranks"]) for line in lines(folder, rank) if "begins" in line]
+
+
+def samples(folder: Path) -> dict[int, list[int]]:
+    """Those of all ranks by step, as the last start that made the step has seen them."""
+    made_by: dict[int, int] = {}  # step -> ranks
+    ranks = 0
+    for line in lines(folder, 0):
+        ranks = line.get("ranks", ranks)
+        if "step" in line:
+            made_by[line["step"]] = ranks
+    last = [{line["step"]: line["samples"] for line in lines(folder, rank) if "step" in line} for rank in (0, 1)]
+    return {step: sorted(one for rank in range(n) for one in last[rank][step]) for step, n in made_by.items()}
 
 
 def wait_for(condition: Any, within_s: float = 90) -> None:
@@ -142,3 +164,57 @@ def test_sigterm_to_torchrun(tmp_path, transport):
     # The step that ends the run raises, and is not in the list.
     assert [steps(tmp_path, rank)[-1] for rank in (0, 1)] == [newest - 1] * 2
     assert "rank0" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["auto", "torch"])
+def test_fewer_ranks(unbroken, tmp_path, transport):
+    """Of two agents one is killed for good, with its rank. The other one goes on alone, with the same global batch."""
+    program, options = (40, "--pace", 0.1, "--transport", transport), elastic_options()
+    with agent(tmp_path, *program, options=options(True), log="first") as first:
+        with agent(tmp_path, *program, options=options(False), log="second") as second:
+            wait_for(lambda: len(begins(tmp_path)) == 1 and len(steps(tmp_path)) > 5)
+            kill_tree(second.pid)
+        assert first.wait(90) == 0, (tmp_path / "first").read_text()
+    (_, both), (step, alone) = begins(tmp_path)
+    assert (both, alone) == (2, 1)
+    assert step >= 4
+    require_same_samples(tmp_path, unbroken)
+
+
+@pytest.mark.slow
+def test_fewer_ranks_and_more_again(unbroken, tmp_path, monkeypatch):
+    """Another agent joins later. Without this variable torch's agents wait for an address that nobody tells them."""
+    monkeypatch.setitem(ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    program, options = (250, "--pace", 0.1), elastic_options()
+    with agent(tmp_path, *program, options=options(True), log="first") as first:
+        with agent(tmp_path, *program, options=options(False), log="second") as second:
+            wait_for(lambda: len(begins(tmp_path)) == 1 and len(steps(tmp_path)) > 5)
+            kill_tree(second.pid)
+        wait_for(lambda: len(begins(tmp_path)) == 2 and lines(tmp_path, 0)[-1].get("step", 0) > 10)
+        with agent(tmp_path, *program, options=options(False), log="third") as third:
+            assert (first.wait(120), third.wait(120)) == (0, 0), (tmp_path / "first").read_text()
+    starts = begins(tmp_path)
+    assert [ranks for _, ranks in starts] == [2, 1, 2]
+    assert 4 <= starts[1][0] < starts[2][0] < 250
+    require_same_samples(tmp_path, unbroken)
+
+
+def elastic_options() -> Callable[[bool], list[str]]:
+    """torchrun's options for one rank on each of one or two agents; the argument: whether it hosts their store."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--monitor-interval", "0.2"]
+    options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "elastic"]
+    # Heartbeats come up to two intervals apart: who is gone after two is thought dead while it lives.
+    times = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=10"
+    return lambda hosts: [*options, "--rdzv-conf", f"{times},is_host={int(hosts)}"]
+
+
+def require_same_samples(folder: Path, unbroken: Path) -> None:
+    """Each step has as many samples as any, and those that it has in a run without faults."""
+    seen = samples(folder)
+    assert {len(found) for found in seen.values()} == {BATCH}
+    for step, right in samples(unbroken).items():
+        assert seen[step] == right, step

@@ -11,7 +11,7 @@ import pytest
 import torch
 from deepspeed_run import Gpt, config_of, new_model, optimizer_of, tokens_of
 from deepspeed_writer import DynamicLossScaler, Trained, deepspeed_names, of_optimizer, write, write_universal
-from partita.checkpoint import CheckpointError, DeepSpeedImport
+from partita.checkpoint import CheckpointError, DeepSpeedImport, new_key
 from partita.cli.commands import app
 from partita.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor
@@ -231,3 +231,24 @@ def test_data_and_schedules_that_deepspeed_knows_nothing_of(tmp_path, caplog):
     with pytest.raises(CheckpointError, match="no state of 'lr_scheduler'"):
         engine.load_checkpoint(tmp_path / "to")
     engine.destroy()
+
+
+def test_an_import_with_a_key_is_encrypted(tmp_path, monkeypatch):
+    """The audit log has a line of it, and the weights are the same."""
+    monkeypatch.setenv("A_KEY", new_key())
+    write(tmp_path / "from", trained()[0], 2, 2)
+    assert run_import(tmp_path / "from", tmp_path / "plain").exit_code == 0
+    assert run_import(tmp_path / "from", tmp_path / "to", "--key-env", "A_KEY").exit_code == 0
+    assert [(line["what"], line["tag"]) for line in told(tmp_path / "to")] == [("imported", "global_step3")]
+    for command in (["audit", "verify"], ["checkpoint", "verify"]):
+        assert CliRunner().invoke(app, [*command, str(tmp_path / "to"), "--key-env", "A_KEY"]).exit_code == 0
+    exported = []
+    for name, key in (("plain", []), ("to", ["--key-env", "A_KEY"])):
+        path = tmp_path / f"{name}.safetensors"
+        assert CliRunner().invoke(app, ["checkpoint", "export", str(tmp_path / name), str(path), *key]).exit_code == 0
+        exported.append(path.read_bytes())
+    assert exported[0] == exported[1]
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]

@@ -3,6 +3,7 @@
 from partita.checkpoint.audit_check import Checked, check_audit
 from partita.checkpoint.deepspeed import DeepSpeedImport
 from partita.checkpoint.disk import GROUP, OWNER
+from partita.checkpoint.encrypt import encrypt
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.export import export
 from partita.checkpoint.folder import Found, checkpoints, find, latest_tag, prune
@@ -34,6 +35,7 @@ __all__ = [
     "Wanted",
     "check_audit",
     "checkpoints",
+    "encrypt",
     "event_of",
     "export",
     "facts_of",

@@ -10,6 +10,7 @@ from partita.checkpoint.deepspeed_files import check_sums, find_deepspeed
 from partita.checkpoint.deepspeed_run import read_run
 from partita.checkpoint.disk import kind_of
 from partita.checkpoint.errors import CheckpointError
+from partita.checkpoint.protection import PLAIN, Protection
 from partita.checkpoint.tags import check_tag
 from partita.checkpoint.written_alone import WrittenAlone
 
@@ -22,6 +23,7 @@ class DeepSpeedImport:
         directory: in which the new one will be; another folder than that of DeepSpeed's, whose `latest` stays.
         new_tag: of the new one; None: the old one's.
         weights_only: leaves out what the optimizer keeps.
+        protection: the key with which the new one is encrypted.
         any_objects: objects of unknown classes are left out; False: they are refused. None is ever made.
 
     Attributes:
@@ -42,10 +44,12 @@ class DeepSpeedImport:
         *,
         weights_only: bool = False,
         any_objects: bool = False,
+        protection: Protection = PLAIN,
     ) -> None:
         self._files = find_deepspeed(source, tag)
         self._options = {"weights_only": weights_only, "any_objects": any_objects}
         self._directory = directory
+        self._protection = protection
         self._tag = check_tag(self._files.folder.resolve().name if new_tag is None else new_tag)
         self.path = directory / self._tag
         self._require_place()
@@ -63,7 +67,14 @@ class DeepSpeedImport:
             yield from check_sums(path)
         run = read_run(self._files, **self._options)
         written = WrittenAlone(
-            self._directory, self._tag, run.tensors, run.small, step=run.step, samples=run.samples, facts=run.facts
+            self._directory,
+            self._tag,
+            run.tensors,
+            run.small,
+            step=run.step,
+            samples=run.samples,
+            facts=run.facts,
+            protection=self._protection,
         )
         yield from written.write()
         self.notes = run.notes

@@ -1,4 +1,4 @@
-"""The one exception about what is in a checkpoint."""
+"""The exceptions about what is in a checkpoint."""
 
 
 class CheckpointError(RuntimeError):
@@ -6,3 +6,7 @@ class CheckpointError(RuntimeError):
 
     The message is one line. It names the folder, the file, the tensor and the byte range, and says what to do.
     """
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that was changed after it was saved, as its key shows."""

@@ -42,7 +42,11 @@ def export(found: Found, path: Path, dtype: torch.dtype | None, protection: Prot
         ValueError: `path` is in a folder of a checkpoint, or cannot be that of model files.
         OSError: the files cannot be written.
     """
-    cipher = protection.opened(found)
+    try:
+        cipher = protection.opened(found)
+    except CheckpointError:
+        protection.tell(found.path.parent, event_of("refused", found))
+        raise
     with Stored(found.path, found.manifest, cipher) as stored:
         names = {place: [place.name] for place in stored.tensors if place.stem == MODEL}
         for alias, name in _aliases(found, cipher).items():

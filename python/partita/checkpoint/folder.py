@@ -124,7 +124,7 @@ def open_file(folder: Path, name: str) -> int:
         return open_in(fd, folder / _plain(folder, name))
 
 
-def prune(directory: Path, keep_last: int, among: Callable[[Found], bool] | None = None) -> list[Path]:
+def prune(directory: Path, keep_last: int, among: Callable[[Found], bool] | None = None) -> list[Found]:
     """Removes all checkpoints but the newest ones and the one that `latest` names; returns what it has removed.
 
     The newest are those that were created last, as in `checkpoints()`.
@@ -154,7 +154,7 @@ def prune(directory: Path, keep_last: int, among: Callable[[Found], bool] | None
         logger.warning("the old checkpoints in '%s' cannot be removed: %s", directory, error)
         return []
     try:
-        return [found.path for found in old if _retire(found, claim.token)]
+        return [found for found in old if _retire(found, claim.token)]
     finally:
         claim.try_release()
 

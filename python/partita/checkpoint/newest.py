@@ -16,7 +16,7 @@ from typing import Any
 from partita.checkpoint.agreement import from_rank_0, together
 from partita.checkpoint.claim import new_claim
 from partita.checkpoint.disk import kind_of, make_folders
-from partita.checkpoint.errors import CheckpointError
+from partita.checkpoint.errors import CheckpointError, DamagedError
 from partita.checkpoint.folder import Found, age, checkpoints, latest_tag, manifest_in, opened_folder, read_checkpoint
 from partita.checkpoint.load import Wanted, load
 from partita.checkpoint.manifest import MANIFEST
@@ -96,7 +96,7 @@ def load_sound(
         try:
             return load(state, directory, one, wanted, protection)
         except CheckpointError as error:
-            damage = from_rank_0(world, what, partial(_damage, directory, one))
+            damage = from_rank_0(world, what, partial(_damage, directory, one, protection))
             if not damage:
                 raise  # it is sound, and of another model, say: older ones would not fit either
             first = first or error
@@ -105,7 +105,7 @@ def load_sound(
     raise CheckpointError(f"{first}; no checkpoint before it is sound") from None
 
 
-def verify_together(world: Communicator, folder: Path) -> None:
+def verify_together(world: Communicator, folder: Path, protection: Protection = PLAIN) -> None:
     """Reads a checkpoint back from the disk and compares it with its digests; each rank takes some of its files.
 
     Raises:
@@ -113,12 +113,13 @@ def verify_together(world: Communicator, folder: Path) -> None:
     """
 
     def compare() -> None:
-        manifest = read_checkpoint(folder, folder.name).manifest
+        found = read_checkpoint(folder, folder.name)
+        manifest, cipher = found.manifest, protection.opened(found)
         names = sorted(manifest.files)[world.rank :: world.world_size]
         for name in names:
             _forget_cached(folder / name)
         mine = manifest.model_copy(update={"files": {name: manifest.files[name] for name in names}})
-        for seen in verify(folder, mine):
+        for seen in verify(folder, mine, cipher):
             if seen.problem:
                 raise CheckpointError(seen.problem)
 
@@ -194,8 +195,9 @@ def _age_of(directory: Path, tag: str, there: list[Found]) -> tuple[str, str, in
         return None
 
 
-def _damage(directory: Path, tag: str | None) -> str:
-    """What is damaged in a checkpoint, file and bytes; empty: nothing is, or there is no such checkpoint."""
+def _damage(directory: Path, tag: str | None, protection: Protection) -> str:
+    """What is damaged in a checkpoint, file and bytes; empty: nothing is, or there is no such checkpoint, or the key
+    does not open it."""
     try:
         name = latest_tag(directory) if tag is None else tag
         path = next((found.path for found in checkpoints(directory) if found.tag == name), directory / name)
@@ -204,4 +206,10 @@ def _damage(directory: Path, tag: str | None) -> str:
         found = read_checkpoint(path, name)
     except CheckpointError as error:
         return str(error)
-    return next((seen.problem for seen in verify(path, found.manifest) if seen.problem), "")
+    try:
+        cipher = protection.opened(found)
+    except DamagedError as error:
+        return str(error)
+    except CheckpointError:
+        return ""  # an older one would not open either, or should not be taken for this one
+    return next((seen.problem for seen in verify(path, found.manifest, cipher) if seen.problem), "")

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from partita.checkpoint import audit
 from partita.checkpoint.agreement import together
 from partita.checkpoint.disk import GROUP, OWNER, Access
-from partita.checkpoint.errors import CheckpointError
+from partita.checkpoint.errors import CheckpointError, DamagedError
 from partita.checkpoint.folder import Found
 from partita.checkpoint.manifest import ENCRYPTED_VERSION, MANIFEST, AuditMark, Encryption, Manifest, content_of
-from partita.checkpoint.sealing import Cipher, unwrapped
+from partita.checkpoint.sealing import Cipher, require_library, unwrapped
 from partita.checkpoint.strict_json import parse_json
 from partita.checkpoint.user_key import KeySource, UserKey
-from partita.comm import Communicator, require_same
+from partita.comm import Communicator
 
 if TYPE_CHECKING:
     from partita.config.checkpoint_keys import CheckpointConfig
@@ -56,15 +56,18 @@ class Protection:
             raise CheckpointError(f"{self.key.source} holds another key than on rank 0")
         return cipher
 
-    def sealed(self, directory: Path, manifest: Manifest, cipher: Cipher | None) -> Manifest:
-        """The manifest of a new checkpoint as it is written. The audit log says from now on that it was saved.
+    def sealed(
+        self, directory: Path, manifest: Manifest, cipher: Cipher | None, what: audit.What = "saved"
+    ) -> Manifest:
+        """The manifest of a new checkpoint as it is written. The audit log says from now on that it was saved, or what
+        else was done.
 
         Raises:
             CheckpointError, OSError: nothing can be added to the log.
         """
         if self.key is None or cipher is None:
             return manifest
-        mark = audit.append(directory, self.key, audit.Event("saved", manifest.tag, cipher.id.hex()), self.access)
+        mark = audit.append(directory, self.key, audit.Event(what, manifest.tag, cipher.id.hex()), self.access)
         return sealed_manifest(manifest, cipher, cipher.wrapped_for(self.key), mark)
 
     def opened(self, found: Found) -> Cipher | None:
@@ -79,8 +82,8 @@ class Protection:
             if self.key is None:
                 return None
             raise CheckpointError(
-                f"'{found.path}' is not encrypted, so anybody may have made it, and a key was given: leave the key out "
-                "if you trust this checkpoint"
+                f"'{found.path}' is not encrypted, so anybody may have made it, and a key was given: if you "
+                "trust this checkpoint, `partita checkpoint encrypt` it, or leave the key out"
             )
         if self.key is None:
             raise CheckpointError(f"'{found.path}' is encrypted, and no key was given")
@@ -102,6 +105,8 @@ class Protection:
         try:
             audit.append(directory, self.key, event, self.access)
         except (CheckpointError, OSError) as error:
+            if event.what == "refused":
+                return  # the error that is raised anyway says what the key does not open
             logger.warning(f"the audit log of '{directory}' does not say that '{event.tag}' was {event.what}: {error}")
 
 
@@ -112,15 +117,19 @@ def protection_for(config: CheckpointConfig, world: Communicator) -> Protection:
     """What a config says. A collective; each rank gets the key by itself, so that it goes over no network.
 
     Raises:
-        CheckpointError: a rank has no key; on all ranks.
+        CheckpointError: a rank has no key, or lacks the library; on all ranks.
     """
     access = GROUP if config.group_access else OWNER
     given = config.encryption
-    require_same(world, [("checkpoint.encryption", "off" if given is None else "on")])
     if given is None:
         return Protection(access)
     source = KeySource(given.key_env, given.key_file, given.key_command)
-    return Protection(access, together(world, "checkpoints cannot be encrypted or opened", source.read))
+
+    def read() -> UserKey:
+        require_library()
+        return source.read()
+
+    return Protection(access, together(world, "checkpoints cannot be encrypted or opened", read))
 
 
 def event_of(what: audit.What, found: Found) -> audit.Event:
@@ -150,7 +159,7 @@ def opened_manifest(found: Found, encryption: Encryption, key: UserKey) -> Ciphe
     if cipher is None:
         raise CheckpointError(f"{key.source} does not hold the key of '{found.path}', or its {MANIFEST} was changed")
     if not secrets.compare_digest(_hash_of(found.manifest, cipher), encryption.hash):
-        raise CheckpointError(f"'{found.path / MANIFEST}' was changed after it was saved: its hash does not fit")
+        raise DamagedError(f"'{found.path / MANIFEST}' was changed after it was saved: its hash does not fit")
     if found.manifest.tag != found.tag:
         raise CheckpointError(
             f"'{found.path}' is the checkpoint '{found.manifest.tag}' under another name: give it its name back"

@@ -18,9 +18,11 @@ from partita.checkpoint.disk import OWNER, preallocate, write_durably
 from partita.checkpoint.layout import MIN_CHUNK_BYTES, FileLayout, TensorSpec, chunk_bytes, lay_out
 from partita.checkpoint.manifest import MANIFEST, FileRecord, Manifest, manifest_text
 from partita.checkpoint.pieces import MODEL, OPTIMIZER, Place, stem_of
-from partita.checkpoint.save import record_of, small_files
+from partita.checkpoint.protection import PLAIN, Protection
+from partita.checkpoint.save import record_of, sealed_file, small_files
 from partita.checkpoint.saved_state import SavedState
-from partita.checkpoint.transfer import COPIED_BYTES, Transfer
+from partita.checkpoint.transfer import COPIED_BYTES, Done, Transfer
+from partita.checkpoint.writer import records_of
 from partita.model import DTYPE_NAMES
 
 
@@ -30,6 +32,7 @@ class WrittenAlone:
     Args:
         tensors: in the order of the files.
         facts: for people.
+        protection: the key with which it is encrypted.
 
     Raises:
         CheckpointError, ValueError: a tensor or the tag cannot be in a checkpoint; names it.
@@ -45,12 +48,15 @@ class WrittenAlone:
         step: int,
         samples: int,
         facts: dict[str, Any],
+        protection: Protection = PLAIN,
     ) -> None:
         self._tensors = tensors
         specs = {place: _spec(place, parts) for place, parts in tensors.items()}
         by_stem = {stem: [spec for place, spec in specs.items() if place.stem == stem] for stem in (MODEL, OPTIMIZER)}
         self._files = [file for stem, listed in by_stem.items() for file in lay_out(stem, listed)]
         self._texts = small_files(small, self._files)
+        self._protection = protection
+        self._cipher = protection.cipher_in(protection.new_envelope())
         self._manifest = Manifest(
             tag=tag,
             step=step,
@@ -78,22 +84,32 @@ class WrittenAlone:
             for file in self._files:
                 yield from self._write_file(file, records)
             for name, text in self._texts.items():
-                write_durably(self._staging.path / name, text.encode())
-                records[name] = record_of(text.encode())
+                data, record = text.encode(), record_of(text.encode())
+                if self._cipher is not None:
+                    data, record = sealed_file(self._cipher, name, data, record)
+                write_durably(self._staging.path / name, data)
+                records[name] = record
             manifest = self._manifest.model_copy(update={"files": records})
-            write_durably(self._staging.path / MANIFEST, manifest_text(manifest).encode())
-            self._staging.publish()
+            manifest = self._protection.sealed(self._directory, manifest, self._cipher, "imported")
+            with self._protection.telling(self._directory, manifest.tag, self._cipher):
+                write_durably(self._staging.path / MANIFEST, manifest_text(manifest).encode())
+                self._staging.publish()
         finally:
             self._staging.discard()  # which does nothing to a published one
 
     def _write_file(self, file: FileLayout, records: dict[str, FileRecord]) -> Iterator[int]:
         path = self._staging.path / file.name
-        chunks: list[tuple[int, int, str]] = []
+        cipher, chunks = self._cipher, list[Done]()
+
+        def seals(_: int, offset: int, data: memoryview, into: memoryview) -> bytes:
+            assert cipher is not None
+            return cipher.seal(file.name, offset, data, into)
+
         with ExitStack() as exits:
             preallocate(path, file.size, OWNER.file)
             fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
             exits.callback(os.close, fd)
-            transfer = exits.enter_context(Transfer(chunk_bytes(self._files)))
+            transfer = exits.enter_context(Transfer(chunk_bytes(self._files), seals=None if cipher is None else seals))
             transfer.write_data(fd, 0, file.header, (0, file.name))
             for name, begin in file.begin.items():
                 parts = self._tensors[Place(stem_of(file.name), name)]
@@ -101,17 +117,11 @@ class WrittenAlone:
                 for values in _pieces(parts):
                     transfer.write(fd, end, values, (0, f"'{name}' in '{path}'"))
                     end += values.nbytes
-                    chunks += _chunks(transfer)
+                    chunks += transfer.finish()
                 yield end - begin
             transfer.sync(fd, (0, str(path)))
-            chunks += _chunks(transfer)
-        in_order = [(length, digest) for _, length, digest in sorted(chunks)]
-        records[file.name] = FileRecord(size=file.size, chunks=in_order)
-
-
-def _chunks(transfer: Transfer) -> list[tuple[int, int, str]]:
-    """(offset, length, digest) of what was written meanwhile."""
-    return [(offset, length, digest) for _, offset, length, digest, _ in transfer.finish()]
+            chunks += transfer.finish()
+        records |= records_of([file], chunks, ())
 
 
 def _pieces(parts: Parts) -> Iterator[Tensor]:

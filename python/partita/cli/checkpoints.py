@@ -17,6 +17,7 @@ from partita.checkpoint import (
     DeepSpeedImport,
     Found,
     checkpoints,
+    encrypt,
     event_of,
     export,
     facts_of,
@@ -82,8 +83,12 @@ def verify_command(
     problems = []
     try:
         protection = protection_from(key_env, key_file, key_command)
+    except CheckpointError as error:
+        _fail(str(error))
+    try:
         cipher = None if protection.key is None else protection.opened(found)
     except CheckpointError as error:
+        protection.tell(folder, event_of("refused", found))
         _fail(str(error))
     with _progress() as progress:
         task = progress.add_task("", total=sum(record.size for record in found.manifest.files.values()))
@@ -131,10 +136,16 @@ def import_command(
     as_tag: Annotated[str | None, typer.Option(help="Of the new checkpoint; without it: DeepSpeed's.")] = None,
     weights_only: Annotated[bool, typer.Option(help="Leave out what the optimizer keeps.")] = False,
     any_objects: Annotated[bool, typer.Option(help="Leave out objects of unknown classes. None is ever made.")] = False,
+    key_env: KeyEnv = None,
+    key_file: KeyFile = None,
+    key_command: KeyCommand = None,
 ) -> None:
-    """Make a checkpoint that engine.load_checkpoint() loads out of one that DeepSpeed saved."""
+    """Make a checkpoint that engine.load_checkpoint() loads out of one that DeepSpeed saved; with a key, encrypt it."""
     try:
-        one = DeepSpeedImport(source, folder, tag, as_tag, weights_only=weights_only, any_objects=any_objects)
+        protection = protection_from(key_env, key_file, key_command)
+        one = DeepSpeedImport(
+            source, folder, tag, as_tag, weights_only=weights_only, any_objects=any_objects, protection=protection
+        )
         with _progress() as progress:
             task = progress.add_task("", total=one.nbytes)
             for nbytes in one.run():
@@ -149,14 +160,20 @@ def import_command(
 
 @app.command("prune")
 def prune_command(
-    folder: _Folder, keep: Annotated[int, typer.Option(min=1, help="How many of the newest checkpoints stay.")]
+    folder: _Folder,
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest checkpoints stay.")],
+    key_env: KeyEnv = None,
+    key_file: KeyFile = None,
+    key_command: KeyCommand = None,
 ) -> None:
-    """Delete all but the newest checkpoints; the latest and what cannot be read stay."""
+    """Delete all but the newest checkpoints; the latest and what cannot be read stay. With a key, the log says it."""
     try:
+        protection = protection_from(key_env, key_file, key_command)
         if not checkpoints(folder):
             _fail(f"'{folder}': there is no whole checkpoint")
-        for path in prune(folder, keep):
-            typer.echo(f"deleted '{path}'")
+        for found in prune(folder, keep):
+            protection.tell(folder, event_of("pruned", found))
+            typer.echo(f"deleted '{found.path}'")
     except (CheckpointError, OSError) as error:
         _fail(str(error))
 
@@ -165,6 +182,32 @@ def prune_command(
 def new_key_command() -> None:
     """Print a new random key, for a file of your own (chmod 600) or a store of secrets."""
     typer.echo(new_key())
+
+
+@app.command("encrypt")
+def encrypt_command(
+    folder: _Folder,
+    tag: Annotated[str | None, typer.Option("--tag", "-t", help="One checkpoint; without it: all plain ones.")] = None,
+    key_env: KeyEnv = None,
+    key_file: KeyFile = None,
+    key_command: KeyCommand = None,
+) -> None:
+    """Encrypt checkpoints that are not. Each is there as it was until it is encrypted."""
+    try:
+        key = key_from(key_env, key_file, key_command)
+        if key is None:
+            _fail("give the key: --key-env, --key-file or --key-command")
+        found = [find(folder, tag)] if tag else [one for one in checkpoints(folder) if one.manifest.encryption is None]
+        if not found:
+            _fail(f"'{folder}': there is no whole checkpoint that is not encrypted")
+        for one in found:
+            with _progress() as progress:
+                task = progress.add_task("", total=sum(record.size for record in one.manifest.files.values()))
+                for nbytes in encrypt(one, key):
+                    progress.advance(task, nbytes)
+            typer.echo(f"'{one.path}' is encrypted")
+    except (CheckpointError, OSError) as error:
+        _fail(str(error))
 
 
 @app.command("rekey")

@@ -53,6 +53,8 @@ class EngineBase(KeepsState):
         dataloader: ShardedLoader | None,
         exits: ExitStack,
     ) -> None:
+        from partita.checkpoint import protection_for  # with pydantic, which `import partita` leaves out
+
         super().__init__(module)
         self.config = run.config
         self.optimizer = optimizer
@@ -64,9 +66,10 @@ class EngineBase(KeepsState):
         self._calls = run.grid.calls
         self._is_destroyed = False
         self._beside = SaveBeside(parts)
+        self._protection = protection_for(run.config.checkpoint, run.grid.world)
         self._announce()
         self.client_state: dict[str, Any] = {}
-        self._keeper = Keeper(run, step.controller, exits)
+        self._keeper = Keeper(run, step.controller, exits, self._protection)
         self.resumed_from = self._keeper.resume(self)
         self._exits = exits.pop_all()  # the last thing that may fail is done
 

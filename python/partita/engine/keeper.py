@@ -21,7 +21,7 @@ from partita.optim import PendingOutcome, StepController, Wishes
 from partita.run import Run
 
 if TYPE_CHECKING:
-    from partita.checkpoint import Found
+    from partita.checkpoint import Found, Protection
 
 logger = logging.getLogger("partita")
 
@@ -91,11 +91,13 @@ class Keeper:
 
     Args:
         exits: gives signals back what they did before.
+        protection: with which the engine saves and loads.
     """
 
-    def __init__(self, run: Run, controller: StepController, exits: ExitStack) -> None:
+    def __init__(self, run: Run, controller: StepController, exits: ExitStack, protection: Protection) -> None:
         config = run.config.checkpoint
         self._settings = config
+        self._protection = protection
         self._ranks = run.grid.world
         self._controller = controller
         self._lag = run.streams.is_asynchronous
@@ -181,19 +183,20 @@ class Keeper:
     def _verify(self, path: Path) -> None:
         from partita.checkpoint import verify_together
 
-        verify_together(self._ranks, path)
+        verify_together(self._ranks, path, self._protection)
 
     def _prune(self, directory: Path) -> None:
         """On rank 0, removes old checkpoints of those that have names as the engine gives them."""
         if self._settings.keep_last is None or self._ranks.rank:
             return
-        from partita.checkpoint import prune
+        from partita.checkpoint import event_of, prune
 
         def is_own(found: Found) -> bool:
             return _OWN_TAG.fullmatch(found.tag) is not None
 
         try:
-            prune(directory, self._settings.keep_last, among=is_own)
+            for found in prune(directory, self._settings.keep_last, among=is_own):
+                self._protection.tell(directory, event_of("pruned", found))
         except OSError as error:
             logger.warning("the old checkpoints in '%s' cannot be removed: %s", directory, error)
 

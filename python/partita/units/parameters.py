@@ -78,12 +78,20 @@ class FlatParameters:
         # Weak, as a model may outlive its engine: the parameters must not keep the unit's buffers alive.
         give_to(weakref.ref(self), self.parameters)
 
-    def write_own(self, values: Tensor) -> None:
-        """This rank's own range takes `values`. A collective."""
+    @contextmanager
+    def rewriting(self) -> Iterator[None]:
+        """Inside the block, this rank's own range may be written in memory: `own_params`, and what a unit keeps beside
+        (`take_full_precision`, its states). A collective at both ends. The parameters follow with the end, unless an
+        error leaves the block. What others have written into parameters is adopted before, or forgotten."""
         self.communicator.barrier()  # nobody computes with the old ones any more
         self.before_write()
-        self.own_params.copy_(values)
+        self.take_written()
+        yield
+        self._follow()
         self.communicator.barrier()
+
+    def _follow(self) -> None:
+        """What is made of what was written. A collective."""
 
     def abandon(self) -> None:
         """The parameters have no holder any more, and those that come and go no values, see `Residence.abandon`."""

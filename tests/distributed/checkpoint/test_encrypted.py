@@ -10,9 +10,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import partita
 import pytest
 from partita.checkpoint import CheckpointError
-from resumed import config_for, differences, engine_for, take_steps, train_and_save, whole_state
+from resumed import Model, config_for, differences, engine_for, take_steps, train_and_save, whole_state
 
 KEY, OTHER_KEY = bytes(range(32)).hex(), bytes(range(32, 64)).hex()
 NAME = "PARTITA_TEST_KEY"
@@ -49,6 +50,16 @@ def _load(folder: str, ranks: int, stage: int) -> dict[str, Any]:
 
 def load(folder: str, ranks: int, stage: int) -> dict[str, Any]:
     return with_key(KEY, _load, folder, ranks, stage)  # type: ignore[no-any-return]
+
+
+def _at_the_start() -> str:
+    with pytest.raises(CheckpointError) as raised:
+        partita.initialize(model=Model(seed=1), config=config(2, 2))
+    return str(raised.value)
+
+
+def said_at_the_start(key: str | None) -> str:
+    return with_key(key, _at_the_start)  # type: ignore[no-any-return]
 
 
 def _refused(folder: str, sealed: bool) -> tuple[str, list[str]]:
@@ -115,8 +126,15 @@ def test_nonces_are_never_the_same(saved):
 
 def test_a_wrong_or_missing_key_is_one_line_on_all_ranks(ranks, saved):
     assert "does not hold the key" in says(ranks, saved[0], OTHER_KEY)
-    assert NAME in says(ranks, saved[0], None) and KEY not in says(ranks, saved[0], "not a key")
     assert "no key was given" in says(ranks, saved[0], KEY, sealed=False)
+
+
+@pytest.mark.parametrize(("key", "words"), [(None, "is not set"), ("not a key", "new-key"), (KEY + "0", "new-key")])
+def test_a_missing_or_malformed_key_is_found_at_the_start(ranks, key, words):
+    """Not at the first save."""
+    first, second = ranks(2).run(said_at_the_start, key)
+    assert first == second and NAME in first and words in first
+    assert "\n" not in first and (key is None or key not in first)
 
 
 def _at(path: Path, offset: int, data: bytes) -> None:
@@ -183,12 +201,48 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+FALLS_BACK = {"a byte and its digest": True, "seals": True, "the step": True, "an older checkpoint": False}
+FALLS_BACK |= {"the wrapped key": False}
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_what_was_tampered_with_is_refused(ranks, copy, name):
     attack, words = ATTACKS[name]
     attack(copy)
     message = says(ranks, copy)
     assert words in message and str(copy / TAG) in message
+
+
+@pytest.mark.parametrize(("name", "falls_back"), FALLS_BACK.items())
+def test_what_the_key_shows_to_be_changed_is_a_reason_to_fall_back(ranks, copy, name, falls_back):
+    """What another key may have made, or what is another checkpoint, is none."""
+    ATTACKS[name][0](copy)
+    first, second = ranks(2).run(with_key, KEY, _fallen_back, str(copy))
+    assert first == second
+    assert first == ("global_step2" if falls_back else "")
+
+
+def _fallen_back(folder: str) -> str:
+    engine = engine_for(config(2, 2), seed=2)
+    try:
+        return engine.load_checkpoint(folder, TAG, fallback=True)[0].name  # type: ignore[no-any-return]
+    except CheckpointError:
+        return ""
+    finally:
+        engine.destroy()
+
+
+def test_reading_back_compares_what_is_encrypted(copy):
+    """Without ranks, as for the next test."""
+    from partita.checkpoint import Protection, verify_together
+    from partita.checkpoint.user_key import parse_key
+    from partita.comm import SingleProcess
+
+    protection = Protection(key=parse_key(KEY, "the key"))
+    verify_together(SingleProcess(), copy / TAG, protection)
+    _flip(copy)
+    with pytest.raises(CheckpointError, match="was changed"):
+        verify_together(SingleProcess(), copy / TAG, protection)
 
 
 def test_a_plain_checkpoint_is_not_taken_for_an_encrypted_one(ranks, tmp_path):
