@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from pairwise import pairwise
 from ranks import RankPool
 from warm_python import WarmPython
@@ -34,6 +35,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for values in matrix.keys() - set(pairwise(matrix)):
             matrix[values].add_marker(pytest.mark.slow)
 
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("partita", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("partita")
 
 # A shell that runs the tests in the background has Ctrl-C ignored, and every process inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

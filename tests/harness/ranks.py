@@ -28,12 +28,14 @@ class RankError(AssertionError):
 class RankPool:
     """`world_size` processes in one gloo group; `run` calls a module-level function on all of them.
 
-    Their engines and communicators use `transport`, unless a config or a call asks for another one.
+    Their engines and communicators use `transport`, unless a config or a call asks for another one. Fresh processes
+    take seconds to import torch; they have the environment of the moment, and their memory's history is their own.
     """
 
-    def __init__(self, world_size: int, transport: str) -> None:
+    def __init__(self, world_size: int, transport: str, *, fresh: bool = False) -> None:
         self.world_size = world_size
         self.transport = transport
+        self._context: Any = mp.get_context("spawn") if fresh else warm_context()
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -57,12 +59,11 @@ class RankPool:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = warm_context()
         store = Path(tempfile.mkdtemp(prefix="partita-ranks-")) / "store"
         for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
+            ours, theirs = self._context.Pipe()
             args = (rank, self.world_size, str(store), self.transport, theirs)
-            process = context.Process(target=_serve, args=args, daemon=True)
+            process = self._context.Process(target=_serve, args=args, daemon=True)
             process.start()
             self._processes.append(process)
             self._pipes.append(ours)
@@ -96,6 +97,7 @@ def leave_imports_alone() -> None:
 
 
 def _serve(rank: int, world_size: int, store: str, transport: str, pipe: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
     import inside
     import torch
     import torch.distributed as dist

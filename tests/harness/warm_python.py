@@ -45,9 +45,9 @@ class WarmPython:
                 pass_fds=[listener.fileno()],
             )
 
-    def torchrun(self, *options: str) -> list[str]:
-        """A launcher whose ranks are forked like it. A script and its arguments follow."""
-        return [*self.command, "-m", "torch.distributed.run", *options, "--no-python", *self.command]
+    def torchrun(self, *options: str, ranks: list[str] | None = None) -> list[str]:
+        """A launcher whose ranks are forked like it, or started by this command. A script and its arguments follow."""
+        return [*self.command, "-m", "torch.distributed.run", *options, "--no-python", *(ranks or self.command)]
 
     def __enter__(self) -> WarmPython:
         return self
