@@ -41,6 +41,12 @@ void register_files(py::module_& m) {
                 return queue.read(fd, offset, pointer<void>(address), nbytes);
             },
             py::arg("fd"), py::arg("offset"), py::arg("address"), py::arg("nbytes"))
+        .def(
+            "read_part",
+            [](FileQueue& queue, int fd, std::int64_t offset, std::int64_t nbytes, std::int64_t first,
+               std::uintptr_t address,
+               std::int64_t kept) { return queue.read_part(fd, offset, nbytes, first, pointer<void>(address), kept); },
+            py::arg("fd"), py::arg("offset"), py::arg("nbytes"), py::arg("first"), py::arg("address"), py::arg("kept"))
         .def("sync", &FileQueue::sync, py::arg("fd"))
         .def(
             "take_over",

@@ -1,5 +1,6 @@
 #include "partita/file_queue.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <unistd.h>
@@ -35,10 +36,22 @@ struct Job {
     std::int64_t offset = 0;
     char* data = nullptr;
     std::int64_t nbytes = 0;
+    std::int64_t first = 0;  // of a read: the part of its bytes that goes to `data`
+    std::int64_t kept = 0;
     std::int64_t awaited_writes = 0;  // of a sync: how many must be done before it begins
     bool done = false;
     FileResult result;
 };
+
+Job job_of(Kind kind, int fd, std::int64_t offset, void* data, std::int64_t nbytes) {
+    Job job;
+    job.kind = kind;
+    job.fd = fd;
+    job.offset = offset;
+    job.data = static_cast<char*>(data);
+    job.nbytes = nbytes;
+    return job;
+}
 
 // Moves all of [data, data + nbytes), however little the system takes at a time. Returns an error of FileResult.
 template <class Move>
@@ -65,19 +78,56 @@ int read_piece(int fd, char* data, std::int64_t nbytes, std::int64_t offset) {
                     [fd](char* to, std::size_t size, off_t from) { return pread(fd, to, size, from); });
 }
 
+// Memory of a thread for what passes through, which stays in the cache as a rule. Grows, and is not cleared.
+class Passage {
+  public:
+    char* of(std::int64_t nbytes) {
+        if (nbytes > nbytes_) {
+            memory_.reset(new char[static_cast<std::size_t>(nbytes)]);
+            nbytes_ = nbytes;
+        }
+        return memory_.get();
+    }
+
+  private:
+    std::unique_ptr<char[]> memory_;
+    std::int64_t nbytes_ = 0;
+};
+
+// The disk begins with what was written, so that it does not wait for the sync; less than this is left to the sync. An
+// error of the disk may be told here or by the sync. What else this call says is no error: not all systems have it.
+int begin_writeback(const Job& job) {
+    if (job.nbytes < piece_bytes || sync_file_range(job.fd, job.offset, job.nbytes, SYNC_FILE_RANGE_WRITE) == 0)
+        return 0;
+    const bool is_of_disk = errno == EIO || errno == ENOSPC || errno == EDQUOT;
+    return is_of_disk ? errno : 0;
+}
+
 // A write or a read. Gives up when nobody wants the result any more.
-FileResult move_pieces(const Job& job, const std::atomic<bool>& closing) {
-    Xxh3 digest(job.data, job.nbytes);
+FileResult move_pieces(const Job& job, char* const memory, const std::atomic<bool>& closing) {
+    Xxh3 digest(memory, job.nbytes);
     for (std::int64_t begin = 0; begin < job.nbytes; begin += piece_bytes) {
         if (closing) return {};
-        char* const data = job.data + begin;
+        char* const data = memory + begin;
         const std::int64_t size = std::min(piece_bytes, job.nbytes - begin);
         if (job.kind == Kind::write) digest.advance(begin + size);
         const auto move = job.kind == Kind::write ? write_piece : read_piece;
         if (const int error = move(job.fd, data, size, job.offset + begin); error != 0) return {error, 0};
         if (job.kind == Kind::read) digest.advance(begin + size);
     }
+    if (job.kind == Kind::write) {
+        if (const int error = begin_writeback(job); error != 0) return {error, 0};
+    }
     return {0, digest.digest()};
+}
+
+FileResult read_part(const Job& job, Passage& passage, const std::atomic<bool>& closing) {
+    char* const memory = passage.of(job.nbytes);
+    const FileResult result = move_pieces(job, memory, closing);
+    if (result.error == 0 && job.kept > 0) {
+        std::memcpy(job.data, memory + job.first, static_cast<std::size_t>(job.kept));
+    }
+    return result;
 }
 
 FileResult sync_file(int fd) {
@@ -85,6 +135,12 @@ FileResult sync_file(int fd) {
         if (errno != EINTR) return {errno, 0};
     }
     return {};
+}
+
+FileResult carry_out(const Job& job, Passage& passage, const std::atomic<bool>& closing) {
+    if (job.kind == Kind::sync) return sync_file(job.fd);
+    if (job.kind == Kind::read && job.kept < job.nbytes) return read_part(job, passage, closing);
+    return move_pieces(job, job.data, closing);
 }
 
 // Threads that are made meanwhile leave signals to those of the program. A write beyond a limit is an error then,
@@ -124,7 +180,7 @@ class FileQueue::State {
 
     void require_own_process() const;
     // Of the rest, the caller holds the lock.
-    void work(std::unique_lock<std::mutex>& lock);
+    void work(std::unique_lock<std::mutex>& lock, Passage& passage);
     Numbers::iterator begin_job(Numbers::iterator ready);
     void finish(std::int64_t number, const FileResult& result);
     void release_syncs(const Job& write, std::int64_t number);
@@ -168,8 +224,9 @@ void FileQueue::State::start(int threads) {
     threads_.reserve(static_cast<std::size_t>(threads));
     for (int i = 0; i < threads; ++i) {
         threads_.emplace_back([this] {
+            Passage passage;
             std::unique_lock lock(mutex_);
-            while (!closing_) work(lock);
+            while (!closing_) work(lock, passage);
         });
     }
 }
@@ -196,7 +253,7 @@ std::int64_t FileQueue::State::put(const Job& job) {
 }
 
 // One job, when there is one.
-void FileQueue::State::work(std::unique_lock<std::mutex>& lock) {
+void FileQueue::State::work(std::unique_lock<std::mutex>& lock, Passage& passage) {
     if (ready_.empty()) {
         work_.wait(lock);
         return;
@@ -204,7 +261,7 @@ void FileQueue::State::work(std::unique_lock<std::mutex>& lock) {
     const std::int64_t number = *begin_job(ready_.begin());
     const Job todo = job(number);
     lock.unlock();
-    const FileResult result = todo.kind == Kind::sync ? sync_file(todo.fd) : move_pieces(todo, closing_);
+    const FileResult result = carry_out(todo, passage, closing_);
     lock.lock();
     finish(number, result);
 }
@@ -320,11 +377,15 @@ FileQueue::~FileQueue() {
 
 namespace {
 
-void check(std::int64_t offset, const void* data, std::int64_t nbytes) {
+void check(std::int64_t offset, std::int64_t nbytes) {
     if (nbytes < 0 || offset < 0 || offset > std::numeric_limits<std::int64_t>::max() - nbytes) {
         throw std::invalid_argument(std::to_string(nbytes) + " bytes at offset " + std::to_string(offset) +
                                     ": neither may be negative, nor their sum beyond 2**63");
     }
+}
+
+void check(std::int64_t offset, const void* data, std::int64_t nbytes) {
+    check(offset, nbytes);
     if (data == nullptr && nbytes > 0) throw std::invalid_argument("the address of the bytes is 0");
 }
 
@@ -332,13 +393,25 @@ void check(std::int64_t offset, const void* data, std::int64_t nbytes) {
 
 std::int64_t FileQueue::write(int fd, std::int64_t offset, const void* data, std::int64_t nbytes) {
     check(offset, data, nbytes);
-    return state_->put({Kind::write, fd, offset, static_cast<char*>(const_cast<void*>(data)), nbytes, 0, false, {}});
+    return state_->put(job_of(Kind::write, fd, offset, const_cast<void*>(data), nbytes));
 }
 std::int64_t FileQueue::read(int fd, std::int64_t offset, void* data, std::int64_t nbytes) {
-    check(offset, data, nbytes);
-    return state_->put({Kind::read, fd, offset, static_cast<char*>(data), nbytes, 0, false, {}});
+    return read_part(fd, offset, nbytes, 0, data, nbytes);
 }
-std::int64_t FileQueue::sync(int fd) { return state_->put({Kind::sync, fd, 0, nullptr, 0, 0, false, {}}); }
+std::int64_t FileQueue::read_part(int fd, std::int64_t offset, std::int64_t nbytes, std::int64_t first, void* data,
+                                  std::int64_t kept) {
+    check(offset, nbytes);
+    check(offset, data, kept);
+    if (first < 0 || first > nbytes - kept) {
+        throw std::invalid_argument(std::to_string(kept) + " bytes from number " + std::to_string(first) +
+                                    " on are no part of " + std::to_string(nbytes));
+    }
+    Job job = job_of(Kind::read, fd, offset, data, nbytes);
+    job.first = first;
+    job.kept = kept;
+    return state_->put(job);
+}
+std::int64_t FileQueue::sync(int fd) { return state_->put(job_of(Kind::sync, fd, 0, nullptr, 0)); }
 
 std::int64_t FileQueue::take_over(std::int64_t first, std::int64_t last, void* copies) {
     return state_->take_over(first, last, static_cast<char*>(copies));

@@ -21,9 +21,20 @@ bool interrupts() {
     return true;
 }
 
+// What the system is told to begin with, and what it answers.
+std::mutex begun_mutex;
+std::vector<std::pair<off_t, off_t>> begun;
+std::atomic<int> answer = 0;
+
 }  // namespace
 
 // These stand before the C library's.
+extern "C" int sync_file_range(int, off_t offset, off_t nbytes, unsigned) {
+    const std::lock_guard lock(begun_mutex);
+    begun.emplace_back(offset, nbytes);
+    errno = answer;
+    return answer == 0 ? 0 : -1;
+}
 extern "C" ssize_t pwrite(int fd, const void* data, std::size_t size, off_t offset) {
     return interrupts() ? -1 : syscall(SYS_pwrite64, fd, data, std::min<std::size_t>(size, most_bytes), offset);
 }
@@ -68,6 +79,29 @@ TEST(FileQueue, WritesAndReadsWithDigests) {
             EXPECT_EQ(read[i].digest, written[i].digest);
         }
     }
+}
+
+TEST(FileQueue, KeepsAPartOfWhatItReads) {
+    FileQueue queue(2);
+    File file;
+    const Bytes bytes = random_bytes(2'000'001);
+    queue.write(file.fd(), 3, bytes.data(), 2'000'001);
+    queue.wait();
+    const std::int64_t parts[][2] = {{0, 0}, {0, 1}, {600'000, 700'000}, {2'000'000, 1}, {0, 2'000'001}};
+    for (const auto& [first, kept] : parts) {
+        Bytes back(static_cast<std::size_t>(kept) + 1);  // with one more that nobody writes
+        queue.read_part(file.fd(), 3, 2'000'001, first, back.data(), kept);
+        const auto results = queue.wait();
+        expect_done(results, 1);
+        EXPECT_EQ(results[0].digest, xxh3_64(bytes.data(), 2'000'001));
+        EXPECT_TRUE(std::equal(back.begin(), back.end() - 1, bytes.begin() + first));
+        EXPECT_EQ(back.back(), Bytes::value_type{});
+    }
+    queue.read_part(file.fd(), 3, 2'000'002, 0, nullptr, 0);
+    EXPECT_EQ(queue.wait().front().error, FileResult::unexpected_end);
+    Bytes back(1);
+    EXPECT_THROW(queue.read_part(file.fd(), 0, 10, 10, back.data(), 1), std::invalid_argument);
+    EXPECT_THROW(queue.read_part(file.fd(), 0, 10, -1, back.data(), 1), std::invalid_argument);
 }
 
 TEST(FileQueue, HoweverLittleTheSystemTakes) {
@@ -158,6 +192,25 @@ TEST(FileQueue, ADeviceWithoutSpace) {
     queue.write(full, 0, "abc", 3);
     EXPECT_EQ(queue.wait().at(0).error, ENOSPC);
     close(full);
+}
+
+// Small writes are left to the sync. A system that has no such call is none the worse for it.
+TEST(FileQueue, TheDiskBeginsWithLargeWrites) {
+    FileQueue queue(1);
+    File file;
+    Bytes bytes = random_bytes(3 << 20);
+    begun.clear();
+    queue.write(file.fd(), 0, bytes.data(), 1000);
+    queue.write(file.fd(), 1000, bytes.data(), 2 << 20);
+    queue.read(file.fd(), 0, bytes.data(), 1 << 20);
+    expect_done(queue.wait(), 3);
+    EXPECT_EQ(begun, (std::vector<std::pair<off_t, off_t>>{{1000, 2 << 20}}));
+    for (const auto& [answers, expected] : {std::pair{ENOSYS, 0}, {EINVAL, 0}, {EIO, EIO}, {ENOSPC, ENOSPC}}) {
+        answer = answers;
+        queue.write(file.fd(), 0, bytes.data(), 1 << 20);
+        EXPECT_EQ(queue.wait().at(0).error, expected) << std::strerror(answers);
+    }
+    answer = 0;
 }
 
 TEST(FileQueue, RefusesWhatMakesNoSense) {

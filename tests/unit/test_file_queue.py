@@ -66,6 +66,32 @@ def test_a_negative_size_has_no_digest() -> None:
 # -- files
 
 
+@pytest.mark.parametrize("nbytes", [1, 1000, 512 << 10, (512 << 10) + 1, 3_000_001])
+def test_a_part_of_what_is_read_is_kept(fd: int, nbytes: int) -> None:
+    """The digest is of all bytes; nothing beside the part is written in memory."""
+    queue = FileQueue(1)
+    memory = random_bytes(nbytes)
+    os.pwrite(fd, memory.tobytes(), 7)
+    kept = [(0, 0), (nbytes, 0), (0, 1), (nbytes - 1, 1), (nbytes // 3, nbytes // 2), (0, nbytes)]
+    back = np.zeros((len(kept), nbytes + 2), np.uint8)
+    for row, (first, count) in zip(back, kept, strict=True):
+        queue.read_part(fd, 7, nbytes, first, address(row) + 1 if count else 0, count)
+    assert queue.wait() == [(0, digest(memory))] * len(kept)
+    for row, (first, count) in zip(back, kept, strict=True):
+        assert row[1 : count + 1].tobytes() == memory[first : first + count].tobytes()
+        assert not row[0] and not row[count + 1 :].any()
+
+
+def test_a_part_beyond_what_is_read_is_refused(fd: int) -> None:
+    queue = FileQueue(1)
+    back = np.zeros(10, np.uint8)
+    for first, count in [(-1, 2), (0, 11), (10, 1), (11, 0)]:
+        with pytest.raises(ValueError, match="are no part of 10"):
+            queue.read_part(fd, 0, 10, first, address(back), count)
+    with pytest.raises(ValueError, match="neither may be negative"):
+        queue.read_part(fd, 0, -1, 0, 0, 0)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_what_is_written_is_read_with_the_same_digests(fd: int, threads: int) -> None:
     queue = FileQueue(threads)

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import stat
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,6 +17,7 @@ from checkpoints import content, manifest_bytes
 from partita.checkpoint import GROUP, OWNER, CheckpointError, KeySource, audit, check_audit, checkpoints, new_key
 from partita.checkpoint.commit import Staging, write_durably
 from partita.checkpoint.disk import Access
+from partita.checkpoint.reads import Chunk, Reads
 from partita.checkpoint.sealing import TAG_BYTES, Cipher, unwrapped
 from partita.checkpoint.transfer import Transfer
 from partita.checkpoint.user_key import UserKey, parse_key
@@ -145,18 +147,14 @@ def test_parts_of_encrypted_chunks_are_read(tmp_path, dtype):
     size = values.element_size()
     for first, last in [(0, 5000), (3, 4), (100, 3333)]:
         found = torch.empty(last - first, dtype=dtype, device="cpu")
-        with Transfer() as transfer:
+        with Reads() as reads:
             for _, offset, length, digest, seal in done:
                 begin, end = max(offset, 24 + first * size), min(offset + length, 24 + last * size)
                 if begin < end:
                     part = found.view(torch.uint8)[begin - 24 - first * size : end - 24 - first * size]
-                    chunk = (offset, length, digest)
-
-                    def opens(a: Any, b: Any, offset: int = offset, seal: str = seal) -> bool:
-                        return cipher.open("file", offset, bytes.fromhex(seal), a, b)
-
-                    transfer.read(fd, begin, chunk, part, (0, "values"), opens)
-            transfer.finish()
+                    opens = partial(cipher.open, "file", offset, bytes.fromhex(seal))
+                    reads.read(Chunk(fd, offset, length, digest, "values", opens), begin - offset, part)
+            reads.finish()
         assert torch.equal(found, values[first:last])
     os.close(fd)
 

@@ -40,6 +40,10 @@ class FileQueue {
     std::int64_t write(int fd, std::int64_t offset, const void* data, std::int64_t nbytes);
     // Memory is undefined after an error.
     std::int64_t read(int fd, std::int64_t offset, void* data, std::int64_t nbytes);
+    // Reads nbytes too, into memory of the thread's own, and keeps `kept` of them, from number `first` on, in `data`:
+    // perhaps none, where only the digest is wanted. The digest is of all of them.
+    std::int64_t read_part(int fd, std::int64_t offset, std::int64_t nbytes, std::int64_t first, void* data,
+                           std::int64_t kept);
     // fdatasync, once the writes to `fd` that were queued before are done, also those with an error.
     std::int64_t sync(int fd);
 

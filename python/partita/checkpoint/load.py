@@ -24,7 +24,6 @@ from partita.checkpoint.saved_state import STATE, SavedState, parse_state
 from partita.checkpoint.stored import Stored, read_whole
 from partita.checkpoint.values import ValueReader
 from partita.comm import require_same, text_by_rank
-from partita.device import FreedMemory
 from partita.model import DiffersByRank, KeepsValues, Section, TrainState, from_plain
 from partita.optim import HyperParameters
 
@@ -67,11 +66,14 @@ def load(
         RuntimeError: in the midst of a step.
         ValueError: the ranks were not given the same.
         CheckpointError: there is no such checkpoint, it is damaged, or it does not fit; on all ranks alike. Nothing
-            has changed.
+            has changed, unless `state.is_torn`: then a file was changed, or could not be read any more, after it had
+            been found to be sound.
     """
     world = state.world
     require_same(world, [("load_dir", str(directory)), ("tag", str(tag)), ("what is loaded", str(wanted))])
     state.require_idle("a checkpoint is loaded")
+    if not wanted.strict:
+        state.adopt_written_parameters()  # parameters that the checkpoint does not have keep what was written
     try:
         found, client_state = _load(state, directory, tag, wanted, protection)
     except CheckpointError:
@@ -112,10 +114,10 @@ def _load(
         kept = [
             owner.values_of(states[name]) for name, owner in _keepers(state) if wanted.takes(name) and name in states
         ]
-        together(world, what, lambda: reader.read([value for values in kept for value in sorted(values)]))
+        together(world, what, lambda: reader.check(value for values in kept for value in values))
         state.load_sections(states, partial(together, world, what))
-        reader.write()
-        FreedMemory().add(reader.bytes_read)
+        with state.rewriting():
+            together(world, f"the checkpoint '{folder}' was loaded in part, and the state is a mixture", reader.take)
         said = text_by_rank(world, json.dumps(reader.rounded))
         if world.rank == 0:
             logger.info(f"loaded '{folder}', step {manifest.step}; rank 0 read {reader.bytes_read:,} bytes")

@@ -41,6 +41,11 @@ class Piece:
     values: Tensor
 
     @property
+    def is_weight(self) -> bool:
+        """Whether it is of the model, as it computes or as it is kept beside that; otherwise the optimizer's alone."""
+        return self.place.stem == MODEL or self.place.name.partition("/")[0] in RESERVED
+
+    @property
     def spec(self) -> TensorSpec:
         """Of the whole tensor."""
         return TensorSpec(self.place.name, dtype_name(self.values.dtype), self.shape)
@@ -199,13 +204,7 @@ def _require_plain(kept: Iterable[Any]) -> None:
 
 
 def _pieces_of(quantity: Quantity, names: StoredNames) -> Iterator[Piece]:
-    unit = quantity.unit
-    stored: dict[str, Tensor]
-    if quantity.name == WEIGHT:
-        stored = unit.stored_weights() if isinstance(unit, Unit) else {"": unit.own_params}
-    else:
-        stored = {quantity.name: quantity.read()}
-    for kind, flat in stored.items():
+    for kind, flat in quantity.stored().items():
         for slot, first, where in shares(quantity):
             parameter = names.of_parameter(slot.name)
             place = of_quantity(kind, parameter) if kind else parameter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -91,16 +91,17 @@ class Save:
         self._cipher = together(world, what, partial(protection.cipher_in, envelope))
         self._committing: Future[str] | None = None
         self._spoiled = ""
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._staging.discard)
             runs = runs_in(self._files, mine)
             made = from_rank_0(world, what, partial(_begin, self._staging, directory, self._files, frozen, protection))
             folder, earlier = Path(json.loads(made)[0]), Earlier.model_validate(json.loads(made)[1])
             self._linked = _link(world, what, folder, self._files, earlier, runs, protection.access.file)
-            writer = partial(Writer, folder, self._files, self._linked, runs, world.rank == 0, room, self._cipher)
+            writer = partial(Writer, folder, self._files, self._linked, world.rank == 0, room, self._cipher)
             self._writer = together(world, what, writer)
-        except BaseException:
-            self._staging.discard()
-            raise
+            undo.callback(self._writer.close)
+            together(world, what, partial(_write, self._writer, runs, state))
+            undo.pop_all()
 
     def take_over(self) -> int:
         """The training state may change from now on: what is not written yet has been copied. Returns the bytes of it.
@@ -230,6 +231,14 @@ def _begin(
         if file.name not in earlier.files:
             preallocate(staging.path / file.name, file.size, protection.access.file)
     return json.dumps([str(staging.path), earlier.model_dump(mode="json", exclude_none=True)])
+
+
+def _write(writer: Writer, runs: Sequence[Run], state: TrainState) -> None:
+    """Begins with what only updates change: the disk has that to do while weights are compared with their masters."""
+    writer.write(run for run in runs if not run.piece.is_weight)
+    state.adopt_written_parameters()
+    writer.write(run for run in runs if run.piece.is_weight)
+    writer.sync()
 
 
 def _link(

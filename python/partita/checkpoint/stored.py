@@ -9,93 +9,41 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
-
-import torch
-from torch import Tensor
 
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.folder import open_file
-from partita.checkpoint.layout import StoredTensor, parse_header
+from partita.checkpoint.layout import parse_header
 from partita.checkpoint.manifest import FileRecord, Manifest
 from partita.checkpoint.pieces import Place, stem_of
+from partita.checkpoint.reads import NOT_SEALED, Chunk
 from partita.checkpoint.sealing import Cipher
-from partita.checkpoint.transfer import NOT_SEALED, Opens, Transfer, digest_text
-from partita.model import DTYPE_NAMES
-
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+from partita.checkpoint.tensor_files import TensorFiles
+from partita.checkpoint.transfer import digest_text
 
 
-class Stored:
-    """The tensors of a checkpoint. Nothing is read but the headers, until somebody asks.
+class Stored(TensorFiles):
+    """The tensors of a checkpoint.
 
     Args:
         cipher: opens an encrypted checkpoint; None: it is not encrypted.
-
-    Attributes:
-        tensors: where each is in its file.
+        stem: what the names of the files begin with that are opened; empty: all of tensors.
 
     Raises:
         CheckpointError: a file is missing, has another size, or a header is not what was saved.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, cipher: Cipher | None = None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, cipher: Cipher | None = None, stem: str = "") -> None:
+        super().__init__()
         self._folder = folder
         self._cipher = cipher
-        self._exits = ExitStack()
-        self._fds: dict[str, int] = {}
         self._ends: dict[str, list[int]] = {}
         self._records = manifest.files
-        self._transfer = self._exits.enter_context(Transfer())
-        self.tensors: dict[Place, StoredTensor] = {}
         with ExitStack() as undo:
             undo.callback(self._exits.close)
             for name, record in manifest.files.items():
-                if name.endswith(".safetensors"):
+                if name.endswith(".safetensors") and stem in ("", stem_of(name)):
                     self._open(name, record)
             undo.pop_all()
-
-    def __enter__(self) -> Stored:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._exits.close()
-
-    def dtype(self, place: Place) -> torch.dtype:
-        """Of a tensor.
-
-        Raises:
-            CheckpointError: torch has no such dtype, or this reader does not know it.
-        """
-        tensor = self.tensors[place]
-        if tensor.dtype not in DTYPES:
-            raise CheckpointError(f"'{place.name}' in {tensor.file} is {tensor.dtype}, which is not read here")
-        return DTYPES[tensor.dtype]
-
-    def read(self, place: Place, first: int, into: Tensor) -> None:
-        """Reads elements from `first` on into a flat tensor of the tensor's dtype. They are there after `finish()`."""
-        tensor = self.tensors[place]
-        begin = tensor.begin + first * into.element_size()
-        end = begin + into.nbytes
-        if end > tensor.begin + tensor.nbytes:
-            raise CheckpointError(f"'{place.name}' in {tensor.file} has fewer elements than are asked for")
-        raw = into.view(torch.uint8)
-        for i, chunk in self._chunks(tensor.file, begin, end):
-            start, stop = max(begin, chunk[0]), min(end, chunk[0] + chunk[1])
-            part = raw[start - begin : stop - begin]
-            label = (0, f"'{place.name}' in '{self._folder / tensor.file}'")
-            opens = opener(self._cipher, tensor.file, self._records[tensor.file], i, chunk[0])
-            self._transfer.read(self._fds[tensor.file], start, chunk, part, label, opens)
-
-    def finish(self) -> int:
-        """Waits until all that was asked for is there; the number of bytes read.
-
-        Raises:
-            OSError, CheckpointError: a file cannot be read, or has other bytes than were saved.
-        """
-        return sum(nbytes for _, _, nbytes, _, _ in self._transfer.finish())
 
     def _open(self, name: str, record: FileRecord) -> None:
         fd = open_file(self._folder, name)
@@ -114,22 +62,28 @@ class Stored:
         for tensor, stored in parse_header(head, size, name).items():
             self.tensors[Place(stem_of(name), tensor)] = stored
 
-    def _chunks(self, name: str, begin: int, end: int) -> Iterator[tuple[int, tuple[int, int, str]]]:
-        """The chunks that have bytes of [begin, end): number, (offset, length, digest)."""
-        ends, chunks = self._ends[name], self._records[name].chunks
+    def _chunks(self, place: Place, begin: int, end: int) -> Iterator[tuple[int, Chunk]]:
+        name = self.tensors[place].file
+        ends, record, what = self._ends[name], self._records[name], f"'{place.name}' in '{self._folder / name}'"
         if begin < end:
             for i in range(bisect_right(ends, begin), bisect_left(ends, end) + 1):
-                length, digest = chunks[i]
-                yield i, (ends[i] - length, length, digest)
+                yield i, chunk_of(record, i, ends[i] - record.chunks[i][0], self._fds[name], name, what, self._cipher)
 
 
-def opener(cipher: Cipher | None, name: str, record: FileRecord, number: int, offset: int) -> Opens | None:
-    """What decrypts a chunk of a file; None: it is not encrypted."""
-    if record.seals is None:
-        return None
-    if cipher is None:
-        raise CheckpointError(f"'{name}' is encrypted, and no key was given")
-    return partial(cipher.open, name, offset, bytes.fromhex(record.seals[number]))
+def chunk_of(
+    record: FileRecord, number: int, offset: int, fd: int, name: str, what: str, cipher: Cipher | None
+) -> Chunk:
+    """A chunk of a file, to be read.
+
+    Args:
+        offset: of the chunk. name: of the file. what: for an error. cipher: None, for a file that is encrypted: the
+            chunk is read as it is.
+    """
+    nbytes, digest = record.chunks[number]
+    opens = None
+    if cipher is not None and record.seals is not None:
+        opens = partial(cipher.open, name, offset, bytes.fromhex(record.seals[number]))
+    return Chunk(fd, offset, nbytes, digest, what, opens)
 
 
 def read_whole(folder: Path, name: str, record: FileRecord, cipher: Cipher | None = None) -> bytes:

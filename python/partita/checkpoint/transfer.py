@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from partita._core import FileQueue, xxh3_64
-from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.layout import MIN_CHUNK_BYTES
 from partita.checkpoint.sealing import TAG_BYTES
 from partita.device import HOST, kernels
@@ -20,14 +19,10 @@ from partita.device import HOST, kernels
 COPIED_BYTES = 64 << 20  # of copies on the host that wait to be written, at most
 THREADS = 2
 
-NOT_SEALED = "this is not what was encrypted here: it was changed, or is from another place or checkpoint"
-
 # What a job is about: the number of a file, and words for an error.
 Label = tuple[int, str]
 # Encrypts a chunk: the number of its file, its offset, its bytes, room for them and a tag. Returns the seal.
 Seals = Callable[[int, int, memoryview, memoryview], bytes]
-# Decrypts a chunk: its bytes with room for a tag, room for what they are. False: it is not what was sealed.
-Opens = Callable[[memoryview, memoryview], bool]
 # (file, offset, length, digest, seal) of what was written or read in one piece; the seal in hex, if there is one.
 Done = tuple[int, int, int, str, str]
 
@@ -51,18 +46,15 @@ def chunks_of(offset: int, values: Tensor, chunk_bytes: int) -> Iterator[tuple[i
 
 @dataclass
 class _Job:
-    """offset, nbytes: in the file. expected: the digest, of what is read. kept: memory that must last until then.
-    reads_live: a write out of memory that others change later."""
+    """offset, nbytes: in the file. kept: memory that must last until then. reads_live: out of memory that others change
+    later."""
 
     label: Label
     offset: int
     nbytes: int
-    expected: str | None = None
     kept: list[Tensor] = field(default_factory=list)
-    then: tuple[Tensor, int] | None = None  # (to, first): gets the bytes of kept[0] from `first` on, once they are read
     reads_live: bool = False
     seal: str = ""
-    opens: Opens | None = None  # decrypts kept[0] before that
 
 
 class HostRoom:
@@ -132,34 +124,6 @@ class Transfer:
         self._queue.sync(fd)
         self._jobs.append(_Job(label, 0, 0))
 
-    def read(
-        self,
-        fd: int,
-        offset: int,
-        chunk: tuple[int, int, str],
-        into: Tensor,
-        label: Label,
-        opens: Opens | None = None,
-    ) -> None:
-        """Reads a part of a chunk, whose digest is compared.
-
-        Args:
-            offset: of the part in the file; the part has as many bytes as `into`.
-            chunk: its offset in the file, its length and its digest.
-            into: flat.
-            opens: decrypts the chunk; None: it is as it is.
-        """
-        begin, length, digest = chunk
-        raw = into.view(torch.uint8)
-        if opens is None and into.device.type == "cpu" and (begin, length) == (offset, into.nbytes):
-            self._queue.read(fd, begin, kernels.address(into), length)
-            self._jobs.append(_Job(label, begin, length, digest, [into]))
-            return
-        self._make_room(length)
-        whole = torch.empty(length if opens is None else length + TAG_BYTES, dtype=torch.uint8, device=HOST)
-        self._queue.read(fd, begin, kernels.address(whole), length)
-        self._jobs.append(_Job(label, begin, length, digest, [whole], (raw, offset - begin), opens=opens))
-
     def take_over(self) -> int:
         """The tensors that are written may change when this returns. What is left of them has been copied; the number
         of these bytes. Once in the life of a transfer."""
@@ -217,27 +181,7 @@ class Transfer:
         self._settled += len(jobs)
         for job, (error, digest) in zip(jobs, results, strict=True):
             place = f"{job.label[1]}, bytes {job.offset:,} to {job.offset + job.nbytes:,}"
-            if error < 0:
-                raise CheckpointError(f"{place}: the file is shorter")
             if error:
                 raise OSError(error, f"{os.strerror(error)}: {place}")
-            text = f"{digest:016x}"
-            if job.expected is not None and text != job.expected:
-                raise CheckpointError(f"{place}: these are not the bytes that were saved (their digest differs)")
-            if job.then is not None:
-                _take(job, job.kept[0], *job.then, place)
             if job.nbytes:
-                self._done.append((job.label[0], job.offset, job.nbytes, text, job.seal))
-
-
-def _take(job: _Job, whole: Tensor, to: Tensor, first: int, place: str) -> None:
-    """Bytes of a chunk that was read go where they are wanted."""
-    if job.opens is not None:
-        is_all = to.is_cpu and to.nbytes == job.nbytes
-        plain = to if is_all else torch.empty(job.nbytes, dtype=torch.uint8, device=HOST)
-        if not job.opens(kernels.memory(whole), kernels.memory(plain)):
-            raise CheckpointError(f"{place}: {NOT_SEALED}")
-        if is_all:
-            return
-        whole = plain
-    to.copy_(whole[first : first + to.nbytes])
+                self._done.append((job.label[0], job.offset, job.nbytes, f"{digest:016x}", job.seal))

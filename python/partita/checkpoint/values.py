@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,16 +13,19 @@ from partita.checkpoint.fit import Fit
 from partita.checkpoint.pieces import MODEL, REMAINDER, RESERVED, Place, StoredNames, of_quantity
 from partita.checkpoint.saved_state import SavedState
 from partita.checkpoint.stored import Stored
-from partita.device import HOST, kernels
-from partita.model import WEIGHT, TrainState
+from partita.device import HOST, flat_buffer, kernels
+from partita.model import WEIGHT, Quantity, TrainState
 from partita.units import ShardSlice, Unit
 
 HALVES = (torch.float16, torch.bfloat16)
+FULL = (torch.float32, torch.float64)
+SPLIT = (torch.bfloat16, torch.int16)
 
 
 class ValueReader:
-    """Reads what this rank has, and beside that the rest of the chunks in which it begins and ends. Nothing of the
-    training state changes before everything has been read.
+    """Reads what this rank has, and beside that the rest of the chunks in which it begins and ends, twice: `check()`
+    compares everything with its digests and keeps nothing, then `take()` reads into the training state, and compares
+    again. So a damaged checkpoint changes nothing, and no memory is needed for it.
 
     Attributes:
         bytes_read: so far.
@@ -48,9 +52,8 @@ class ValueReader:
         has_masters = (WEIGHT + "/", REMAINDER + "/")
         self._has_masters = any(p.stem != MODEL and p.name.startswith(has_masters) for p in stored.tensors)
         self.rounded: list[str] = []
-        self._slices: dict[str, ShardSlice] = {}
-        self._values: dict[tuple[str, str], Tensor] = {}  # by parameter and quantity
-        self._buffers: dict[str, Tensor] = {}
+        self._kept: set[tuple[str, str]] = set()  # (parameter, quantity) of what the optimizer takes
+        self._joined = torch.empty(0, dtype=torch.float32, device=HOST)
 
     @property
     def parameters(self) -> list[str]:
@@ -89,55 +92,47 @@ class ValueReader:
             names.add(parameter)
         return names
 
-    def read(self, optimizer: Iterable[tuple[str, str]]) -> None:
-        """Reads all that this rank has into memory of its own, for `write()`.
+    def check(self, optimizer: Iterable[tuple[str, str]]) -> None:
+        """Finds out whether all that this rank takes can be read.
 
         Args:
-            optimizer: (parameter, quantity) of what the optimizer keeps.
+            optimizer: (parameter, quantity) of what the optimizer keeps once its state has been loaded.
 
         Raises:
             OSError, CheckpointError: a file cannot be read, or has other bytes than were saved.
         """
-        after: list[Callable[[], object]] = []
+        self._kept = set(optimizer)
+        slices: dict[str, ShardSlice] = {}
         for quantity in self._state.quantities():
             if quantity.name == WEIGHT:
-                dtype = torch.float32 if isinstance(quantity.unit, Unit) else quantity.unit.dtype
                 for s in quantity.slices:
-                    self._slices[s.slot.name] = s
-                    after += self._read_weights(s.slot.name, s.parameter_offset, s.numel, dtype)
+                    slices[s.slot.name] = s
+                    self._check_weights(s.slot.name, s.parameter_offset, s.numel, _dtype_of(quantity))
         for name, tensor in self._state.untrained().items():
-            after += self._read_weights(name, 0, tensor.numel(), tensor.dtype)
-        for parameter, name in optimizer:
-            if self._has(parameter):
-                s, place = self._slices[parameter], of_quantity(name, self._source(parameter))
-                if place in self._stored.tensors:
-                    self._values[parameter, name] = self._read(place, s.parameter_offset, s.numel)
+            self._check_weights(name, 0, tensor.numel(), tensor.dtype)
+        for parameter, name in sorted(self._kept):
+            s = slices[parameter]
+            for place in self._states(parameter, name):
+                self._stored.check(place, s.parameter_offset, s.numel)
         for name, tensor in self._fitting_buffers():
-            self._buffers[name] = self._read(self.fit.source(Place(MODEL, name)), 0, tensor.numel())
+            self._stored.check(self.fit.source(Place(MODEL, name)), 0, tensor.numel())
         self.bytes_read += self._stored.finish()
-        for step in after:
-            step()
 
     @torch.no_grad()
-    def write(self) -> None:
-        """The training state takes what was read. A collective."""
+    def take(self) -> None:
+        """The training state, which is `rewriting`, takes its values.
+
+        Raises:
+            OSError, CheckpointError: a file cannot be read any more, or has other bytes now. Some values are there.
+        """
         for quantity in self._state.quantities():
-            flat = quantity.read()
-            if quantity.name == WEIGHT:
-                values = torch.zeros_like(flat)
-                for s in quantity.slices:
-                    read = self._values.pop((s.slot.name, WEIGHT), None)
-                    values[s.in_shard] = flat[s.in_shard] if read is None else read.to(flat.device)
-                quantity.write(values)
-                continue
             for s in quantity.slices:
-                if (read := self._values.pop((s.slot.name, quantity.name), None)) is not None:
-                    flat[s.in_shard].copy_(read)
+                self._take_slice(quantity, s)
         for name, tensor in self._state.untrained().items():
-            if (read := self._values.pop((name, WEIGHT), None)) is not None:
-                tensor.copy_(read.view(tensor.shape))
+            self._take_tensor(self._weights(name, tensor.dtype), tensor)
         for name, tensor in self._fitting_buffers():
-            tensor.detach().copy_(self._buffers.pop(name).view(tensor.shape))
+            self._take_tensor([self.fit.source(Place(MODEL, name))], tensor.detach())
+        self.bytes_read += self._stored.finish()
 
     def _has(self, parameter: str) -> bool:
         return self.fit.has(self._names.of_parameter(parameter))
@@ -151,27 +146,86 @@ class ValueReader:
             if self.fit.has(Place(MODEL, name)):
                 yield name, tensor
 
-    def _read(self, place: Place, first: int, numel: int) -> Tensor:
-        """Elements from `first` on in the dtype that they have; they are there after `finish()`."""
-        values = torch.empty(numel, dtype=self._stored.dtype(place), device=HOST)
-        self._stored.read(place, first, values)
-        return values
+    def _states(self, parameter: str, name: str) -> list[Place]:
+        """Where a quantity of the optimizer is; nowhere, if the checkpoint does not have it."""
+        places = [of_quantity(name, self._source(parameter))] if self._has(parameter) else []
+        return [place for place in places if place in self._stored.tensors]
 
-    def _read_weights(self, name: str, first: int, numel: int, dtype: torch.dtype) -> list[Callable[[], object]]:
-        """Weights from what there is: fp32 masters, split masters, or what the model computed with. Returns what is to
-        be done once they are there."""
+    def _weights(self, name: str, dtype: torch.dtype) -> list[Place]:
+        """Where weights are: as fp32 masters, as what the model computed with and the remainders, or as that alone."""
         if not self._has(name):
             return []
         place = self._source(name)
         master, remainder = (of_quantity(kind, place) for kind in (WEIGHT, REMAINDER))
-        is_full = dtype in (torch.float32, torch.float64)
+        is_full = dtype in FULL
         if is_full and master in self._stored.tensors:
-            place = master
-        values = self._values[name, WEIGHT] = self._read(place, first, numel)
-        if not is_full or remainder not in self._stored.tensors:
-            if is_full and values.dtype in HALVES and self._has_masters:
-                self.rounded.append(name)
-            return []
-        joined = self._values[name, WEIGHT] = torch.empty(numel, dtype=torch.float32, device=HOST)
-        lower = self._read(remainder, first, numel)
-        return [lambda: kernels.join_master(joined, values, lower)]
+            return [master]
+        return [place, remainder] if is_full and remainder in self._stored.tensors else [place]
+
+    def _check_weights(self, name: str, first: int, numel: int, dtype: torch.dtype) -> None:
+        places = self._weights(name, dtype)
+        for place in places:
+            self._stored.check(place, first, numel)
+        dtypes = tuple(self._stored.dtype(place) for place in places)
+        if len(places) == 2 and dtypes != SPLIT:
+            raise CheckpointError(f"'{places[0].name}' and its remainder are {dtypes[0]} and {dtypes[1]}, not {SPLIT}")
+        if len(places) == 1 and dtype in FULL and dtypes[0] in HALVES and self._has_masters:
+            self.rounded.append(name)
+
+    def _take_slice(self, quantity: Quantity, s: ShardSlice) -> None:
+        """A part of a parameter, straight to where it is kept if it is kept like that."""
+        if quantity.name == WEIGHT:
+            places = self._weights(s.slot.name, _dtype_of(quantity))
+        elif (s.slot.name, quantity.name) in self._kept:
+            places = self._states(s.slot.name, quantity.name)
+        else:
+            places = []
+        if not places:
+            return
+        targets = _targets(quantity, len(places))
+        if len(targets) == len(places) and all(map(self._stored.reads_into, places, targets)):
+            for place, target in zip(places, targets, strict=True):
+                self._stored.read(place, s.parameter_offset, target[s.in_shard])
+        else:
+            take = partial(self._convert, quantity.take, s.shard_offset)
+            self._stored.pass_on(places, s.parameter_offset, s.numel, take)
+
+    def _take_tensor(self, places: list[Place], tensor: Tensor) -> None:
+        """A tensor that every rank has as a whole."""
+        if len(places) == 1:
+            self._stored.read_whole_into(places[0], tensor)
+        elif places:
+            joined = torch.empty(tensor.numel(), dtype=torch.float32, device=HOST)
+            self._stored.pass_on(places, 0, joined.numel(), partial(self._convert, partial(_copy, joined), 0))
+            self.bytes_read += self._stored.finish()
+            tensor.copy_(joined.view(tensor.shape))
+
+    def _convert(
+        self, take: Callable[[slice, Tensor], object], offset: int, first: int, values: Sequence[Tensor]
+    ) -> None:
+        """Hands on elements as the checkpoint has them, of split masters both parts. offset: added to `first`."""
+        taken, numel = values[0], len(values[0])
+        if len(values) == 2:
+            if len(self._joined) < numel:
+                self._joined = flat_buffer(numel, torch.float32)
+            taken = self._joined[:numel]
+            kernels.join_master(taken, *values)
+        take(slice(offset + first, offset + first + numel), taken)
+
+
+def _dtype_of(quantity: Quantity) -> torch.dtype:
+    """Of the weights of a unit, as they are kept at their finest."""
+    return torch.float32 if isinstance(quantity.unit, Unit) else quantity.unit.dtype
+
+
+def _targets(quantity: Quantity, sources: int) -> list[Tensor]:
+    """What has the values of a quantity, where so many tensors of a checkpoint have them in the same way; else
+    nothing."""
+    stored = quantity.stored()
+    if sources == 2:
+        return [stored[""], stored[REMAINDER]] if REMAINDER in stored else []
+    return [] if REMAINDER in stored else [stored.get(WEIGHT, next(iter(stored.values())))]
+
+
+def _copy(flat: Tensor, part: slice, values: Tensor) -> None:
+    flat[part].copy_(values)

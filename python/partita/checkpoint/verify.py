@@ -7,15 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.folder import open_file
 from partita.checkpoint.manifest import FileRecord, Manifest
+from partita.checkpoint.reads import Reads
 from partita.checkpoint.sealing import Cipher
-from partita.checkpoint.stored import opener
-from partita.checkpoint.transfer import Transfer
-from partita.device import HOST
+from partita.checkpoint.stored import chunk_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ def verify(folder: Path, manifest: Manifest, cipher: Cipher | None = None) -> It
         cipher: of an encrypted checkpoint, whose chunks are decrypted too: who has changed them may have changed the
             digests. None: only damage is found.
     """
-    with Transfer() as transfer:
+    with Reads() as reads:
         for name, record in manifest.files.items():
             try:
                 fd = open_file(folder, name)
@@ -42,26 +39,22 @@ def verify(folder: Path, manifest: Manifest, cipher: Cipher | None = None) -> It
                 yield Verified(name, record.size, str(error))
                 continue
             try:
-                yield from _verify_file(folder / name, fd, record, transfer, cipher)
+                yield from _verify_file(folder / name, fd, record, reads, cipher)
             finally:
                 os.close(fd)
 
 
-def _verify_file(
-    path: Path, fd: int, record: FileRecord, transfer: Transfer, cipher: Cipher | None
-) -> Iterator[Verified]:
+def _verify_file(path: Path, fd: int, record: FileRecord, reads: Reads, cipher: Cipher | None) -> Iterator[Verified]:
     size = os.fstat(fd).st_size
     if size != record.size:
         yield Verified(path.name, 0, f"'{path}' has {size:,} bytes, and had {record.size:,} when it was saved")
         return
     begin = 0
-    for number, (length, digest) in enumerate(record.chunks):
-        buffer = torch.empty(length, dtype=torch.uint8, device=HOST)
+    for number, (length, _) in enumerate(record.chunks):
         problem = ""
         try:
-            opens = None if cipher is None else opener(cipher, path.name, record, number, begin)
-            transfer.read(fd, begin, (begin, length, digest), buffer, (0, f"'{path}'"), opens)
-            transfer.finish()
+            reads.check(chunk_of(record, number, begin, fd, path.name, f"'{path}'", cipher))
+            reads.finish()
         except (OSError, CheckpointError) as error:
             problem = str(error)
         yield Verified(path.name, length, problem)

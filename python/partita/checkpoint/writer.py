@@ -42,7 +42,7 @@ def runs_in(files: Sequence[FileLayout], mine: Iterable[Piece]) -> list[Run]:
 
 
 class Writer:
-    """Writes this rank's pieces, and the headers if `heads`; they are on the disk after `finish()`.
+    """Writes headers, if `heads`, and this rank's pieces; they are on the disk after `finish()`.
 
     Args:
         there: names of files that are not written.
@@ -53,7 +53,6 @@ class Writer:
         folder: Path,
         files: Sequence[FileLayout],
         there: Collection[str],
-        runs: Sequence[Run],
         heads: bool,
         room: HostRoom | None,
         cipher: Cipher | None,
@@ -62,21 +61,26 @@ class Writer:
             assert cipher is not None
             return cipher.seal(files[i].name, offset, data, into)
 
+        self._files = files
         with ExitStack() as exits:
-            fds = {i: _open(folder, file, exits) for i, file in enumerate(files) if file.name not in there}
-            self.transfer = transfer = exits.enter_context(
-                Transfer(chunk_bytes(files), room, None if cipher is None else seals)
-            )
-            for i, fd in fds.items():
+            self._fds = {i: _open(folder, file, exits) for i, file in enumerate(files) if file.name not in there}
+            self.transfer = exits.enter_context(Transfer(chunk_bytes(files), room, None if cipher is None else seals))
+            for i, fd in self._fds.items():
                 if heads:
-                    transfer.write_data(fd, 0, files[i].header, (i, files[i].name))
-            for run in runs:
-                if run.file in fds:
-                    label = (run.file, f"'{run.piece.place.name}' in {files[run.file].name}")
-                    transfer.write(fds[run.file], run.offset, run.piece.values, label)
-            for i, fd in fds.items():
-                transfer.sync(fd, (i, files[i].name))
+                    self.transfer.write_data(fd, 0, files[i].header, (i, files[i].name))
             self._exits = exits.pop_all()
+
+    def write(self, runs: Iterable[Run]) -> None:
+        """Begins to write pieces, which must not change until `finish()`, or `take_over()` of the transfer."""
+        for run in runs:
+            if run.file in self._fds:
+                label = (run.file, f"'{run.piece.place.name}' in {self._files[run.file].name}")
+                self.transfer.write(self._fds[run.file], run.offset, run.piece.values, label)
+
+    def sync(self) -> None:
+        """What was given to `write()` will be on the disk."""
+        for i, fd in self._fds.items():
+            self.transfer.sync(fd, (i, self._files[i].name))
 
     def finish(self) -> list[Done]:
         """Waits for everything; where each chunk is, and its digest."""

@@ -157,9 +157,8 @@ class Engine(EngineBase):
             require_loss(loss)
         require("backward()", self._phase, Phase.READY, Phase.FORWARD, Phase.BACKWARD)
         self._heed()
-        self._backwards_before = (
-            self._part.ended_backwards
-        )  # if this one fails, those before it are not enough for a step
+        # If this one fails, those before it are not enough for a step.
+        self._backwards_before = self._part.ended_backwards
         with self._calls.inside("backward()"), self._step.timers.phase("backward"):
             counted = loss if scale_wrt_gas else loss * self._run.batch.accumulation
             self._part.backward([self.scale(counted)], retain_graph=retain_graph)
@@ -322,6 +321,8 @@ class Engine(EngineBase):
         """Where the micro-batch is, by what the program has called."""
         if self._is_destroyed:
             return Phase.DESTROYED
+        if self._is_torn:
+            return Phase.TORN
         if self._part.ended_backwards > self._backwards_before:
             return Phase.BACKWARD
         return Phase.FORWARD if self._has_forward else Phase.READY

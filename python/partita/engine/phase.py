@@ -14,6 +14,7 @@ class Phase(Enum):
     READY = "neither a forward nor gradients since the last step()"
     FORWARD = "a forward has run, and no gradients are there"
     BACKWARD = "gradients are there, waiting for step()"
+    TORN = "a load that failed when a part of the state was loaded"
     DESTROYED = "destroy() was called"
 
 
@@ -21,11 +22,15 @@ class LifecycleError(RuntimeError):
     """An engine method was called in a phase that does not allow it."""
 
 
+WHOLE_AGAIN = "load_checkpoint() of a sound checkpoint, with all states, makes the state whole"
+
 # What a program that made this call in this phase has to do.
+_CALLS = ("__call__()", "backward()", "step()")
 _WAYS_OUT = {
     ("step()", Phase.READY): "there are no gradients: call engine.backward(loss) before each step()",
     ("step()", Phase.FORWARD): "the loss had no backward: call engine.backward(loss) before step()",
-    **{(call, Phase.DESTROYED): "initialize() makes another engine" for call in ("__call__()", "backward()", "step()")},
+    **{(call, Phase.TORN): WHOLE_AGAIN for call in _CALLS},
+    **{(call, Phase.DESTROYED): "initialize() makes another engine" for call in _CALLS},
 }
 
 

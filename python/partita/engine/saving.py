@@ -16,12 +16,13 @@ from torch.nn.modules.module import _IncompatibleKeys
 from partita.config import save_config
 from partita.data import ShardedLoader
 from partita.engine.as_module import AsModule
+from partita.engine.phase import WHOLE_AGAIN, Phase
 from partita.engine.save_beside import SaveBeside
 from partita.model import ModelPart, RandomState, Section, TrainState, clone_state_dict
 from partita.optim import HyperParameters, ShardedOptimizer
 from partita.run import Run
 from partita.step import OptimizerStep
-from partita.zero import WeightSource, load_weights
+from partita.zero import PartlyLoadedError, WeightSource, load_weights
 
 if TYPE_CHECKING:
     from partita.checkpoint import Protection
@@ -40,6 +41,7 @@ class KeepsState(AsModule):
     _parts: list[ModelPart]
     _step: OptimizerStep
     _beside: SaveBeside
+    _is_torn = False  # a load has failed after it had begun to write
     _protection: Protection
 
     def module_state_dict(self, rank: int | None = None) -> dict[str, Any]:
@@ -59,7 +61,11 @@ class KeepsState(AsModule):
         with self._call_of_all("load_module_state_dict()"):
             self._wait_for_parameters()
             self._beside.finish()
-            return load_weights(self.module, source, strict=strict, rank=rank)
+            try:
+                return load_weights(self.module, source, strict=strict, rank=rank)
+            except PartlyLoadedError:
+                self._is_torn = True
+                raise
 
     def sync_buffers(self) -> None:
         """All ranks have rank 0's buffers, BatchNorm's statistics say: those that a state dict has. A collective.
@@ -121,7 +127,7 @@ class KeepsState(AsModule):
         from partita.checkpoint import CheckpointError, ModelWeights, save_model_files
 
         with self._call_of_all("save_model()"):
-            self._require_parts("save_model()")
+            self._require_whole("save_model()")
             self._wait_for_parameters()
             for part in self._parts:
                 part.adopt_written_parameters()
@@ -176,7 +182,7 @@ class KeepsState(AsModule):
         from partita.checkpoint import About, Save  # with pydantic, which `import partita` leaves out
 
         with self._call_of_all("save_checkpoint()"):
-            self._require_parts("save_checkpoint()")
+            self._require_whole("save_checkpoint()")
             self._beside.finish()
             name = f"global_step{self._step.global_steps}" if tag is None else str(tag)
             about = About(self._step.global_steps, self._step.global_samples, self._facts(), save_latest)
@@ -210,9 +216,13 @@ class KeepsState(AsModule):
     ) -> tuple[Path, dict[str, Any]]:
         """Goes on from a checkpoint; returns its path and the program's `client_state`. A collective.
 
-        Every rank reads its own parts, and compares them with the digests. With the ranks and settings of the run that
-        saved, everything that follows is what that run would have done, bit for bit. With others the samples are the
-        same, the random numbers are not.
+        Every rank reads its own parts twice: all ranks compare them with the digests first, and then each reads them
+        to where they belong. So a damaged checkpoint changes nothing, and a load needs no memory. With the ranks and
+        settings of the run that saved, everything that follows is what that run would have done, bit for bit. With
+        others the samples are the same, the random numbers are not.
+
+        If a file is changed between the two, or cannot be read any more, the state is loaded in part. Then forwards,
+        steps and saves raise until a load with all states and `load_module_strict` has succeeded.
 
         Args:
             tag: the checkpoint's name; None: the one that `load_dir/latest` names.
@@ -240,13 +250,25 @@ class KeepsState(AsModule):
                 strict=load_module_strict,
             )
             take, name = load_sound if fallback else load, None if tag is None else str(tag)
-            path, client_state = take(self.train_state(), Path(load_dir), name, wanted, self._protection)
+            state = self.train_state()
+            try:
+                path, client_state = take(state, Path(load_dir), name, wanted, self._protection)
+            except BaseException:
+                self._is_torn |= state.is_torn
+                raise
+            self._is_torn &= wanted != Wanted()
             return path, client_state
 
     def _require_parts(self, call: str) -> None:
         """Raises RuntimeError if the engine has let go of the model: it would save nothing, over something perhaps."""
         if not self._parts:
             raise RuntimeError(f"{call} was called after engine.destroy(): call it before")
+
+    def _require_whole(self, call: str) -> None:
+        """Raises RuntimeError if there is nothing to be saved, or a mixture."""
+        self._require_parts(call)
+        if self._is_torn:
+            raise RuntimeError(f"{call} was called after {Phase.TORN.value}: {WHOLE_AGAIN}")
 
     def _facts(self) -> dict[str, Any]:
         """What people want to know of a checkpoint."""

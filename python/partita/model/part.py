@@ -195,11 +195,14 @@ class ModelPart:
         if self._run.config.sync_buffers:
             self._buffers.after_update()
 
-    def adopt_written_parameters(self) -> None:
-        """The masters have what a program wrote into 16-bit parameters, also where nothing counted the writes. The host
-        waits."""
+    def adopt_written_parameters(self, *, looks: bool = True) -> None:
+        """The masters have what a program wrote into 16-bit parameters.
+
+        Args:
+            looks: also where nothing counted the writes: all parameters are compared, and the host waits.
+        """
         for unit in self.units:
-            unit.adopt_written_parameters(looks=True)
+            unit.adopt_written_parameters(looks=looks)
 
     def rest(self) -> None:
         """Nothing computes, and no parameter is gathered: what a forward without a backward left is released."""

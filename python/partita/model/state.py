@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -96,14 +97,20 @@ class Quantity:
             return self.unit.own_params
         return self.unit.full_precision() if self.name == WEIGHT else self.unit.states[self.name]
 
-    def write(self, values: Tensor) -> None:
-        """Takes values of the shape of `read()`. A collective, for weights."""
+    def stored(self) -> dict[str, Tensor]:
+        """How the values are kept, nothing converted: by name, weights as `Unit.stored_weights` has them."""
+        if self.name != WEIGHT:
+            return {self.name: self.read()}
+        return self.unit.stored_weights() if isinstance(self.unit, Unit) else {"": self.unit.own_params}
+
+    def take(self, part: slice, values: Tensor) -> None:
+        """Takes values of a part of `read()`, of any dtype and device, while the unit is `rewriting`."""
         if not isinstance(self.unit, Unit):
-            self.unit.write_own(values)
+            self.unit.own_params[part].copy_(values)
         elif self.name == WEIGHT:
-            self.unit.write_full_precision(values)
+            self.unit.take_full_precision(part, values)
         else:
-            self.unit.states[self.name].copy_(values)
+            self.unit.states[self.name][part].copy_(values)
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,9 @@ class TrainState:
         sections: small states, in the order in which they are loaded.
         world: the ranks that go on together.
 
+    Attributes:
+        is_torn: an error came while values were written: some are those of before, and some are not.
+
     Raises:
         ValueError: two parts have a parameter of the same name.
     """
@@ -134,6 +144,7 @@ class TrainState:
         self.sections = list(sections)
         self._parts = parts
         self._world = world
+        self.is_torn = False
         names = Counter(
             slot.name for part in parts for flat in (*part.units, *part.frozen) for slot in flat.layout.slots
         )
@@ -205,8 +216,8 @@ class TrainState:
 
     @torch.no_grad()
     def take_sections(self) -> dict[str, Any]:
-        """The small states by name, as JSON has them. All that was written counts, and ranks share their buffers. A
-        collective.
+        """The small states by name, as JSON has them. Writes into parameters that were counted count, and ranks share
+        their buffers. A collective.
 
         Raises:
             RuntimeError: in the midst of a step, whose gradients are no part of the state.
@@ -232,6 +243,7 @@ class TrainState:
             TypeError, ValueError: a section has something that cannot be saved; names it.
         """
         sections = self.take_sections()
+        self.adopt_written_parameters()
         values = {}
         for quantity in self.quantities():
             flat = quantity.read()
@@ -250,16 +262,31 @@ class TrainState:
         self._agree(partial(self._require_all, snapshot))
         states = {name: from_plain(state) for name, state in snapshot.sections.items()}
         self.load_sections(states)
-        for quantity in self.quantities():
-            flat = quantity.read().clone()
-            for s in quantity.slices:
-                flat[s.in_shard] = snapshot.values[s.slot.name, quantity.name]
-            quantity.write(flat)
-        for name, tensor in self.tensors().items():
-            tensor.copy_(snapshot.tensors[name])
+        with self.rewriting():
+            for quantity in self.quantities():
+                for s in quantity.slices:
+                    quantity.take(s.in_shard, snapshot.values[s.slot.name, quantity.name])
+            for name, tensor in self.tensors().items():
+                tensor.copy_(snapshot.tensors[name])
+
+    @contextmanager
+    def rewriting(self) -> Iterator[None]:
+        """Inside the block, values may be written (`Quantity.take`). A collective at both ends."""
+        self.is_torn = True
+        with ExitStack() as units:
+            for part in self._parts:
+                for flat in (*part.units, *part.frozen):
+                    units.enter_context(flat.rewriting())
+            yield
+        self.is_torn = False
+
+    def adopt_written_parameters(self) -> None:
+        """All that was written into parameters counts, also what nothing counted: all are compared. No collective."""
+        for part in self._parts:
+            part.adopt_written_parameters()
 
     def require_idle(self, when: str) -> None:
-        """Between two steps all that was written counts. A collective.
+        """Between two steps; writes into parameters that were counted count. A collective.
 
         Args:
             when: for the error.
@@ -319,7 +346,7 @@ class TrainState:
         for part in self._parts:
             part.rest()
             part.gathers.wait()
-            part.adopt_written_parameters()
+            part.adopt_written_parameters(looks=False)
 
     def _require_all(self, snapshot: Snapshot) -> None:
         """Refuses what does not fit, while nothing has been loaded."""

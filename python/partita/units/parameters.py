@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from partita.comm import Communicator
 from partita.device.memory import FreedMemory
-from partita.units.absent import drop_holder, give_to, holder_of
+from partita.units.absent import ShardRun, drop_holder, give_to, holder_of
 from partita.units.layout import ShardSlice, Slot, UnitLayout
-from partita.units.residence import Residence
+from partita.units.residence import Residence, Residency
 
 
 class FlatParameters:
@@ -78,12 +78,20 @@ class FlatParameters:
         # Weak, as a model may outlive its engine: the parameters must not keep the unit's buffers alive.
         give_to(weakref.ref(self), self.parameters)
 
-    def write_own(self, values: Tensor) -> None:
-        """This rank's own range takes `values`. A collective."""
+    @contextmanager
+    def rewriting(self) -> Iterator[None]:
+        """Inside the block, this rank's own range may be written in memory: `own_params`, and what a unit keeps beside
+        (`take_full_precision`, its states). A collective at both ends. The parameters follow with the end, unless an
+        error leaves the block. What others have written into parameters is adopted before, or forgotten."""
         self.communicator.barrier()  # nobody computes with the old ones any more
         self.before_write()
-        self.own_params.copy_(values)
+        self.take_written()
+        yield
+        self._follow()
         self.communicator.barrier()
+
+    def _follow(self) -> None:
+        """What is made of what was written. A collective."""
 
     def abandon(self) -> None:
         """The parameters have no holder any more, and those that come and go no values, see `Residence.abandon`."""
@@ -134,9 +142,36 @@ class FlatParameters:
     def commit(self, parameters: list[nn.Parameter]) -> None:
         """What was written becomes the values, see `Holder`."""
         self.residence.commit(parameters)
+        self._note_committed(parameters)
+
+    def _note_committed(self, parameters: list[nn.Parameter]) -> None:
         committed = set(map(id, parameters))
         slots = zip(self.layout.slots, self.parameters, strict=True)
         self._committed |= {slot for slot, parameter in slots if id(parameter) in committed}
+
+    def shard_runs(self, parameters: list[nn.Parameter]) -> list[ShardRun] | None:
+        """This rank's part of these parameters, see `Holder`."""
+        if self.residence.comes_and_goes and self.residence.state is not Residency.ABSENT:
+            return None  # what is here would keep the old values
+        shard = self.layout.shard_range(self.communicator.rank)
+        memory = self.own_params if self.residence.comes_and_goes else self.params[shard.start : shard.stop]
+        wanted = set(map(id, parameters))
+        by_slot = dict(zip(self.layout.slots, self.parameters, strict=True))
+        slices = [s for s in self.layout.slices(shard) if id(by_slot[s.slot]) in wanted]
+        return [ShardRun(by_slot[s.slot], s.parameter_offset, memory[s.in_shard]) for s in slices]
+
+    @contextmanager
+    def writing_shards(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Inside the block, each rank writes its `shard_runs`, see `Holder`."""
+        self.communicator.barrier()  # nobody computes with the old ones any more
+        self.before_write()
+        yield
+        if self.residence.comes_and_goes:
+            self._note_committed(parameters)
+        else:
+            self.communicator.all_gather(self.params).wait()
+            torch.autograd.graph.increment_version(parameters)
+        self.communicator.barrier()
 
     # -- noticing
 

@@ -154,16 +154,25 @@ class Unit(FlatParameters):
 
     def write_full_precision(self, values: Tensor) -> None:
         """The fp32 weights of this rank's own range become `values`, and the parameters with them. A collective."""
-        self.communicator.barrier()  # nobody computes with the old ones any more
-        self.before_write()
-        if self.master is not None and self.master is not values:
-            self.master.copy_(values)
-        if self.dtype != torch.float32:
-            kernels.split_master(self.updated, values, self.remainder)
+        with self.rewriting():
+            self.take_full_precision(slice(0, len(self.own)), values)
+
+    def take_full_precision(self, part: slice, values: Tensor) -> None:
+        """Weights of this rank's own range, of any dtype and device, while it is `rewriting`. Where there are masters,
+        these may be written in memory instead, and where they are split, parameters and remainders (`stored_weights`).
+        """
+        values = values.to(self.updated.device)
+        if self.remainder is not None:
+            kernels.split_master(self.updated[part], values.float(), self.remainder[part])
+        elif self.master is not None:
+            self.master[part].copy_(values)
+
+    def _follow(self) -> None:
+        if self.master is not None and self.dtype != torch.float32:
+            kernels.split_master(self.updated, self.master)
         self.publish()
         if self.residence.all_gathers_updates and len(self.own) < self.layout.numel:
             self.communicator.all_gather(self.params).wait()
-        self.communicator.barrier()
 
     def adopt_written_parameters(self, *, looks: bool = False) -> str | None:
         """Brings into the masters what others wrote into 16-bit parameters since the last step: loaded weights, say.

@@ -180,16 +180,17 @@ def _rchar() -> int:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_rank_reads_its_own_bytes(ranks, tmp_path, stage):
-    """Weights and moments of its shard, once; with other ranks also the rest of the chunks at the ends of its parts."""
+    """Weights and moments of its shard, twice: checked and then taken; with other ranks also the rest of the chunks at
+    the ends of its parts."""
     config = {**config_for(2, stage, "fp32", bucket=10**6), "scheduler": None}
     numel = 8 * 512 * 512
     for read in ranks(2).run(_read_bytes, str(tmp_path), config, True):
-        assert 12 * numel / 2 <= read < 1.01 * 12 * numel / 2 + 100_000
+        assert 2 * 12 * numel / 2 <= read < 1.01 * 2 * 12 * numel / 2 + 100_000
     config = {**config_for(3, stage, "fp32", bucket=10**6), "scheduler": None}
     units, quantities, megabyte = 3, 3, 2**20
     for read in ranks(3).run(_read_bytes, str(tmp_path), config, False):
-        own = 12 * numel / 3
-        assert 0.9 * own <= read < 1.1 * own + units * quantities * 2 * megabyte
+        own = 2 * 12 * numel / 3
+        assert 0.9 * own <= read < 1.1 * own + 2 * units * quantities * 2 * megabyte
 
 
 @pytest.mark.slow

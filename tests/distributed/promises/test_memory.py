@@ -1,21 +1,12 @@
-"""Peak memory of the model states in every stage, against the bytes per parameter that the README states.
-
-Of a rank's shared memory, what counts is what the rank itself has committed: its resident size also counts the pages of
-its peers that it reads.
-"""
+"""Peak memory of the model states in every stage, against the bytes per parameter that the README states."""
 
 from __future__ import annotations
-
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import partita
 import pytest
 import torch
 from communicators import communicating_through
-from partita.comm import Communicator, SharedMemoryCommunicator
+from memory import peak_growth
 from ranks import RankPool
 from torch import nn
 
@@ -34,49 +25,6 @@ STATES = {  # bytes per parameter on 2 ranks: parameters + gradients + optimizer
 # Each stage and each precision once; the others run in `make test-all`, for they take long.
 OFTEN = [("split", 0), ("fp32", 1), ("bf16", 2), ("fp32", 3)]
 CASES = [pytest.param(*case, marks=[] if case in OFTEN else pytest.mark.slow) for case in STATES]
-
-SAMPLE_EVERY_S = 0.001
-
-
-def _resident_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
-
-
-@contextmanager
-def _peak_of(measure: Callable[[], int]) -> Iterator[list[int]]:
-    """Samples `measure` from a thread until the block ends; yields a list that then holds the peak."""
-    samples = [measure()]
-    ended = threading.Event()
-
-    def sample() -> None:
-        while not ended.wait(SAMPLE_EVERY_S):
-            samples[0] = max(samples[0], measure())
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        ended.set()
-        thread.join()
-
-
-@contextmanager
-def _peak_bytes(communicator: Communicator) -> Iterator[list[int]]:
-    """Yields a list that holds, after the block, how much this process grew in it at the most."""
-    if isinstance(communicator, SharedMemoryCommunicator):
-        before = _resident_bytes("RssAnon")
-        with _peak_of(lambda: _resident_bytes("RssAnon") + communicator.committed_bytes) as peak:
-            yield peak
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before, peak = _resident_bytes("VmRSS"), [0]
-        yield peak
-        peak[0] = _resident_bytes("VmHWM")
-    peak[0] -= before
 
 
 def _train(engine: partita.Engine, dtype: torch.dtype, steps: int) -> None:
@@ -105,7 +53,7 @@ def _peak_bytes_per_parameter(stage: int, precision: str) -> float:
     small = partita.Engine(model=_model(64, 2), config=_config(stage, precision))
     _train(small, dtype, 2)  # what libraries allocate once is not the model's
     small.destroy()
-    with communicating_through(lambda real: real) as communicator, _peak_bytes(communicator) as peak:
+    with communicating_through(lambda real: real) as communicator, peak_growth(communicator) as peak:
         engine = partita.Engine(model=_model(WIDTH, LAYERS), config=_config(stage, precision))
         _train(engine, dtype, 3)
     engine.destroy()
@@ -120,7 +68,7 @@ def test_peak_memory_is_the_formula(precision, stage, transport, monkeypatch):
     those land in malloc's heap is a matter of timing, and some gradients' freed memory then fits no other gradient.
     """
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "0")
-    pool = RankPool(2, transport)  # fresh processes: what an allocator kept from other tests would hide the peak
+    pool = RankPool(2, transport, fresh=True)  # what an allocator kept from other tests would hide the peak
     peaks = pool.run(_peak_bytes_per_parameter, stage, precision)
     pool.close()
     expected = STATES[precision, stage]
