@@ -31,6 +31,15 @@ def peak_growth(communicator: Communicator) -> Iterator[list[int]]:
     peak[0] -= before
 
 
+@contextmanager
+def peak_without_files() -> Iterator[list[int]]:
+    """As `peak_growth()`, without what this process has mapped of files."""
+    before = _resident_bytes("RssAnon")
+    with _peak_of(lambda: _resident_bytes("RssAnon")) as peak:
+        yield peak
+    peak[0] -= before
+
+
 def _resident_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
