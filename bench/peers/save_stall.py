@@ -10,10 +10,10 @@ the same states of it:
     dcp          torch.distributed.checkpoint.async_save() of a rank's part, in a thread
     dcp process  the same, in a process
 
-Per save: the call, what the first step after it takes longer than without a save (before its update, what is not written
-is copied), what all later ones do until the checkpoint is there, and the sum of these (`stall`, of the slowest rank).
-Peak: resident memory (VmHWM) above the peak of steps without a save, without what the peers' writers have in other
-processes. Steps without a save are measured before each save.
+Per save: the call, what the first step after it takes longer than without a save (before its update, what is not
+written is copied), what all later ones do until the checkpoint is there, and the sum of these (`stall`, of the slowest
+rank). Peak: resident memory (VmHWM) above the peak of steps without a save, without what the peers' writers have in
+other processes. Steps without a save are measured before each save.
 """
 
 from __future__ import annotations
