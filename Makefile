@@ -3,6 +3,9 @@ PYTHON ?= python3
 RANKS ?= 2
 ARGS ?=
 BIN := .venv/bin
+PYTEST = $(BIN)/python -m pytest -m "not slow" $(ARGS)
+# Where there is no GPU the CUDA code is built for one architecture, from which a driver compiles it for any later one.
+WHEEL_OPTIONS := $(if $(wildcard /dev/nvidiactl),,-C cmake.define.CMAKE_CUDA_ARCHITECTURES=80-virtual)
 SOURCES := $(shell find cpp cuda python -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 CXX_FILES := $(shell find cpp cuda tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -25,7 +28,7 @@ setup: .venv/installed
 .venv/installed: constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q torch
-	$(BIN)/pip install -q '.[examples,test,lint]'
+	$(BIN)/pip install -q '.[examples,test,lint]' $(WHEEL_OPTIONS)
 	touch $@
 
 train: .venv/installed
@@ -33,8 +36,15 @@ train: .venv/installed
 
 test: test-cpp test-python
 
+# Half of the time one process computes or waits: so the tests of several ranks run beside the others.
 test-python: .venv/installed
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+ifneq ($(ARGS),)
+	$(PYTEST)
+else
+	@mkdir -p build; $(PYTEST) tests/unit tests/e2e tests/gpu > build/tests-beside.log 2>&1 & beside=$$!; \
+	$(PYTEST) tests/distributed; ranks=$$?; \
+	wait $$beside; beside=$$?; cat build/tests-beside.log; exit $$((ranks > beside ? ranks : beside))
+endif
 
 test-cpp: .venv/installed
 	@test -e /usr/include/gtest/gtest.h || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from pairwise import pairwise
 from ranks import RankPool
+from warm_python import WarmPython
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,6 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             matrix[values].add_marker(pytest.mark.slow)
 
 
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("partita", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("partita")
+
 # A shell that runs the tests in the background has Ctrl-C ignored, and every process inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,6 +58,13 @@ def ranks(transport: str) -> Iterator[Callable[[int], RankPool]]:
     yield lambda world_size: pools.setdefault(world_size, RankPool(world_size, transport))
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    """For programs of their own: starts them without the seconds of an import of torch."""
+    with WarmPython(tmp_path_factory.mktemp("python")) as warm:
+        yield warm
 
 
 @pytest.fixture(scope="session")

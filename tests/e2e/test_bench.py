@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -80,10 +79,10 @@ ranks.finish()
 """
 
 
-def test_ranks_end_before_a_thread_of_gloo_can_meet_the_end_of_python(tmp_path):
+def test_ranks_end_before_a_thread_of_gloo_can_meet_the_end_of_python(tmp_path, python):
     """F62: such a thread aborts the process, now and then. What a rank had still buffered is in its file."""
     (tmp_path / "program.py").write_text(FINISHES.format(peers=str(ROOT / "bench" / "peers")))
-    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    job = python.torchrun("--standalone", "--nproc-per-node", "2")
     done = subprocess.run(
         [*job, str(tmp_path / "program.py"), str(tmp_path)], capture_output=True, text=True, timeout=300
     )

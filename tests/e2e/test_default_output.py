@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm_python import WarmPython
 
 PROGRAM = """
 import sys
@@ -46,13 +47,13 @@ run("fp16", 1, steps_per_print=1, fp16={"enabled": True, "loss_scale": 8})
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def outputs(tmp_path_factory: pytest.TempPathFactory, python: WarmPython) -> dict[str, str]:
     """'0/stdout', ...: what each of two ranks printed."""
     folder = tmp_path_factory.mktemp("job")
     (folder / "program.py").write_text(PROGRAM)
-    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--redirects", "3"]
+    options = ["--standalone", "--nproc-per-node", "2", "--redirects", "3", "--log-dir", str(folder / "logs")]
     subprocess.run(
-        [*job, "--log-dir", str(folder / "logs"), str(folder / "program.py")],
+        [*python.torchrun(*options), str(folder / "program.py")],
         check=True,
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

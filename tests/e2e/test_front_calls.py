@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import partita
@@ -77,10 +76,10 @@ JOINED = [
 ]
 
 
-def test_init_distributed_takes_deepspeeds_arguments(tmp_path):
+def test_init_distributed_takes_deepspeeds_arguments(tmp_path, python):
     """Each is used, asks for nothing, or is refused by its name; processes of mpirun do not train alone unnoticed."""
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER and "MPI" not in k and "PMI" not in k}
-    command = [sys.executable, "-c", JOINS, str(tmp_path)]
+    command = [*python.command, "-c", JOINS, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import partita
 import pytest
 from mistakes import JOBS, MISTAKES, PRELUDE
 from ranks import RankPool
+from warm_python import WarmPython
 
 LAST = 10
 END = "=" * 60  # the last line of torchrun's report of an error, which has the traceback before it
@@ -72,13 +72,13 @@ def test_the_last_ten_lines_name_the_thing_and_the_way_out(seen, name):
         assert not missing, f"{missing} not in the last {LAST} lines:\n{text}"
 
 
-def run_as_job(code: str, folder: Path) -> str:
+def run_as_job(code: str, folder: Path, python: WarmPython) -> str:
     """The output of a job of two ranks under torchrun, whose program uses torch's `record`."""
     lines = [*PRELUDE.splitlines(), *code.splitlines()]
     body = "\n".join(f"    {line}" for line in lines)
     record = "from torch.distributed.elastic.multiprocessing.errors import record"
     (folder / "program.py").write_text(f"{record}\n\n@record\ndef main():\n{body}\n\nmain()\n")
-    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    job = python.torchrun("--standalone", "--nproc-per-node", "2")
     done = subprocess.run(
         [*job, str(folder / "program.py")],
         stdout=subprocess.PIPE,
@@ -92,8 +92,8 @@ def run_as_job(code: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_job_ends_with_the_message(tmp_path, name):
-    text = last_lines(run_as_job(JOBS[name].code, tmp_path))
+def test_a_job_ends_with_the_message(tmp_path, python, name):
+    text = last_lines(run_as_job(JOBS[name].code, tmp_path, python))
     missing = [word for word in JOBS[name].words if word not in text]
     assert not missing, f"{missing} not in the last {LAST} lines:\n{text}"
     assert text.endswith(END)

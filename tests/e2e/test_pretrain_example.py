@@ -22,9 +22,10 @@ from models import GPT, LSTM, ModelConfig
 from partita.config import load_config
 from safetensors.torch import load_file
 from text import split, standard_library_text
+from warm_python import WarmPython
 
 SCRIPT = Path(pretrain_lm.__file__)
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+TWO_RANKS = ("--standalone", "--nproc-per-node", "2")
 STEPS, EVAL_WINDOWS, MEGABYTES = 20, 16, 0.2
 TINY = [
     *("--model", "gpt", "--layers", 2, "--heads", 2, "--width", 32, "--context", 32),
@@ -36,12 +37,12 @@ RUNS = {"gpt-0": ("gpt", 0), "gpt-1": ("gpt", 1), "gpt-2": ("gpt", 2), "gpt-3": 
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str, str]]:
+def runs(tmp_path_factory: pytest.TempPathFactory, python: WarmPython) -> dict[str, tuple[Path, str, str]]:
     """The folder, the standard output and the standard error of each of RUNS on two ranks."""
     results = {}
     for name, (model, stage) in RUNS.items():
         out = tmp_path_factory.mktemp(name)
-        done = run(*TORCHRUN, SCRIPT, *TINY, "--model", model, "--stage", stage, "--out", out)
+        done = run(*python.torchrun(*TWO_RANKS), SCRIPT, *TINY, "--model", model, "--stage", stage, "--out", out)
         assert done.returncode == 0, done.stderr
         results[name] = out, done.stdout, done.stderr
     return results
@@ -178,18 +179,18 @@ def test_bad_values_are_one_line(monkeypatch, capsys, arguments, complaint):
     assert complaint in line
 
 
-def test_files_that_cannot_be_used_are_one_line(tmp_path):
+def test_files_that_cannot_be_used_are_one_line(tmp_path, python):
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "config.json").write_text('{"gradient_cliping": 1}')
     for arguments, complaint in (
         (["--text", tmp_path / "missing.txt"], "missing.txt: No such file or directory"),
         (["--config", tmp_path / "config.json"], "gradient_cliping"),
     ):
-        done = run(sys.executable, SCRIPT, *TINY, "--out", tmp_path / "out", *arguments)
+        done = run(*python.command, SCRIPT, *TINY, "--out", tmp_path / "out", *arguments)
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         assert complaint in line
-    done = run(*TORCHRUN, SCRIPT, *TINY, "--out", tmp_path / "out", "--text", tmp_path / "short.txt")
+    done = run(*python.torchrun(*TWO_RANKS), SCRIPT, *TINY, "--out", tmp_path / "out", "--text", tmp_path / "short.txt")
     lines = [line for line in done.stderr.splitlines() if line.startswith("pretrain_lm.py: error: ")]
     assert len(lines) == 1, done.stderr
     assert "the text is too short: 9 bytes" in lines[0]
@@ -199,10 +200,10 @@ def test_files_that_cannot_be_used_are_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_a_result_that_would_replace_a_pipe_is_refused_before_training(tmp_path, name):
+def test_a_result_that_would_replace_a_pipe_is_refused_before_training(tmp_path, python, name):
     """F61."""
     os.mkfifo(tmp_path / name)
-    done = run(sys.executable, SCRIPT, *TINY, "--out", tmp_path)
+    done = run(*python.command, SCRIPT, *TINY, "--out", tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert f"{name}' is a pipe" in line

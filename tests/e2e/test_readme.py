@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+from warm_python import WarmPython
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -23,15 +24,20 @@ def _run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-def _run_example(index: int, ranks: int, folder: Path) -> str:
+def _run_example(index: int, ranks: int, folder: Path, python: WarmPython | None = None) -> str:
+    """With the real python and torchrun, where none is given."""
     (folder / "train.py").write_text(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[index])
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    return _run([sys.executable, *launcher, "train.py"], folder)
+    options = ["--standalone", "--nproc-per-node", str(ranks)]
+    if python is None:
+        launcher = [sys.executable, *([] if ranks == 1 else ["-m", "torch.distributed.run", *options])]
+    else:
+        launcher = python.command if ranks == 1 else python.torchrun(*options)
+    return _run([*launcher, "train.py"], folder)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_example_of_stage_3_runs_on_any_number_of_ranks(tmp_path, ranks):
-    output = _run_example(1, ranks, tmp_path)
+def test_the_example_of_stage_3_runs_on_any_number_of_ranks(tmp_path, python, ranks):
+    output = _run_example(1, ranks, tmp_path, python)
     assert output.count("gradient of shape (64, 64)") == ranks
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert len(weights) == 8 and not weights["3.0.bias"].any() and weights["3.0.weight"].any()
@@ -45,14 +51,14 @@ def test_the_example_learns_on_any_number_of_ranks(tmp_path, ranks):
     assert all(loss < 0.3 for loss in losses.values()), losses  # the targets' variance, where it starts, is about 1
 
 
-def test_the_example_of_checkpoints_goes_on_on_another_number_of_ranks(tmp_path):
-    assert "goes on" not in _run_example(2, 2, tmp_path)
+def test_the_example_of_checkpoints_goes_on_on_another_number_of_ranks(tmp_path, python):
+    assert "goes on" not in _run_example(2, 2, tmp_path, python)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "global_step10",
         "global_step20",
         "latest",
     ]
-    output = _run_example(2, 1, tmp_path)
+    output = _run_example(2, 1, tmp_path, python)
     assert output == f"rank 0: goes on from {tmp_path}/checkpoints/global_step20, with {{'note': 'mine'}}\n"
 
 

@@ -38,25 +38,25 @@ EXPECTED = {
 JOB_TIMEOUT_S = 240
 
 
-def failing_starts(jobs: int) -> Counter[str]:
+def failing_starts(jobs: int, python: list[str]) -> Counter[str]:
     """What became of the ranks: "error" where the expected one was the last thing that a rank said."""
     found: Counter[str] = Counter()
     for job in range(jobs):
         kind = list(EXPECTED)[job % len(EXPECTED)]
-        for code, text in _run(kind, ("torch", "auto")[job // len(EXPECTED) % 2]):
+        for code, text in _run(python, kind, ("torch", "auto")[job // len(EXPECTED) % 2]):
             last = "\n".join(text.strip().splitlines()[-10:])
             found["error" if code == 1 and EXPECTED[kind] in last else f"{kind}: exit {code}: {last}"] += 1
     return found
 
 
-def _run(kind: str, transport: str) -> list[tuple[int, str]]:
+def _run(python: list[str], kind: str, transport: str) -> list[tuple[int, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), kind, transport],
+            [*python, "-c", PROGRAM, str(rank), kind, transport],
             env={**os.environ, **place, "RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -72,6 +72,6 @@ def _run(kind: str, transport: str) -> list[tuple[int, str]]:
 
 
 if __name__ == "__main__":
-    outcome = failing_starts(int(sys.argv[1]))
+    outcome = failing_starts(int(sys.argv[1]), [sys.executable])
     print(*(f"{count} x {what}" for what, count in outcome.items()), sep="\n")
     sys.exit(set(outcome) != {"error"})

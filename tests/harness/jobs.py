@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import signal
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 import partita
 import torch
 import torch.distributed as dist
+from ranks import warm_context
 from support import base_config, make_model
 
 NOTICED_WITHIN_S = 2.0  # that a process is dead
@@ -26,10 +26,7 @@ class Job:
     """Processes that run `function(rank, report, *args)` and report as they go; killed at the end of the block."""
 
     def __init__(self, world_size: int, function: Callable[..., None], *args: Any) -> None:
-        # Forked from a process that has imported torch, so that a job starts in a fraction of a second. The first
-        # optimizer of a process imports torch._dynamo, in seconds.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "torch._dynamo", "partita", "support"])
+        context = warm_context()
         self.store = Path(tempfile.mkdtemp(prefix="partita-faults-"))
         self.processes: list[Any] = []
         self.reports: list[Connection] = []

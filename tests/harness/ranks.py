@@ -11,8 +11,11 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 RESULT_TIMEOUT_S = 240
@@ -25,28 +28,29 @@ class RankError(AssertionError):
 class RankPool:
     """`world_size` processes in one gloo group; `run` calls a module-level function on all of them.
 
-    Their engines and communicators use `transport`, unless a config or a call asks for another one.
+    Their engines and communicators use `transport`, unless a config or a call asks for another one. Fresh processes
+    take seconds to import torch; they have the environment of the moment, and their memory's history is their own.
     """
 
-    def __init__(self, world_size: int, transport: str) -> None:
+    def __init__(self, world_size: int, transport: str, *, fresh: bool = False) -> None:
         self.world_size = world_size
         self.transport = transport
+        self._context: Any = mp.get_context("spawn") if fresh else warm_context()
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
-    def run(self, function: Callable[..., Any], *args: Any, expect_errors: bool = False) -> list[Any]:
-        """The results by rank; with `expect_errors`, exceptions are results too."""
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """The results by rank."""
         if not self._processes:
             self._start()
         for pipe in self._pipes:
             pipe.send((function, args))
         outcomes = [self._receive(rank) for rank in range(self.world_size)]
-        failed = [f"rank {rank}:\n{trace}" for rank, (_, _, trace) in enumerate(outcomes) if trace]
+        failed = [f"rank {rank}:\n{trace}" for rank, (_, trace) in enumerate(outcomes) if trace]
         if failed:
             self.close()  # the ranks may be out of step
-            if not expect_errors:
-                raise RankError("\n".join(failed))
-        return [error if trace else result for result, error, trace in outcomes]
+            raise RankError("\n".join(failed))
+        return [result for result, _ in outcomes]
 
     def close(self) -> None:
         for process in self._processes:
@@ -55,24 +59,35 @@ class RankPool:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
         store = Path(tempfile.mkdtemp(prefix="partita-ranks-")) / "store"
         for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
+            ours, theirs = self._context.Pipe()
             args = (rank, self.world_size, str(store), self.transport, theirs)
-            process = context.Process(target=_serve, args=args, daemon=True)
+            process = self._context.Process(target=_serve, args=args, daemon=True)
             process.start()
             self._processes.append(process)
             self._pipes.append(ours)
 
-    def _receive(self, rank: int) -> tuple[Any, Exception | None, str]:
+    def _receive(self, rank: int) -> tuple[Any, str]:
         if self._pipes[rank].poll(RESULT_TIMEOUT_S):
             try:
                 return self._pipes[rank].recv()  # type: ignore[no-any-return]
             except EOFError:
                 self._processes[rank].join()
-                return None, None, f"the process died with exit code {self._processes[rank].exitcode}"
-        return None, None, f"no result within {RESULT_TIMEOUT_S} s"
+                return None, f"the process died with exit code {self._processes[rank].exitcode}"
+        return None, f"no result within {RESULT_TIMEOUT_S} s"
+
+
+def warm_context() -> ForkServerContext:
+    """For processes that start in a fraction of a second: forked from one that has imported torch, with one thread.
+
+    The first optimizer of a process imports torch._dynamo, in seconds.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "torch._dynamo", "partita", "support"])
+    with patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        ensure_running()
+    return context
 
 
 def leave_imports_alone() -> None:
@@ -103,6 +118,6 @@ def _serve(rank: int, world_size: int, store: str, transport: str, pipe: Connect
             imported = len(sys.modules)
             leave_imports_alone()
         try:
-            pipe.send((function(*args), None, ""))
-        except Exception as error:
-            pipe.send((None, RuntimeError(f"{type(error).__name__}: {error}"), traceback.format_exc()))
+            pipe.send((function(*args), ""))
+        except Exception:
+            pipe.send((None, traceback.format_exc()))

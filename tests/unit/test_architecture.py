@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -54,10 +55,17 @@ def layer(module: str) -> str:
     return parts[1] if len(parts) > 1 else "__init__"
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """All of a file's syntax tree; the first one is the module."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imports(path: Path, *, at_import_only: bool = False) -> Iterator[str]:
     """Full names of the modules that a file imports; `from package import module` names the module."""
-    tree = ast.parse(path.read_text())
-    for node in tree.body if at_import_only else ast.walk(tree):
+    module, *_ = found = nodes(path)
+    assert isinstance(module, ast.Module)
+    for node in module.body if at_import_only else found:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -170,24 +178,24 @@ def is_own(node: ast.Attribute) -> bool:
     return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
 
 
-def privates_of_the_engine() -> set[str]:
+@cache
+def privates_of_the_engine() -> frozenset[str]:
     """Private attributes and methods of all classes in partita.engine."""
     found = set()
     for path in (PACKAGE / "engine").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.ClassDef):
                 found |= {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_own(node):
                 found.add(node.attr)
-    return {name for name in found if is_private(name)}
+    return frozenset(name for name in found if is_private(name))
 
 
-def looks_inside(path: Path, privates: set[str]) -> list[str]:
+def looks_inside(path: Path, privates: frozenset[str]) -> list[str]:
     """Lines that touch a private of the engine, or a module that the engine's package keeps to itself."""
-    tree = ast.parse(path.read_text())
     touched = [
         f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
-        for node in ast.walk(tree)
+        for node in nodes(path)
         if isinstance(node, ast.Attribute) and node.attr in privates and not is_own(node)
     ]
     return touched + [name for name in imports(path) if name.startswith("partita.engine.")]

@@ -12,7 +12,7 @@ from ranks import RankPool
 @pytest.fixture(scope="module")
 def pool(transport: str) -> Iterator[RankPool]:
     """Two ranks of this file's own."""
-    pool = RankPool(2, transport)
+    pool = RankPool(2, transport, fresh=True)
     yield pool
     pool.close()
 

@@ -174,9 +174,9 @@ else:
 @pytest.mark.parametrize(
     ("what", "code", "output"), [("fork", 0, "-15\n"), ("late", -signal.SIGTERM, ""), ("end", 0, "")]
 )
-def test_processes(tmp_path, what, code, output):
+def test_processes(tmp_path, python, what, code, output):
     """A forked process ends as it would; a signal after the last step is not swallowed; a program ends with code 0."""
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path), what]
+    command = [*python.command, "-c", PROGRAM, str(tmp_path), what]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert (done.returncode, done.stdout) == (code, output), done.stderr

@@ -81,7 +81,7 @@ def _nothing_left() -> Iterator[None]:
     """Others on the machine come and go: what counts is the least that is seen within a while."""
     shared, sockets = _shared_bytes(), _abstract_sockets()
     yield
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if _shared_bytes() <= shared + 50_000_000 and _abstract_sockets() <= sockets:
             return

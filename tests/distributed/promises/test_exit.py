@@ -10,29 +10,31 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from warm_python import WarmPython
+
 JOBS, COLLECTIVES = 6, 50
 TIMEOUT_S = 60  # of gloo
 
 
-def test_a_program_may_end_right_after_a_collective(tmp_path):
+def test_a_program_may_end_right_after_a_collective(tmp_path, python):
     """Without what `TorchCommunicator` does about it, some 40 % of these jobs abort in a thread of gloo."""
-    ended = [end for job in range(JOBS) for end in _run("collectives", tmp_path / str(job), ranks=2)]
+    ended = [end for job in range(JOBS) for end in _run(python, "collectives", tmp_path / str(job), ranks=2)]
     assert [code for code, _ in ended] == [0] * JOBS * 2, next(error for code, error in ended if code)
 
 
-def test_a_program_ends_at_once_while_another_collective_is_under_way(tmp_path):
+def test_a_program_ends_at_once_while_another_collective_is_under_way(tmp_path, python):
     """Rank 1 dies. Rank 0 notices, while it waits for rank 2 in another group; rank 2 waits for rank 0."""
     begun = time.monotonic()
-    survivor, _, other = _run("failure", tmp_path / "store", ranks=3)
+    survivor, _, other = _run(python, "failure", tmp_path / "store", ranks=3)
     assert time.monotonic() - begun < TIMEOUT_S / 2
     for code, error in (survivor, other):
         assert code == 1
         assert re.search(r"CommunicationError: (rank 0 gave up: )?receive of 10 float32, on rank ", error)
 
 
-def _run(program: str, store: Path, ranks: int) -> list[tuple[int, str]]:
+def _run(python: WarmPython, program: str, store: Path, ranks: int) -> list[tuple[int, str]]:
     """The exit code of each rank, and what it printed to stderr."""
-    command = [sys.executable, __file__, program, str(store), str(ranks)]
+    command = [*python.command, __file__, program, str(store), str(ranks)]
     processes = [subprocess.Popen([*command, str(r)], stderr=subprocess.PIPE, text=True) for r in range(ranks)]
     try:
         errors = [process.communicate(timeout=2 * TIMEOUT_S)[1] for process in processes]

@@ -68,7 +68,7 @@ def test_peak_memory_is_the_formula(precision, stage, transport, monkeypatch):
     those land in malloc's heap is a matter of timing, and some gradients' freed memory then fits no other gradient.
     """
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "0")
-    pool = RankPool(2, transport)  # fresh processes: what an allocator kept from other tests would hide the peak
+    pool = RankPool(2, transport, fresh=True)  # what an allocator kept from other tests would hide the peak
     peaks = pool.run(_peak_bytes_per_parameter, stage, precision)
     pool.close()
     expected = STATES[precision, stage]
