@@ -9,7 +9,7 @@ returns:
     raw          each rank writes its part into a preallocated file of its own, one pwrite after the other
     partita      engine.save_checkpoint(), and load_checkpoint()
     torch        torch.save() of a rank's part, and torch.load()
-    safetensors  safetensors.torch.save_file() and load_file()
+    safetensors  safetensors.torch.save_file(), and load_file() copied into the part, as it maps files and reads nothing
     dcp          torch.distributed.checkpoint.save() and load(), each rank with its part
     deepspeed    engine.save_checkpoint() and load_checkpoint() in stage 2; rank 0 then syncs all files
 
@@ -140,12 +140,16 @@ def ways_of(ranks: Ranks, arguments: argparse.Namespace) -> tuple[dict[str, Way]
         safetensors.torch.save_file(parts, folder / mine)
         sync(folder / mine)
 
+    def safetensors_load(folder: Path) -> None:
+        for name, values in safetensors.torch.load_file(folder / mine).items():
+            parts[name].copy_(values)
+
     named = {f"{name}.{ranks.rank}": part for name, part in parts.items()}
     ways: dict[str, Way] = {
         "raw": (lambda f: raw_save(f, ranks.rank, parts), lambda f: raw_load(f, ranks.rank, parts)),
         "partita": (lambda f: engine.save_checkpoint(f, "tag"), lambda f: engine.load_checkpoint(f, "tag")),
         "torch": (torch_save, lambda f: torch.load(f / f"{ranks.rank}.pt")),
-        "safetensors": (safetensors_save, lambda f: safetensors.torch.load_file(f / mine)),
+        "safetensors": (safetensors_save, safetensors_load),
         "dcp": (lambda f: dcp.save(named, checkpoint_id=f), lambda f: dcp.load(named, checkpoint_id=f)),
     }
     wanted = [name for name in arguments.ways.split(",") if name] or [*ways, "deepspeed"]
