@@ -32,7 +32,7 @@ setup: .venv/installed
 	touch $@
 
 train: .venv/installed
-	$(BIN)/torchrun --nproc-per-node $(RANKS) examples/pretrain_lm.py $(ARGS)
+	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/pretrain_lm.py $(ARGS)
 
 test: test-cpp test-python
 

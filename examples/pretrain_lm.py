@@ -1,6 +1,7 @@
 """Pretrains a small byte-level language model with Partita, on one process or on many ranks.
 
     torchrun --nproc-per-node 2 examples/pretrain_lm.py
+    python examples/launch.py --standalone --nproc-per-node 2 examples/pretrain_lm.py
     python examples/pretrain_lm.py --text book.txt --stage 1 --precision bf16
 
 Saves checkpoints into --checkpoints, and goes on from the last one: after Ctrl-C, a crash, or with other ranks.
@@ -72,6 +73,7 @@ def engine_config(args: argparse.Namespace) -> dict[str, Any]:
             "dir": args.checkpoints,
             "interval_steps": args.save_every,
             "keep_last": args.keep,
+            "fallback": True,
         }
     if args.precision != "fp32":
         config[args.precision] = {"enabled": True}
@@ -202,7 +204,10 @@ def validate(engine: partita.Engine, held_out: Windows, count: int) -> float:
 def sum_over_ranks(engine: partita.Engine, *values: float) -> list[float]:
     """A collective: all ranks call it with as many values."""
     total = torch.tensor(values, dtype=torch.float64, device=engine.device)
-    dist.all_reduce(total)
+    try:
+        dist.all_reduce(total)
+    except RuntimeError as error:  # torch's, as the engine's would be a CommunicationError
+        raise JobError(f"another rank has ended: {str(error).splitlines()[0]}", code=1) from None
     return [float(value) for value in total]
 
 
@@ -341,6 +346,8 @@ def job() -> bool:
         what = f"{error.filename or args.out}: {error.strerror}" if error.strerror else str(error)
         raise JobError(f"cannot write {what}") from None
     except CheckpointError as error:  # not written, as the disk is full, say
+        raise JobError(str(error), code=1) from None
+    except partita.CommunicationError as error:  # another rank died, or hangs
         raise JobError(str(error), code=1) from None
     except FloatingPointError as error:  # the engine gave up: no step has finite gradients
         raise JobError(str(error), code=1) from None

@@ -16,6 +16,7 @@ from typing import Any
 
 import elastic_run
 import pytest
+from jobs import children_of
 from partita.checkpoint import checkpoints
 from resumed import BATCH
 
@@ -41,20 +42,9 @@ def agent(folder: Path, *program: Any, options: list[str], log: str = "log") -> 
 
 def kill_tree(agent: int) -> None:
     """The agent and its ranks, which are in sessions of their own. The agent first: it would start ranks again."""
-    ranks = ranks_of(agent)
-    for pid in (agent, *ranks):
+    for pid in (agent, *children_of(agent)):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def ranks_of(agent: int) -> list[int]:
-    """The processes that an agent has started."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/status"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            if f"\nPPid:\t{agent}\n" in status.read_text():
-                found.append(int(status.parent.name))
-    return found
 
 
 def run(folder: Path, *program: Any, ranks: int = 2, restarts: int = 0, within_s: float = 120) -> tuple[int, str]:

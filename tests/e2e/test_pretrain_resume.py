@@ -15,10 +15,11 @@ from typing import Any
 
 import pretrain_lm
 import pytest
+from jobs import children_of
 from partita.checkpoint import checkpoints
 
 SCRIPT = Path(pretrain_lm.__file__)
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+LAUNCH = [sys.executable, SCRIPT.with_name("launch.py"), "--standalone", "--nproc-per-node"]  # as `make train`
 STEPS = 40
 TINY = [
     *("--layers", 1, "--heads", 2, "--width", 32, "--context", 32, "--steps", STEPS, "--lr", 1e-2),
@@ -110,15 +111,16 @@ def test_what_was_interrupted_goes_on_to_the_same_numbers(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_after_a_killed_rank_other_ranks_go_on(tmp_path, ranks):
-    with started(*TORCHRUN, 2, slowly(tmp_path), *TINY, *files(tmp_path)) as process:
+@pytest.mark.parametrize(("killed", "ranks"), [(0, 1), (1, 3)])
+def test_after_a_killed_rank_other_ranks_go_on(tmp_path, killed, ranks):
+    with started(*LAUNCH, 2, slowly(tmp_path), *TINY, *files(tmp_path)) as process:
         wait_for_step(process, tmp_path, 12)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
-        process.communicate(timeout=60)
+        os.kill(children_of(process.pid)[killed], signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    code, output = run(*TORCHRUN, ranks, SCRIPT, *TINY, *files(tmp_path))
+    assert "Traceback" not in output, output
+    assert output.splitlines()[-1].startswith(f"rank {killed} was ended by SIGKILL: the same command goes on")
+    code, output = run(*LAUNCH, ranks, SCRIPT, *TINY, *files(tmp_path))
     assert code == 0, output
     assert f"of {STEPS}; a step now has {8 * ranks} windows, before it had 16" in output
     assert rows(tmp_path)[-1]["step"] == str(STEPS)
@@ -126,7 +128,7 @@ def test_after_a_killed_rank_other_ranks_go_on(tmp_path, ranks):
 
 @pytest.mark.slow
 def test_a_run_that_is_complete_says_so_and_goes_on_with_more_steps(tmp_path):
-    command = [*TORCHRUN, 2, SCRIPT, *TINY, *files(tmp_path)]
+    command = [*LAUNCH, 2, SCRIPT, *TINY, *files(tmp_path)]
     assert run(*command, "--steps", 3)[0] == 0
     before = rows(tmp_path)
     code, output = run(*command, "--steps", 3)
@@ -139,11 +141,13 @@ def test_a_run_that_is_complete_says_so_and_goes_on_with_more_steps(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_under_torchrun_saves(tmp_path):
-    with started(*TORCHRUN, 2, slowly(tmp_path), *TINY, *files(tmp_path)) as process:
+def test_ctrl_c_saves_on_all_ranks(tmp_path):
+    with started(*LAUNCH, 2, slowly(tmp_path), *TINY, *files(tmp_path)) as process:
         wait_for_step(process, tmp_path, 3)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in output
     last = last_step(tmp_path)
     assert 3 <= last < STEPS and f"global_step{last}' at step {last}" in output
 
@@ -151,7 +155,7 @@ def test_ctrl_c_under_torchrun_saves(tmp_path):
 @pytest.mark.slow
 def test_a_folder_that_cannot_be_used_is_one_line(tmp_path):
     (tmp_path / "kept").write_text("a file")
-    code, output = run(sys.executable, SCRIPT, *TINY, *files(tmp_path))
+    code, output = run(*LAUNCH, 2, SCRIPT, *TINY, *files(tmp_path))
     assert code == 1
     assert "Traceback" not in output
     assert output.splitlines()[-1].startswith("pretrain_lm.py: error: no checkpoint can be saved in ")

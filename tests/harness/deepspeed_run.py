@@ -95,9 +95,38 @@ def config_of(asked: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
 def optimizer_of(kind: str, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of torch that `kind` names."""
     return getattr(torch.optim, kind)(groups_of(model), lr=0.01)
+
+
+def kept_by(engine: Any, asked: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Masters and moments of all parameters by name, as DeepSpeed itself finds them. A collective."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    if asked["stage"]:
+        return {
+            name: {
+                "weight": safe_get_full_fp32_param(p).clone(),
+                **{key: safe_get_full_optimizer_state(p, key).clone() for key in MOMENTS},
+            }
+            for name, p in named.items()
+        }
+    names = {p: name for name, p in named.items()}
+    own = engine.optimizer  # torch's, or one with masters
+    pairs = [(p, p) for p in names]
+    if hasattr(own, "fp32_groups"):
+        pairs = [
+            pair for groups in zip(own.fp16_groups, own.fp32_groups, strict=True) for pair in zip(*groups, strict=True)
+        ]
+    return {
+        names[p]: {"weight": m.detach().clone(), **{key: own.state[m][key].clone() for key in MOMENTS}}
+        for p, m in pairs
+    }
 
 
 def run(out: Path, asked: dict[str, Any]) -> None:
@@ -120,6 +149,9 @@ def run(out: Path, asked: dict[str, Any]) -> None:
         if step == asked["before"] - 1:
             client_state = {"note": "hello", "numbers": [1, 2.5], "pair": (1, 2), "tensor": torch.arange(3)}
             engine.save_checkpoint(str(out), client_state=client_state)
+            kept = kept_by(engine, asked)
+            if rank == 0:
+                torch.save(kept, out / "kept.pt")
     if rank == 0:
         (out / "losses.json").write_text(json.dumps(losses))
     torch.distributed.barrier()

@@ -216,7 +216,7 @@ def _numbered(run: Trained) -> dict[str, Any]:
     if run.precision == "fp32":
         return inner
     masters = [[run.masters[name].clone() for name in group] for group in run.groups]
-    scale = {"dynamic_loss_scale": False, "cur_scale": 1.0, "cur_iter": run.steps}
+    scale = {"dynamic_loss_scale": False, "cur_scale": run.scaler.cur_scale, "cur_iter": run.steps}
     return {**scale, "optimizer_state_dict": inner, "fp32_groups": masters}
 
 

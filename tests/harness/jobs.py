@@ -7,6 +7,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -81,3 +82,13 @@ def meet(store: Path, rank: int, world_size: int) -> None:
 def engine_of(stage: int, timeout_s: float, transport: str = "shared_memory") -> partita.Engine:
     comm = {"transport": transport, "timeout_seconds": timeout_s}
     return partita.Engine(make_model(), config=base_config(stage=stage, comm=comm))
+
+
+def children_of(parent: int) -> list[int]:
+    """The processes that a process has started, in their order."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if f"\nPPid:\t{parent}\n" in status.read_text():
+                found.append(int(status.parent.name))
+    return sorted(found)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from partita.checkpoint import new_key
 from partita.cli.commands import app
 from partita.utils import safe_get_full_fp32_param
 from resumed import Model, config_for, engine_for, take_steps
@@ -135,3 +136,22 @@ def test_export_leaves_a_checkpoint_as_it_is(folder):
     for step in (1, 2, 3):
         assert run("verify", folder, "--tag", f"global_step{step}").exit_code == 0
     assert run("export", folder, folder / "new.safetensors").exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "prune --keep 1", "export OUT", "encrypt --key-env A_KEY"])
+def test_another_folder_is_one_line(folder, tmp_path, monkeypatch, command):
+    """One that is not there, a file, an empty one, a checkpoint."""
+    monkeypatch.setenv("A_KEY", new_key())
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    name, *options = command.replace("OUT", str(tmp_path / "out.safetensors")).split()
+    wrong = {
+        tmp_path / "nowhere": "is not there",
+        tmp_path / "file": "is a file, not a folder",
+        tmp_path / "empty": "no whole checkpoint",
+        folder / "global_step1": "is a checkpoint: give the folder that it is in",
+    }
+    for path, words in wrong.items():
+        done = run(name, path, *options)
+        assert done.exit_code == 1 and words in done.output, done.output
+        assert len(done.output.splitlines()) == 1 and str(path) in done.output

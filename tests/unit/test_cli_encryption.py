@@ -71,7 +71,7 @@ def test_rekey(copy):
     data = {path: path.read_bytes() for path in copy.rglob("*.safetensors")}
     old, new = ("--key-env", "A_KEY"), ("--new-key-env", "OTHER_KEY")
     done = run("checkpoint", "rekey", copy, "--key-env", "OTHER_KEY", "--new-key-env", "A_KEY")
-    assert done.exit_code == 0 and done.output == ""  # all have that key
+    assert done.exit_code == 0 and "all had the new key already" in done.output
     assert run("checkpoint", "rekey", copy, *old, *new, "--tag", "global_step1").exit_code == 0
     assert run("checkpoint", "verify", copy, "--tag", "global_step1", *old).exit_code == 1
     assert run("checkpoint", "verify", copy, "--tag", "global_step2", *old).exit_code == 0

@@ -10,7 +10,15 @@ import partita
 import pytest
 import torch
 from deepspeed_run import Gpt, config_of, new_model, optimizer_of, tokens_of
-from deepspeed_writer import DynamicLossScaler, Trained, deepspeed_names, of_optimizer, write, write_universal
+from deepspeed_writer import (
+    DynamicLossScaler,
+    LossScaler,
+    Trained,
+    deepspeed_names,
+    of_optimizer,
+    write,
+    write_universal,
+)
 from partita.checkpoint import CheckpointError, DeepSpeedImport, new_key
 from partita.cli.commands import app
 from partita.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -163,6 +171,14 @@ def test_states_of_other_optimizers_come_along(tmp_path):
 
 # DeepSpeed's counts -> good steps, and whether the last step was skipped. The window is 4.
 SCALES = [((3, -1), (3, 0)), ((7, 2), (4, 0)), ((8, 2), (1, 0)), ((11, 2), (4, 0)), ((3, 2), (0, 1)), ((0, -1), (0, 0))]
+
+
+@pytest.mark.parametrize(("scale", "is_noted"), [(1.0, False), (256.0, True)])
+def test_gradients_that_deepspeed_divides_too_often_are_noted(tmp_path, scale, is_noted):
+    """In stage 0 and fp16."""
+    run, _ = trained(precision="fp16", scaler=LossScaler(cur_scale=scale, dynamic=False))
+    write(tmp_path / "from", run, 0, 1)
+    assert any("does not scale fp16 losses" in note for note in import_all(tmp_path)) is is_noted
 
 
 @pytest.mark.parametrize(("counts", "expected"), SCALES)

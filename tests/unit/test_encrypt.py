@@ -86,7 +86,7 @@ def test_encrypt_says_what_it_cannot_do(copy):
     assert done.exit_code == 1 and "does not hold the key of the audit log" in done.output
     assert find(copy, "global_step1").manifest.encryption is None
     assert run("encrypt", copy, *WITH_KEY).exit_code == 0
-    assert "no whole checkpoint that is not encrypted" in run("encrypt", copy, *WITH_KEY).output
+    assert "all checkpoints are encrypted already" in run("encrypt", copy, *WITH_KEY).output
 
 
 def test_what_is_damaged_is_not_encrypted(copy):
@@ -123,6 +123,13 @@ def test_the_log_says_what_was_pruned(copy, tmp_path):
     take_steps(engine, 2)
     engine.destroy()
     assert told(tmp_path / "run")[-1] == ("pruned", "global_step1", True)
+
+
+def test_what_is_refused_makes_no_log(copy):
+    """The key may be a wrong one; who saves first gives the log its key."""
+    assert "not encrypted" in run("verify", copy, *WITH_KEY).output
+    assert "not encrypted" in run("export", copy, copy / "out.safetensors", *WITH_KEY).output
+    assert not audit.has_log(copy)
 
 
 def test_the_log_says_what_was_refused(copy):

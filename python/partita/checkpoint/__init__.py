@@ -6,7 +6,7 @@ from partita.checkpoint.disk import GROUP, OWNER
 from partita.checkpoint.encrypt import encrypt
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.export import export
-from partita.checkpoint.folder import Found, checkpoints, find, latest_tag, prune
+from partita.checkpoint.folder import Found, checkpoints, find, latest_tag, prune, require_folder
 from partita.checkpoint.load import Wanted, load
 from partita.checkpoint.model_files import save_model_files
 from partita.checkpoint.model_weights import ModelWeights
@@ -50,6 +50,7 @@ __all__ = [
     "protection_for",
     "prune",
     "rekey",
+    "require_folder",
     "save_model_files",
     "verify",
     "verify_together",

@@ -195,6 +195,11 @@ class _Reader:
                 self._scaler = saved if "cur_scale" in saved else None
             return {}
         self._scaler = saved if "cur_scale" in saved else None
+        if saved.get("cur_scale", 1) != 1:
+            self._notes.append(
+                "DeepSpeed 0.19 does not scale fp16 losses in stage 0, and divides gradients by the scale all "
+                "the same: the moments are as much smaller, and the next steps are not those that DeepSpeed would make"
+            )
         inner = saved.get("optimizer_state_dict", saved)
         self._groups = groups = inner["param_groups"]
         state = inner["state"]

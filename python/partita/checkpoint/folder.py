@@ -45,7 +45,7 @@ def find(directory: Path, tag: str | None) -> Found:
     Raises:
         CheckpointError: there is none, or it is not whole. Says which there are, and what to do.
     """
-    _require_folder(directory)
+    require_folder(directory)
     try:
         if tag is not None:
             return _read_at_its_place(directory, check_tag(tag))
@@ -93,10 +93,9 @@ def latest_tag(directory: Path) -> str:
             text = _read(fd, path, limit=4096).decode()
         except UnicodeDecodeError:
             raise CheckpointError(f"'{path}' does not hold a text") from None
-    try:
+    with suppress(CheckpointError):
         return check_tag(text.strip())
-    except CheckpointError:
-        raise CheckpointError(f"'{path}' holds {text[:60]!a}, which is not a tag") from None
+    raise CheckpointError(f"'{path}' holds {text[:60]!a}, which is not a tag")
 
 
 def read_checkpoint(path: Path, tag: str) -> Found:
@@ -127,9 +126,8 @@ def open_file(folder: Path, name: str) -> int:
 def prune(directory: Path, keep_last: int, among: Callable[[Found], bool] | None = None) -> list[Found]:
     """Removes all checkpoints but the newest ones and the one that `latest` names; returns what it has removed.
 
-    The newest are those that were created last, as in `checkpoints()`.
-
-    What is no checkpoint stays. A checkpoint that cannot be removed stays, with a warning in the log.
+    The newest are those that were created last.
+    What is no checkpoint stays, and what cannot be removed, with a warning in the log.
 
     Args:
         keep_last: how many of the newest stay, at least 1.
@@ -265,12 +263,14 @@ def _folders(directory: Path) -> list[Path]:
         return []
 
 
-def _require_folder(directory: Path) -> None:
-    """The name of the folder of checkpoints may be a link: it is the caller's, and not in the folder."""
+def require_folder(directory: Path) -> None:
+    """Raises CheckpointError for what is no folder of checkpoints. Its name, which is the caller's, may be a link."""
     try:
         link = dead_link(directory)
         if link is not None:
             wrong = f"'{link}' is a link to nothing"
+        elif kind_of(directory / MANIFEST) == "a file":
+            raise CheckpointError(f"'{directory}' is a checkpoint: give the folder that it is in, and its name as tag")
         elif directory.is_dir():
             return
         else:

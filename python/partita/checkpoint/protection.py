@@ -99,8 +99,8 @@ class Protection:
             raise
 
     def tell(self, directory: Path, event: audit.Event) -> None:
-        """Adds a line to the audit log, if there is a key. What cannot be added becomes a warning."""
-        if self.key is None or not directory.is_dir():
+        """Adds a line to the audit log, if there is a log and a key. What cannot be added becomes a warning."""
+        if self.key is None or not audit.has_log(directory):
             return
         try:
             audit.append(directory, self.key, event, self.access)

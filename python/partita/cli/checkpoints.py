@@ -26,6 +26,7 @@ from partita.checkpoint import (
     new_key,
     prune,
     rekey,
+    require_folder,
     verify,
 )
 from partita.checkpoint.user_key import UserKey
@@ -43,13 +44,9 @@ def inspect(folder: _Folder, key_env: KeyEnv = None, key_file: KeyFile = None, k
     """Print a line for each checkpoint: tag, step, samples, size, and the run that saved it, if it can be read."""
     try:
         key = key_from(key_env, key_file, key_command)
-        found = checkpoints(folder)
-    except OSError as error:
+        found = _all_in(folder)
+    except (CheckpointError, OSError) as error:
         _fail(str(error))
-    except CheckpointError as error:
-        _fail(str(error))
-    if not found:
-        _fail(f"'{folder}': there is no whole checkpoint")
     try:
         latest = latest_tag(folder)
     except (CheckpointError, OSError):
@@ -169,8 +166,7 @@ def prune_command(
     """Delete all but the newest checkpoints; the latest and what cannot be read stay. With a key, the log says it."""
     try:
         protection = protection_from(key_env, key_file, key_command)
-        if not checkpoints(folder):
-            _fail(f"'{folder}': there is no whole checkpoint")
+        _all_in(folder)
         for found in prune(folder, keep):
             protection.tell(folder, event_of("pruned", found))
             typer.echo(f"deleted '{found.path}'")
@@ -197,9 +193,9 @@ def encrypt_command(
         key = key_from(key_env, key_file, key_command)
         if key is None:
             _fail("give the key: --key-env, --key-file or --key-command")
-        found = [find(folder, tag)] if tag else [one for one in checkpoints(folder) if one.manifest.encryption is None]
+        found = [find(folder, tag)] if tag else [one for one in _all_in(folder) if one.manifest.encryption is None]
         if not found:
-            _fail(f"'{folder}': there is no whole checkpoint that is not encrypted")
+            _fail(f"'{folder}': all checkpoints are encrypted already")
         for one in found:
             with _progress() as progress:
                 task = progress.add_task("", total=sum(record.size for record in one.manifest.files.values()))
@@ -227,9 +223,12 @@ def rekey_command(
         new = key_from(new_key_env, new_key_file, new_key_command, "--new-key")
         if old is None or new is None:
             _fail("give the old key (--key-env, --key-file, --key-command) and the new one (--new-key-env, ...)")
-        found = checkpoints(folder) if tag is None else [find(folder, tag)]
+        found = _all_in(folder) if tag is None else [find(folder, tag)]
+        path = None
         for path in rekey(folder, found, old, new, log=tag is None):
             typer.echo(f"'{path}' has the new key")
+        if path is None:
+            typer.echo(f"'{folder}': all had the new key already")
     except (CheckpointError, OSError) as error:
         _fail(str(error))
 
@@ -244,6 +243,15 @@ def _facts(one: Found, key: UserKey | None) -> dict[str, Any]:
         return facts_of(one, key)
     except CheckpointError:
         return {"encrypted": "with another key, or changed"}
+
+
+def _all_in(folder: Path) -> list[Found]:
+    """The checkpoints of a folder, of which there is one at least."""
+    require_folder(folder)
+    found = checkpoints(folder)
+    if not found:
+        raise CheckpointError(f"'{folder}': there is no whole checkpoint")
+    return found
 
 
 def _find(folder: Path, tag: str | None) -> Found:

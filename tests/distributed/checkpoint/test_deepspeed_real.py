@@ -12,11 +12,11 @@ from typing import Any
 import partita
 import pytest
 import torch
-from deepspeed_run import config_of, new_model, optimizer_of, tokens_of
+from deepspeed_run import MOMENTS, config_of, new_model, optimizer_of, tokens_of
 from deepspeed_writer import of_optimizer, write
 from partita.checkpoint import DeepSpeedImport
 from partita.checkpoint.deepspeed_files import Inert, load_dict
-from partita.utils import safe_get_full_fp32_param
+from partita.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 pytestmark = pytest.mark.slow
 RUNNER = Path(__file__).parents[2] / "harness" / "deepspeed_run.py"
@@ -52,13 +52,16 @@ def structure(value: Any) -> Any:
     return type(value).__name__
 
 
-ASKED = [(0, 2, "fp32"), (1, 2, "bf16"), (2, 3, "fp32"), (3, 2, "bf16"), (3, 3, "fp32")]
+# In stage 0 with fp16 DeepSpeed 0.19 does not scale the loss, and divides the gradients by the scale all the same.
+UNSCALED = {"loss_scale": 1.0}
+ASKED = [(0, 2, "fp32"), (0, 2, "fp16"), (1, 2, "fp16"), (1, 2, "bf16"), (2, 3, "fp32"), (3, 2, "bf16"), (3, 3, "fp32")]
 
 
 @pytest.mark.parametrize(("stage", "number", "precision"), ASKED)
 def test_a_run_of_deepspeed_goes_on(ranks, tmp_path, stage, number, precision):
     zero = {"memory_efficient_linear": False} if stage == 3 else {}  # which adds the bias after rounding
     asked = {"stage": stage, "ranks": number, "precision": precision, "schedule": True, "zero": zero}
+    asked |= {"scale": UNSCALED if stage == 0 else {"initial_scale_power": 8}} if precision == "fp16" else {}
     expected = run_deepspeed(tmp_path / "from", asked)
     assert sum(DeepSpeedImport(tmp_path / "from", tmp_path / "to").run()) > 0
     found = ranks(number).run(go_on, str(tmp_path), asked)
@@ -78,13 +81,20 @@ def test_a_run_of_deepspeed_goes_on(ranks, tmp_path, stage, number, precision):
 
 
 def go_on(folder: str, asked: dict[str, Any]) -> list[float]:
-    """Three more steps in Partita; compares the masters with those that DeepSpeed's script finds first."""
+    """Three more steps in Partita; compares masters and moments with those that DeepSpeed had first, and the masters
+    with those that its script finds."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     model = new_model()
     config = {**config_of({**asked, "zero": {}}), "steps_per_print": 0}
     config.pop("zero_allow_untested_optimizer")
     engine, *_ = partita.initialize(model=model, optimizer=optimizer_of("AdamW", model), config=config)
     engine.load_checkpoint(Path(folder, "to"))
+    kept = torch.load(Path(folder, "from", "kept.pt"), weights_only=True)
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            assert safe_get_full_fp32_param(parameter).equal(kept[name]["weight"]), name
+            for key in MOMENTS:
+                assert safe_get_full_optimizer_state(parameter, key).equal(kept[name][key]), (name, key)
     if asked["stage"]:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
