@@ -31,13 +31,13 @@ Opens = Callable[[memoryview, memoryview], bool]
 class Chunk:
     """A run of bytes with a digest.
 
-    offset: in the file. what: for an error. opens: decrypts it; None: it is as it is.
+    offset: in the file. digest: None: nobody knows it. what: for an error. opens: decrypts it; None: it is as it is.
     """
 
     fd: int
     offset: int
     nbytes: int
-    digest: str
+    digest: str | None
     what: str
     opens: Opens | None = None
 
@@ -193,7 +193,7 @@ def _require_sound(chunk: Chunk, error: int, digest: int) -> None:
         raise CheckpointError(f"{chunk}: the file is shorter")
     if error:
         raise OSError(error, f"{os.strerror(error)}: {chunk}")
-    if f"{digest:016x}" != chunk.digest:
+    if chunk.digest is not None and f"{digest:016x}" != chunk.digest:
         raise CheckpointError(f"{chunk}: these are not the bytes that were saved (their digest differs)")
 
 

@@ -4,149 +4,46 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
-
-import torch
-from torch import Tensor
 
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.folder import open_file
-from partita.checkpoint.layout import StoredTensor, parse_header
+from partita.checkpoint.layout import parse_header
 from partita.checkpoint.manifest import FileRecord, Manifest
 from partita.checkpoint.pieces import Place, stem_of
-from partita.checkpoint.reads import NOT_SEALED, Chunk, Reads
+from partita.checkpoint.reads import NOT_SEALED, Chunk
 from partita.checkpoint.sealing import Cipher
+from partita.checkpoint.tensor_files import TensorFiles
 from partita.checkpoint.transfer import digest_text
-from partita.model import DTYPE_NAMES
-
-PIECE_NUMEL = 2**19  # elements that pass through at once, unless a chunk has more
-
-# Gets the number of the first of some elements, and their values in each of several tensors.
-Take = Callable[[int, list[Tensor]], object]
-
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
-class Stored:
-    """The tensors of a checkpoint. Nothing is read but the headers, until somebody asks.
+class Stored(TensorFiles):
+    """The tensors of a checkpoint.
 
     Args:
         cipher: opens an encrypted checkpoint; None: it is not encrypted.
-
-    Attributes:
-        tensors: where each is in its file.
+        stem: what the names of the files begin with that are opened; empty: all of tensors.
 
     Raises:
         CheckpointError: a file is missing, has another size, or a header is not what was saved.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, cipher: Cipher | None = None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, cipher: Cipher | None = None, stem: str = "") -> None:
+        super().__init__()
         self._folder = folder
         self._cipher = cipher
-        self._exits = ExitStack()
-        self._fds: dict[str, int] = {}
         self._ends: dict[str, list[int]] = {}
         self._records = manifest.files
-        self._reads = self._exits.enter_context(Reads())
-        self._checked: set[tuple[str, int]] = set()  # chunks
-        self.tensors: dict[Place, StoredTensor] = {}
         with ExitStack() as undo:
             undo.callback(self._exits.close)
             for name, record in manifest.files.items():
-                if name.endswith(".safetensors"):
+                if name.endswith(".safetensors") and stem in ("", stem_of(name)):
                     self._open(name, record)
             undo.pop_all()
-
-    def __enter__(self) -> Stored:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._exits.close()
-
-    def dtype(self, place: Place) -> torch.dtype:
-        """Of a tensor.
-
-        Raises:
-            CheckpointError: torch has no such dtype, or this reader does not know it.
-        """
-        tensor = self.tensors[place]
-        if tensor.dtype not in DTYPES:
-            raise CheckpointError(f"'{place.name}' in {tensor.file} is {tensor.dtype}, which is not read here")
-        return DTYPES[tensor.dtype]
-
-    def check(self, place: Place, first: int, numel: int) -> None:
-        """Compares the chunks that have these elements with their digests, each chunk once, and keeps nothing. It is
-        done after `finish()`.
-
-        Raises:
-            CheckpointError: the tensor has fewer elements, or a dtype that is not read.
-        """
-        for number, chunk in self._chunks(place, *self._range(place, first, numel)):
-            if (self.tensors[place].file, number) not in self._checked:
-                self._checked.add((self.tensors[place].file, number))
-                self._reads.check(chunk)
-
-    def read(self, place: Place, first: int, into: Tensor) -> None:
-        """Reads elements from `first` on into contiguous memory on the host, of the tensor's dtype. They are there
-        after `finish()`, and what was there before may be gone where that raises."""
-        begin, end = self._range(place, first, into.numel())
-        raw = into.view(torch.uint8)
-        for _, chunk in self._chunks(place, begin, end):
-            start, stop = max(begin, chunk.offset), min(end, chunk.offset + chunk.nbytes)
-            self._reads.read(chunk, start - chunk.offset, raw[start - begin : stop - begin])
-
-    def pass_on(self, places: Sequence[Place], first: int, numel: int, take: Take) -> None:
-        """Reads the same elements of several tensors into memory that is used again, some at a time.
-
-        Args:
-            take: is called with the number of the first of these elements, counted from `first`, and with the elements
-                of each tensor, in its dtype. It is through with them when it returns.
-        """
-        dtypes = [self.dtype(place) for place in places]
-        for begin, end in self._runs(places[0], first, first + numel):
-            rooms = self._reads.room([(end - begin) * dtype.itemsize for dtype in dtypes])
-            values = [room.view(dtype) for room, dtype in zip(rooms, dtypes, strict=True)]
-            for place, into in zip(places, values, strict=True):
-                self.read(place, begin, into)
-            self._reads.then(partial(take, begin - first, values))
-
-    def finish(self) -> int:
-        """Waits until all that was asked for is there; the number of bytes read.
-
-        Raises:
-            OSError, CheckpointError: a file cannot be read, or has other bytes than were saved.
-        """
-        return self._reads.finish()
-
-    def _range(self, place: Place, first: int, numel: int) -> tuple[int, int]:
-        """Where elements begin and end in their file."""
-        tensor, size = self.tensors[place], self.dtype(place).itemsize
-        begin = tensor.begin + first * size
-        end = begin + numel * size
-        if end > tensor.begin + tensor.nbytes:
-            raise CheckpointError(f"'{place.name}' in {tensor.file} has fewer elements than are asked for")
-        return begin, end
-
-    def _runs(self, place: Place, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """Elements in pieces of a bounded size, which end where chunks do, so that no chunk is read twice."""
-        size = self.dtype(place).itemsize
-        origin = self.tensors[place].begin
-        begin = end = first
-        for _, chunk in self._chunks(place, origin + first * size, origin + last * size):
-            chunk_end = min(last, (chunk.offset + chunk.nbytes - origin) // size)
-            if chunk_end - begin > PIECE_NUMEL and end > begin:
-                yield begin, end
-                begin = end
-            end = chunk_end
-        if begin < last:
-            yield begin, last
 
     def _open(self, name: str, record: FileRecord) -> None:
         fd = open_file(self._folder, name)
@@ -166,7 +63,6 @@ class Stored:
             self.tensors[Place(stem_of(name), tensor)] = stored
 
     def _chunks(self, place: Place, begin: int, end: int) -> Iterator[tuple[int, Chunk]]:
-        """The chunks that have bytes [begin, end) of the tensor's file, with their numbers."""
         name = self.tensors[place].file
         ends, record, what = self._ends[name], self._records[name], f"'{place.name}' in '{self._folder / name}'"
         if begin < end:

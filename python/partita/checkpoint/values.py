@@ -183,7 +183,7 @@ class ValueReader:
         if not places:
             return
         targets = _targets(quantity, len(places))
-        if len(targets) == len(places) and all(map(self._reads_into, places, targets)):
+        if len(targets) == len(places) and all(map(self._stored.reads_into, places, targets)):
             for place, target in zip(places, targets, strict=True):
                 self._stored.read(place, s.parameter_offset, target[s.in_shard])
         else:
@@ -191,19 +191,14 @@ class ValueReader:
             self._stored.pass_on(places, s.parameter_offset, s.numel, take)
 
     def _take_tensor(self, places: list[Place], tensor: Tensor) -> None:
-        """A tensor that every rank has as a whole. One that is not contiguous is read into memory of its own first."""
-        if not places:
-            return
-        is_flat = tensor.is_contiguous()
-        flat = tensor.view(-1) if is_flat else tensor.new_empty(tensor.numel())
-        if len(places) == 1 and self._reads_into(places[0], flat):
-            self._stored.read(places[0], 0, flat)
-            torch.autograd.graph.increment_version(tensor)
-        else:
-            self._stored.pass_on(places, 0, flat.numel(), partial(self._convert, partial(_copy, flat), 0))
-        if not is_flat:
+        """A tensor that every rank has as a whole."""
+        if len(places) == 1:
+            self._stored.read_whole_into(places[0], tensor)
+        elif places:
+            joined = torch.empty(tensor.numel(), dtype=torch.float32, device=HOST)
+            self._stored.pass_on(places, 0, joined.numel(), partial(self._convert, partial(_copy, joined), 0))
             self.bytes_read += self._stored.finish()
-            tensor.copy_(flat.view(tensor.shape))
+            tensor.copy_(joined.view(tensor.shape))
 
     def _convert(
         self, take: Callable[[slice, Tensor], object], offset: int, first: int, values: Sequence[Tensor]
@@ -216,11 +211,6 @@ class ValueReader:
             taken = self._joined[:numel]
             kernels.join_master(taken, *values)
         take(slice(offset + first, offset + first + numel), taken)
-
-    def _reads_into(self, place: Place, target: Tensor) -> bool:
-        """Whether a file's bytes are those of the tensor's memory, which the host can write."""
-        is_here = target.is_cpu and target.is_contiguous() and kernels.why_no_address(target) is None
-        return is_here and target.dtype == self._stored.dtype(place)
 
 
 def _dtype_of(quantity: Quantity) -> torch.dtype:

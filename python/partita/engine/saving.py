@@ -22,7 +22,7 @@ from partita.model import ModelPart, RandomState, Section, TrainState, clone_sta
 from partita.optim import HyperParameters, ShardedOptimizer
 from partita.run import Run
 from partita.step import OptimizerStep
-from partita.zero import WeightSource, load_weights
+from partita.zero import PartlyLoadedError, WeightSource, load_weights
 
 if TYPE_CHECKING:
     from partita.checkpoint import Protection
@@ -61,7 +61,11 @@ class KeepsState(AsModule):
         with self._call_of_all("load_module_state_dict()"):
             self._wait_for_parameters()
             self._beside.finish()
-            return load_weights(self.module, source, strict=strict, rank=rank)
+            try:
+                return load_weights(self.module, source, strict=strict, rank=rank)
+            except PartlyLoadedError:
+                self._is_torn = True
+                raise
 
     def sync_buffers(self) -> None:
         """All ranks have rank 0's buffers, BatchNorm's statistics say: those that a state dict has. A collective.

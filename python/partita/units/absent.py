@@ -14,6 +14,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,18 @@ from partita.comm import Communicator
 
 class AbsentParameterError(RuntimeError):
     """A parameter was used while its values are not on this rank."""
+
+
+@dataclass(frozen=True)
+class ShardRun:
+    """A run of a parameter's elements that are this rank's to write.
+
+    first: in the flattened parameter. memory: flat, of the parameter's dtype.
+    """
+
+    parameter: nn.Parameter
+    first: int
+    memory: Tensor
 
 
 class Holder(Protocol):
@@ -51,6 +64,12 @@ class Holder(Protocol):
 
     def commit(self, parameters: list[nn.Parameter]) -> None:
         """What was written into these pinned parameters, the same on every rank, becomes their values. A collective."""
+
+    def shard_runs(self, parameters: list[nn.Parameter]) -> list[ShardRun] | None:
+        """This rank's part of these parameters. None, on all ranks: they cannot be written in parts now, or at all."""
+
+    def writing_shards(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+        """Inside the block, each rank writes all of its `shard_runs`, which are the values then. A collective."""
 
 
 class _Held:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from partita.comm import Communicator
 from partita.device.memory import FreedMemory
-from partita.units.absent import drop_holder, give_to, holder_of
+from partita.units.absent import ShardRun, drop_holder, give_to, holder_of
 from partita.units.layout import ShardSlice, Slot, UnitLayout
-from partita.units.residence import Residence
+from partita.units.residence import Residence, Residency
 
 
 class FlatParameters:
@@ -142,9 +142,36 @@ class FlatParameters:
     def commit(self, parameters: list[nn.Parameter]) -> None:
         """What was written becomes the values, see `Holder`."""
         self.residence.commit(parameters)
+        self._note_committed(parameters)
+
+    def _note_committed(self, parameters: list[nn.Parameter]) -> None:
         committed = set(map(id, parameters))
         slots = zip(self.layout.slots, self.parameters, strict=True)
         self._committed |= {slot for slot, parameter in slots if id(parameter) in committed}
+
+    def shard_runs(self, parameters: list[nn.Parameter]) -> list[ShardRun] | None:
+        """This rank's part of these parameters, see `Holder`."""
+        if self.residence.comes_and_goes and self.residence.state is not Residency.ABSENT:
+            return None  # what is here would keep the old values
+        shard = self.layout.shard_range(self.communicator.rank)
+        memory = self.own_params if self.residence.comes_and_goes else self.params[shard.start : shard.stop]
+        wanted = set(map(id, parameters))
+        by_slot = dict(zip(self.layout.slots, self.parameters, strict=True))
+        slices = [s for s in self.layout.slices(shard) if id(by_slot[s.slot]) in wanted]
+        return [ShardRun(by_slot[s.slot], s.parameter_offset, memory[s.in_shard]) for s in slices]
+
+    @contextmanager
+    def writing_shards(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Inside the block, each rank writes its `shard_runs`, see `Holder`."""
+        self.communicator.barrier()  # nobody computes with the old ones any more
+        self.before_write()
+        yield
+        if self.residence.comes_and_goes:
+            self._note_committed(parameters)
+        else:
+            self.communicator.all_gather(self.params).wait()
+            torch.autograd.graph.increment_version(parameters)
+        self.communicator.barrier()
 
     # -- noticing
 

@@ -15,13 +15,14 @@ from partita.zero.leaf import (
     z3_leaf_module,
     z3_leaf_parameter,
 )
-from partita.zero.load import WeightSource, load_weights
+from partita.zero.load import PartlyLoadedError, WeightSource, load_weights
 from partita.zero.materialize import materialize
 
 __all__ = [
     "AbsentParameterError",
     "GatheredParameters",
     "Init",
+    "PartlyLoadedError",
     "WeightSource",
     "get_z3_leaf_modules",
     "load_weights",

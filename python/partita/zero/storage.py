@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from partita.comm import Communicator
 from partita.device import HOST
 from partita.device.memory import flat_buffer, host_buffer
-from partita.units import drop_holder, give_to, holder_of, make_absent, make_present
+from partita.units import ShardRun, drop_holder, give_to, holder_of, make_absent, make_present
 
 SLICE_ALIGNMENT_BYTES = 128
 
@@ -49,6 +49,16 @@ class Place:
     offset: int
     shape: torch.Size
     strides: tuple[int, ...]
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie one behind the other."""
+        dense = 1
+        for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if length > 1 and stride != dense:
+                return False
+            dense *= length
+        return True
 
 
 class PartitionedStorage:
@@ -168,6 +178,29 @@ class PartitionedStorage:
             begin = min(self._slice_bytes * self.communicator.rank, self.nbytes)
             end = min(begin + self._slice_bytes, self.nbytes)
             self._shard[: end - begin].copy_(self._bytes(self.nbytes)[begin:end])
+
+    def shard_runs(self, parameters: list[nn.Parameter]) -> list[ShardRun] | None:
+        """This rank's part of these parameters, see `Holder`."""
+        places = [self._places.get(id(parameter)) for parameter in parameters]
+        if self.is_here:
+            return None
+        runs = []
+        begin = self._slice_bytes * self.communicator.rank
+        for parameter, place in zip(parameters, places, strict=True):
+            if place is None or not place.is_contiguous:
+                return None
+            first, size = place.offset * place.dtype.itemsize, place.dtype.itemsize
+            start = max(begin, first)
+            stop = min(begin + self._slice_bytes, first + place.shape.numel() * size)
+            if start < stop:
+                memory = self._shard[start - begin : stop - begin].view(place.dtype)
+                runs.append(ShardRun(parameter, (start - first) // size, memory))
+        return runs
+
+    @contextmanager
+    def writing_shards(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Inside the block, each rank writes its `shard_runs`, which no other rank reads."""
+        yield
 
     def guard(self) -> None:
         """Nothing looks up storages any more: from now on parameters without memory refuse their use."""
