@@ -3,7 +3,7 @@ PYTHON ?= python3
 RANKS ?= 2
 ARGS ?=
 BIN := .venv/bin
-PYTEST = $(BIN)/python -m pytest -m "not slow" $(ARGS)
+PYTEST := $(BIN)/python -m pytest
 # Where there is no GPU the CUDA code is built for one architecture, from which a driver compiles it for any later one.
 WHEEL_OPTIONS := $(if $(wildcard /dev/nvidiactl),,-C cmake.define.CMAKE_CUDA_ARCHITECTURES=80-virtual)
 SOURCES := $(shell find cpp cuda python -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
@@ -36,14 +36,17 @@ train: .venv/installed
 
 test: test-cpp test-python
 
-# Half of the time one process computes or waits: so the tests of several ranks run beside the others.
+# Half of the time one process computes or waits: so the tests of several ranks run beside the others. Last and alone
+# come those that look at what the whole machine has.
 test-python: .venv/installed
 ifneq ($(ARGS),)
-	$(PYTEST)
+	$(PYTEST) -m "not slow" $(ARGS)
 else
-	@mkdir -p build; $(PYTEST) tests/unit tests/e2e tests/gpu > build/tests-beside.log 2>&1 & beside=$$!; \
-	$(PYTEST) tests/distributed; ranks=$$?; \
-	wait $$beside; beside=$$?; cat build/tests-beside.log; exit $$((ranks > beside ? ranks : beside))
+	@mkdir -p build; $(PYTEST) -m "not slow and not alone" tests/unit tests/e2e tests/gpu > build/tests-beside.log 2>&1 & \
+	beside=$$!; $(PYTEST) -m "not slow and not alone" tests/distributed; ranks=$$?; \
+	wait $$beside; beside=$$?; cat build/tests-beside.log; \
+	$(PYTEST) -m "not slow and alone" tests/distributed/promises; alone=$$?; \
+	exit $$((ranks || beside || alone))
 endif
 
 test-cpp: .venv/installed

@@ -10,9 +10,10 @@ the same states of it:
     dcp          torch.distributed.checkpoint.async_save() of a rank's part, in a thread
     dcp process  the same, in a process
 
-Per save: the call, the steps that are taken until the checkpoint is there, and what all that took longer than as many
-steps without a save (`stall`, of the slowest rank). Peak: resident memory (VmHWM) above the peak of steps without a
-save, without what the peers' writers have in other processes. Steps without a save are measured before each save.
+Per save: the call, what the first step after it takes longer than without a save (before its update, what is not
+written is copied), what all later ones do until the checkpoint is there, and the sum of these (`stall`, of the slowest
+rank). Peak: resident memory (VmHWM) above the peak of steps without a save, without what the peers' writers have in
+other processes. Steps without a save are measured before each save.
 """
 
 from __future__ import annotations
@@ -110,18 +111,20 @@ def measure(
     start = time.perf_counter()
     is_over = begin(folder)
     called = time.perf_counter() - start
-    count = 0
+    ends = []
     while True:
         step(engine, tokens)
-        count += 1
+        ends.append(time.perf_counter() - start)
         if is_over():
             break
-    stall = time.perf_counter() - start - count * plain
+    stall = time.perf_counter() - start - len(ends) * plain
     peak = memory_mib("VmHWM") - before
     return {
         "step": ranks.largest(plain),
         "call": ranks.largest(called),
-        "steps": count,
+        "steps": len(ends),
+        "first step": ranks.largest(ends[0] - called - plain),
+        "later": ranks.largest(ends[-1] - ends[0] - (len(ends) - 1) * plain),
         "stall": ranks.largest(stall),
         "peak MiB": ranks.largest(peak),
     }

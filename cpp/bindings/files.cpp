@@ -31,10 +31,10 @@ void register_files(py::module_& m) {
              py::arg("threads"))
         .def(
             "write",
-            [](FileQueue& queue, int fd, std::int64_t offset, std::uintptr_t address, std::int64_t nbytes) {
-                return queue.write(fd, offset, pointer<const void>(address), nbytes);
+            [](FileQueue& queue, int fd, std::int64_t offset, std::uintptr_t address, std::int64_t nbytes, int direct) {
+                return queue.write(fd, offset, pointer<const void>(address), nbytes, direct);
             },
-            py::arg("fd"), py::arg("offset"), py::arg("address"), py::arg("nbytes"))
+            py::arg("fd"), py::arg("offset"), py::arg("address"), py::arg("nbytes"), py::arg("direct") = -1)
         .def(
             "read",
             [](FileQueue& queue, int fd, std::int64_t offset, std::uintptr_t address, std::int64_t nbytes) {

@@ -14,6 +14,7 @@
 #include <limits>
 #include <map>
 #include <mutex>
+#include <new>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -27,12 +28,16 @@ namespace {
 // Bytes that are digested and then given to the system, or the other way round: the second reads them out of the cache.
 // Less would cost more calls of the system.
 constexpr std::int64_t piece_bytes = 512 << 10;
+// The same past the page cache, where nothing is written before a piece is complete.
+constexpr std::int64_t direct_piece_bytes = 1 << 20;
+constexpr std::align_val_t direct_alignment{4096};
 
 enum class Kind { write, read, sync };
 
 struct Job {
     Kind kind = Kind::sync;
     int fd = -1;
+    int direct = -1;  // of a write: the same file, opened with O_DIRECT
     std::int64_t offset = 0;
     char* data = nullptr;
     std::int64_t nbytes = 0;
@@ -78,19 +83,23 @@ int read_piece(int fd, char* data, std::int64_t nbytes, std::int64_t offset) {
                     [fd](char* to, std::size_t size, off_t from) { return pread(fd, to, size, from); });
 }
 
-// Memory of a thread for what passes through, which stays in the cache as a rule. Grows, and is not cleared.
+// Memory of a thread for what passes through, which stays in the cache as a rule. Grows, and is not cleared. Aligned as
+// files opened with O_DIRECT want it.
 class Passage {
   public:
     char* of(std::int64_t nbytes) {
         if (nbytes > nbytes_) {
-            memory_.reset(new char[static_cast<std::size_t>(nbytes)]);
+            memory_.reset(static_cast<char*>(::operator new(static_cast<std::size_t>(nbytes), direct_alignment)));
             nbytes_ = nbytes;
         }
         return memory_.get();
     }
 
   private:
-    std::unique_ptr<char[]> memory_;
+    struct Free {
+        void operator()(char* memory) const { ::operator delete(memory, direct_alignment); }
+    };
+    std::unique_ptr<char, Free> memory_;
     std::int64_t nbytes_ = 0;
 };
 
@@ -121,6 +130,23 @@ FileResult move_pieces(const Job& job, char* const memory, const std::atomic<boo
     return {0, digest.digest()};
 }
 
+// A write past the page cache: neither its copying nor its locks, and the disk begins at once. What the system does not
+// take so (other blocks than ours, or none at all) is written as usual.
+FileResult write_direct(const Job& job, Passage& passage, const std::atomic<bool>& closing) {
+    Xxh3 digest(job.data, job.nbytes);
+    char* const memory = passage.of(direct_piece_bytes);
+    for (std::int64_t begin = 0; begin < job.nbytes; begin += direct_piece_bytes) {
+        if (closing) return {};
+        const std::int64_t size = std::min(direct_piece_bytes, job.nbytes - begin);
+        digest.advance(begin + size);
+        std::memcpy(memory, job.data + begin, static_cast<std::size_t>(size));
+        int error = write_piece(job.direct, memory, size, job.offset + begin);
+        if (error == EINVAL) error = write_piece(job.fd, memory, size, job.offset + begin);
+        if (error != 0) return {error, 0};
+    }
+    return {0, digest.digest()};
+}
+
 FileResult read_part(const Job& job, Passage& passage, const std::atomic<bool>& closing) {
     char* const memory = passage.of(job.nbytes);
     const FileResult result = move_pieces(job, memory, closing);
@@ -139,6 +165,7 @@ FileResult sync_file(int fd) {
 
 FileResult carry_out(const Job& job, Passage& passage, const std::atomic<bool>& closing) {
     if (job.kind == Kind::sync) return sync_file(job.fd);
+    if (job.kind == Kind::write && job.direct >= 0) return write_direct(job, passage, closing);
     if (job.kind == Kind::read && job.kept < job.nbytes) return read_part(job, passage, closing);
     return move_pieces(job, job.data, closing);
 }
@@ -391,9 +418,11 @@ void check(std::int64_t offset, const void* data, std::int64_t nbytes) {
 
 }  // namespace
 
-std::int64_t FileQueue::write(int fd, std::int64_t offset, const void* data, std::int64_t nbytes) {
+std::int64_t FileQueue::write(int fd, std::int64_t offset, const void* data, std::int64_t nbytes, int direct) {
     check(offset, data, nbytes);
-    return state_->put(job_of(Kind::write, fd, offset, const_cast<void*>(data), nbytes));
+    Job job = job_of(Kind::write, fd, offset, const_cast<void*>(data), nbytes);
+    job.direct = direct;
+    return state_->put(job);
 }
 std::int64_t FileQueue::read(int fd, std::int64_t offset, void* data, std::int64_t nbytes) {
     return read_part(fd, offset, nbytes, 0, data, nbytes);

@@ -213,6 +213,40 @@ TEST(FileQueue, TheDiskBeginsWithLargeWrites) {
     answer = 0;
 }
 
+// Whole blocks, from memory at any address; other sizes and offsets go the usual way.
+TEST(FileQueue, WritesPastThePageCache) {
+    FileQueue queue(2);
+    File file;
+    const std::string path = "/proc/self/fd/" + std::to_string(file.fd());
+    const int direct = open(path.c_str(), O_WRONLY | O_DIRECT | O_CLOEXEC);
+    if (direct < 0) GTEST_SKIP() << "this file system has no O_DIRECT";
+    const Bytes bytes = random_bytes(4 << 20);
+    const std::int64_t mib = 1 << 20, sizes[] = {4096, 2 * mib + 8192, 1000, mib};
+    std::int64_t offset = 0;
+    begun.clear();
+    for (const std::int64_t size : sizes) {
+        queue.write(file.fd(), offset, bytes.data() + 1 + offset, size, direct);
+        offset += size;
+    }
+    queue.sync(file.fd());
+    const auto results = queue.wait();
+    expect_done(results, 5);
+    EXPECT_EQ(file.content(), Bytes(bytes.begin() + 1, bytes.begin() + 1 + offset));
+    EXPECT_EQ(results[1].digest, xxh3_64(bytes.data() + 1 + 4096, sizes[1]));
+    EXPECT_EQ(results[2].digest, xxh3_64(bytes.data() + 1 + 4096 + sizes[1], sizes[2]));
+    EXPECT_TRUE(begun.empty()) << "the disk has them already";
+    close(direct);
+}
+
+TEST(FileQueue, AnErrorPastThePageCacheIsTheJobs) {
+    FileQueue queue(1);
+    File file;
+    const Bytes bytes = random_bytes(8192);
+    queue.write(file.fd(), 0, bytes.data(), 8192, 1 << 20);  // no such descriptor
+    EXPECT_EQ(queue.wait().at(0).error, EBADF);
+    EXPECT_EQ(file.size(), 0);
+}
+
 TEST(FileQueue, RefusesWhatMakesNoSense) {
     EXPECT_THROW(FileQueue(0), std::invalid_argument);
     FileQueue queue(1);

@@ -86,12 +86,12 @@ def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> No
         time.sleep(0.02)
 
 
-def test_what_was_interrupted_goes_on_to_the_same_numbers(tmp_path):
+def test_what_was_interrupted_goes_on_to_the_same_numbers(tmp_path, python):
     """On one process: an unbroken run, and one with Ctrl-C in it."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    code, output = run(sys.executable, SCRIPT, *TINY, *files(whole))
+    code, output = run(*python.command, SCRIPT, *TINY, *files(whole))
     assert code == 0, output
-    with started(sys.executable, slowly(tmp_path), *TINY, *files(broken)) as process:
+    with started(*python.command, slowly(tmp_path), *TINY, *files(broken)) as process:
         wait_for_step(process, broken, 13)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
@@ -100,7 +100,7 @@ def test_what_was_interrupted_goes_on_to_the_same_numbers(tmp_path):
     assert output.count("saves and ends after this step") == 1
     last = last_step(broken)
     assert 13 <= last < STEPS and f"global_step{last}' at step {last}" in output
-    code, output = run(sys.executable, SCRIPT, *TINY, *files(broken))
+    code, output = run(*python.command, SCRIPT, *TINY, *files(broken))
     assert code == 0, output
     assert f"global_step{last}, step {last} of {STEPS}" in output
     # The run ended inside the last step, before its row.

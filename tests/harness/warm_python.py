@@ -8,6 +8,7 @@ import of torch, and what acts before that, like LD_PRELOAD. Some tests start re
 from __future__ import annotations
 
 import array
+import contextlib
 import gc
 import json
 import os
@@ -66,7 +67,6 @@ def serve(address: str) -> None:
     gc.freeze()
     del sys.path[0]
     listener = socket.socket(fileno=int(os.environ["LISTENER"]))
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # of those that wait for a program
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
         if sys.stdin in ready:
@@ -75,9 +75,11 @@ def serve(address: str) -> None:
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             return _answer(connection)
         connection.close()
+        with contextlib.suppress(ChildProcessError):  # their times then count as this process's
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
 
 def _answer(connection: socket.socket) -> None:

@@ -11,6 +11,7 @@ import pytest
 from partita.cli.commands import app
 from partita.config import load_config
 from typer.testing import CliRunner, Result
+from warm_python import WarmPython
 
 GOOD = """{
   "train_micro_batch_size_per_gpu": "auto",  // HF fills it in
@@ -123,8 +124,8 @@ def test_what_cannot_be_read_or_written_is_named(good: str, tmp_path: Path) -> N
 PROGRAM = "from partita.cli import main; main()"
 
 
-def test_the_command_runs_as_a_program(bad: str) -> None:
-    command = [sys.executable, "-c", PROGRAM, "config", "check", bad]
+def test_the_command_runs_as_a_program(python: WarmPython, bad: str) -> None:
+    command = [*python.command, "-c", PROGRAM, "config", "check", bad]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "3 refused" in done.stdout

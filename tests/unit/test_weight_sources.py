@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import partita
 import pytest
 import torch
 from partita.zero import load_weights
+from safetensors.torch import save_file
 from small_models import Regression, config, inputs, seeded
 
 
@@ -48,6 +50,53 @@ def test_a_folder_with_pickles_alone_names_one(tmp_path):
     zipped(tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"no \*\.safetensors file in '.*pytorch_model\.bin' is a pickle.*torch\.load"):
         load_weights(seeded(), tmp_path)
+
+
+def _write_indexed(folder: Path, **changes: str) -> dict[str, torch.Tensor]:
+    """A folder with an index, and with a file that the index does not name; the weights."""
+    weights = seeded(seed=7).state_dict()
+    weight_map = {}
+    for i, (name, value) in enumerate(weights.items()):
+        weight_map[name] = f"part-{i}.safetensors"
+        save_file({name: value.contiguous()}, folder / weight_map[name])
+    save_file({"other": torch.ones(1)}, folder / "consolidated.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map | changes}))
+    return weights
+
+
+def test_the_files_of_an_index_count_and_no_others(tmp_path):
+    weights, model = _write_indexed(tmp_path), seeded()
+    assert load_weights(model, tmp_path) == []
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("file", ["part-1.safetensors", "nothing.safetensors", "../part-0.safetensors"])
+def test_an_index_that_is_wrong_is_refused(tmp_path, file):
+    name = next(iter(_write_indexed(tmp_path)))
+    _write_indexed(tmp_path, **{name: file})
+    with pytest.raises(ValueError, match=rf"{name}|{file}"):
+        load_weights(seeded(), tmp_path)
+
+
+def test_a_folder_of_checkpoints_says_which_to_give(tmp_path):
+    engine = partita.Engine(seeded(), config=config())
+    engine.train_batch(inputs())
+    engine.save_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"give one of them, such as '.*global_step1'"):
+        load_weights(seeded(), tmp_path)
+    assert load_weights(model := seeded(), tmp_path / "global_step1") == []
+    trained = engine.module_state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+
+
+def test_an_encrypted_checkpoint_says_who_opens_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PARTITA_TEST_KEY", bytes(range(32)).hex())
+    sealed = {"checkpoint": {"encryption": {"key_env": "PARTITA_TEST_KEY"}}}
+    engine = partita.Engine(seeded(), config={**config(), **sealed})
+    engine.train_batch(inputs())
+    engine.save_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"is encrypted: engine\.load_checkpoint\("):
+        load_weights(seeded(), tmp_path / "global_step1")
 
 
 def test_the_way_out_works(tmp_path):

@@ -37,7 +37,9 @@ class FileQueue {
 
     // Each returns the number of its job. All calls throw std::invalid_argument for arguments that make no sense, and
     // std::runtime_error in a forked child, which has none of the threads.
-    std::int64_t write(int fd, std::int64_t offset, const void* data, std::int64_t nbytes);
+    // `direct`: the same file, opened with O_DIRECT, or -1. The bytes then go to the disk by way of memory of the
+    // thread's own, and not through the page cache; those of whole blocks, at the offset of a block, do so.
+    std::int64_t write(int fd, std::int64_t offset, const void* data, std::int64_t nbytes, int direct = -1);
     // Memory is undefined after an error.
     std::int64_t read(int fd, std::int64_t offset, void* data, std::int64_t nbytes);
     // Reads nbytes too, into memory of the thread's own, and keeps `kept` of them, from number `first` on, in `data`:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from types import TracebackType
 
 import torch
@@ -18,6 +18,8 @@ from partita.device import HOST, kernels
 
 COPIED_BYTES = 64 << 20  # of copies on the host that wait to be written, at most
 THREADS = 2
+BLOCK_BYTES = 4096  # of files; whole ones can be written past the page cache
+DIRECT_BYTES = 64 << 10  # of a run; less is not worth it
 
 # What a job is about: the number of a file, and words for an error.
 Label = tuple[int, str]
@@ -38,10 +40,18 @@ def digest_of(values: Tensor) -> str:
 
 
 def chunks_of(offset: int, values: Tensor, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
-    """(offset, part) of the chunks in which a flat tensor is written, from an offset in a file on."""
-    step = chunk_bytes // values.element_size()
-    for first in range(0, values.numel(), step):
-        yield offset + first * values.element_size(), values[first : first + step]
+    """(offset, part) of the chunks in which a flat tensor is written, from an offset in a file on.
+
+    What a long one has of the blocks at its ends are chunks of their own; those between them are of whole blocks.
+    """
+    size = values.element_size()
+    before = -offset % BLOCK_BYTES
+    cuts = [0, values.numel()]
+    if values.nbytes >= DIRECT_BYTES and before % size == 0:
+        cuts[1:1] = [before // size, (before + (values.nbytes - before) // BLOCK_BYTES * BLOCK_BYTES) // size]
+    for begin, end in pairwise(cuts):
+        for first in range(begin, end, chunk_bytes // size):
+            yield offset + first * size, values[first : min(first + chunk_bytes // size, end)]
 
 
 @dataclass
@@ -90,6 +100,7 @@ class Transfer:
         self._seals = seals
         self._queue = FileQueue(THREADS)
         self._jobs: list[_Job] = []
+        self._ends: list[tuple[int, int, Tensor, Label]] = []  # chunks that wait for those of whole blocks
         self._done: list[Done] = []
         self._copied = 0
         self._settled = 0  # jobs before those of _jobs
@@ -105,15 +116,18 @@ class Transfer:
         del self._queue
         self._jobs.clear()
 
-    def write(self, fd: int, offset: int, values: Tensor, label: Label) -> None:
-        """Writes a flat tensor, which must not change until `finish()` or `take_over()`. A device's is copied."""
+    def write(self, fd: int, offset: int, values: Tensor, label: Label, direct: int | None = None) -> None:
+        """Writes a flat tensor, which must not change until `finish()` or `take_over()`. A device's is copied.
+
+        Args:
+            direct: the same file, opened with O_DIRECT. Whole blocks are written through it, and the rest by `sync()`:
+                a file's other writes would each wait until none of them is under way.
+        """
         for begin, part in chunks_of(offset, values, self._chunk_bytes):
-            is_here = part.device.type == "cpu"
-            if not is_here:
-                part = part.to(HOST)
-            if not is_here or self._seals is not None:
-                self._make_room(part.nbytes)
-            self._write(fd, begin, part, label, reads_live=is_here)
+            if direct is not None and (begin % BLOCK_BYTES or part.nbytes % BLOCK_BYTES):
+                self._ends.append((fd, begin, part, label))
+            else:
+                self._write_chunk(fd, begin, part, label, direct)
 
     def write_data(self, fd: int, offset: int, data: bytes, label: Label) -> None:
         """Writes bytes as one chunk."""
@@ -121,6 +135,9 @@ class Transfer:
 
     def sync(self, fd: int, label: Label) -> None:
         """What was written to `fd` so far will be on the disk."""
+        ends, self._ends = self._ends, []
+        for end in ends:
+            self._write_chunk(*end)
         self._queue.sync(fd)
         self._jobs.append(_Job(label, 0, 0))
 
@@ -150,7 +167,24 @@ class Transfer:
         done, self._done = self._done, []
         return done
 
-    def _write(self, fd: int, offset: int, part: Tensor, label: Label, *, reads_live: bool = False) -> None:
+    def _write_chunk(self, fd: int, offset: int, part: Tensor, label: Label, direct: int | None = None) -> None:
+        is_here = part.device.type == "cpu"
+        if not is_here:
+            part = part.to(HOST)
+        if not is_here or self._seals is not None:
+            self._make_room(part.nbytes)
+        self._write(fd, offset, part, label, direct, reads_live=is_here)
+
+    def _write(
+        self,
+        fd: int,
+        offset: int,
+        part: Tensor,
+        label: Label,
+        direct: int | None = None,
+        *,
+        reads_live: bool = False,
+    ) -> None:
         nbytes, seal = part.nbytes, b""
         if not nbytes:
             return
@@ -158,7 +192,7 @@ class Transfer:
             room = torch.empty(nbytes + TAG_BYTES, dtype=torch.uint8, device=HOST)
             seal = self._seals(label[0], offset, kernels.memory(part), kernels.memory(room))
             part, reads_live = room, False
-        self._queue.write(fd, offset, kernels.address(part), nbytes)
+        self._queue.write(fd, offset, kernels.address(part), nbytes, -1 if direct is None else direct)
         self._jobs.append(_Job(label, offset, nbytes, kept=[part], reads_live=reads_live, seal=seal.hex()))
 
     def _live_runs(self) -> Iterator[tuple[int, int, int]]:

@@ -64,6 +64,7 @@ class Writer:
         self._files = files
         with ExitStack() as exits:
             self._fds = {i: _open(folder, file, exits) for i, file in enumerate(files) if file.name not in there}
+            self._direct = {i: _open_direct(folder / files[i].name, exits) for i in self._fds}
             self.transfer = exits.enter_context(Transfer(chunk_bytes(files), room, None if cipher is None else seals))
             for i, fd in self._fds.items():
                 if heads:
@@ -75,7 +76,8 @@ class Writer:
         for run in runs:
             if run.file in self._fds:
                 label = (run.file, f"'{run.piece.place.name}' in {self._files[run.file].name}")
-                self.transfer.write(self._fds[run.file], run.offset, run.piece.values, label)
+                fd, direct = self._fds[run.file], self._direct[run.file]
+                self.transfer.write(fd, run.offset, run.piece.values, label, direct)
 
     def sync(self) -> None:
         """What was given to `write()` will be on the disk."""
@@ -100,6 +102,16 @@ def _open(folder: Path, file: FileLayout, exits: ExitStack) -> int:
             f"host {socket.gethostname()} does not see '{folder / file.name}', which rank 0 has made: all ranks must "
             "save into one folder, on a file system that all hosts share"
         ) from None
+    exits.callback(os.close, fd)
+    return fd
+
+
+def _open_direct(path: Path, exits: ExitStack) -> int | None:
+    """The same past the page cache; None: this file system has only the usual way."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_DIRECT)
+    except OSError:
+        return None
     exits.callback(os.close, fd)
     return fd
 

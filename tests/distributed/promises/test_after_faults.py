@@ -111,12 +111,14 @@ def _kill_all_at_random_moments(rounds: int) -> None:
             assert all(process.exitcode == -signal.SIGKILL for process in job.processes)
 
 
+@pytest.mark.alone
 def test_killed_jobs_leave_nothing_behind():
     """At random moments: while they meet, build, train."""
     _kill_all_at_random_moments(8)
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_fifty_killed_jobs_leave_nothing_behind():
     """The same, for longer."""
     _kill_all_at_random_moments(50)
