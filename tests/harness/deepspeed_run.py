@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,11 @@ def kept_by(engine: Any, asked: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
 
     named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     if asked["stage"]:
+        moment = partial(_moment_of_flat, engine) if asked["stage"] < 3 else safe_get_full_optimizer_state
         return {
             name: {
                 "weight": safe_get_full_fp32_param(p).clone(),
-                **{key: safe_get_full_optimizer_state(p, key).clone() for key in MOMENTS},
+                **{key: moment(p, key) for key in MOMENTS},
             }
             for name, p in named.items()
         }
@@ -127,6 +129,19 @@ def kept_by(engine: Any, asked: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
         names[p]: {"weight": m.detach().clone(), **{key: own.state[m][key].clone() for key in MOMENTS}}
         for p, m in pairs
     }
+
+
+def _moment_of_flat(engine: Any, parameter: nn.Parameter, key: str) -> Tensor:
+    """Stages 1 and 2: the parts of all ranks, at DeepSpeed's own addresses of them. A collective."""
+    whole, here = torch.zeros(parameter.numel()), parameter._hp_mapping
+    if here is not None:
+        own = engine.optimizer
+        group = next(i for i, one in enumerate(own.bit16_groups) if any(p is parameter for p in one))
+        flat = own.optimizer.state[own.single_partition_of_fp32_groups[group]][key]
+        into, part = here.lp_fragment_address, here.hp_fragment_address
+        whole[into.start : into.start + into.numel] = flat[part.start : part.start + part.numel]
+    torch.distributed.all_reduce(whole)
+    return whole.view(parameter.shape)
 
 
 def run(out: Path, asked: dict[str, Any]) -> None:
