@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from partita.files import file_to_write
 from partita.pipeline.simulate import Simulation, Span
 
 COLOURS = {"F": "#4c78a8", "B": "#f58518", "I": "#e45756", "W": "#54a24b"}
@@ -36,6 +37,7 @@ def draw(run: Simulation, path: Path, title: str = "") -> None:
 
     Raises:
         ValueError: another suffix.
+        OSError: something else than a file is there.
         ImportError: matplotlib is not installed.
     """
     if path.suffix not in SUFFIXES:
@@ -65,7 +67,7 @@ def draw(run: Simulation, path: Path, title: str = "") -> None:
     axes.set_title(title or f"{run.bubble:.1%} idle")
     kinds = sorted({span.action.kind for spans in run.spans for span in spans})
     figure.legend(handles=[Patch(color=COLOURS[kind], label=kind) for kind in kinds], loc="outside right upper")
-    figure.savefig(path, dpi=150)
+    figure.savefig(file_to_write(path), dpi=150, format=path.suffix[1:])
 
 
 def _shortest(run: Simulation) -> float:
