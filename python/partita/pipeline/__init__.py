@@ -2,6 +2,7 @@
 
 from partita.pipeline.draw import draw, timeline
 from partita.pipeline.families import NAMES, auto, by_name
+from partita.pipeline.partition import balanced
 from partita.pipeline.prove import Proof, prove
 from partita.pipeline.schedule import Action, Schedule, ScheduleError
 from partita.pipeline.simulate import Costs, Simulation, Span, simulate
@@ -17,6 +18,7 @@ __all__ = [
     "Simulation",
     "Span",
     "auto",
+    "balanced",
     "by_name",
     "draw",
     "from_csv",
