@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from partita.pipeline.schedule import Action, Links, Made, Schedule, ScheduleError, all_actions, made_by
 
 # What is sent: the output ("F") or the input gradient ("B") of a stage and a micro-batch, and the stage that takes it.
 Sent = tuple[str, int, int, int]
+Pair = tuple[int, int]  # sender, receiver
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Proof:
     reduced_after: tuple[Action | None, ...]
 
 
-def prove(schedule: Schedule, skips: Iterable[tuple[int, int]] = ()) -> Proof:
+def prove(schedule: Schedule, skips: Iterable[tuple[int, int]] = (), window: int | None = None) -> Proof:
     """Proves that a schedule does everything once, and that it comes to an end on any transport.
 
     The transport is the worst that there is. A send is matched only by a receive that was posted (rendezvous). What a
@@ -43,14 +44,18 @@ def prove(schedule: Schedule, skips: Iterable[tuple[int, int]] = ()) -> Proof:
 
     Args:
         skips: (from, to) of stages, as of skip connections, beside the chain.
+        window: tensors that may be under way from a rank to another before the sender waits; None: it never does.
 
     Raises:
         ScheduleError: the counterexample; a deadlock is drawn as the circle of ranks that wait for each other.
     """
     links = Links(schedule.num_stages, skips)
     _require_complete(schedule)
-    order = _run(schedule, links)
-    return _needs(schedule, links, order)
+    progress = _Progress(schedule, links, window)
+    progress.run()
+    if any(progress.next_of(rank) is not None for rank in range(schedule.num_ranks)):
+        raise ScheduleError(_deadlock(schedule, progress))
+    return _needs(schedule, links, progress.order)
 
 
 def _require_complete(schedule: Schedule) -> None:
@@ -88,57 +93,100 @@ def _require_one_backward(schedule: Schedule, found: Counter[Action], stage: int
         raise ScheduleError(f"{stage}B{m} (or {stage}I{m} and {stage}W{m}) is missing on rank {rank}")
 
 
-def _run(schedule: Schedule, links: Links) -> list[tuple[int, Action]]:
-    """An order of all actions in which each comes after what it takes. Which order does not matter: nothing that an
-    action waits for is ever taken away, so all orders end alike."""
-    made: set[Made] = set()
-    waiting: dict[Made, list[int]] = {}
-    places = [0] * schedule.num_ranks
-    order: list[tuple[int, Action]] = []
-    ready = list(range(schedule.num_ranks))
-    while ready:
-        rank = ready.pop()
-        actions = schedule.actions[rank]
-        while places[rank] < len(actions):
-            action = actions[places[rank]]
-            lacking = next((s for s in links.taken_by(action) if s not in made), None)
-            if lacking is not None:
-                waiting.setdefault(lacking, []).append(rank)
-                break
-            places[rank] += 1
-            order.append((rank, action))
-            for one in made_by(action):
-                made.add(one)
-                ready += waiting.pop(one, [])
-    stuck = {
-        rank: actions[place]
-        for rank, (actions, place) in enumerate(zip(schedule.actions, places, strict=True))
-        if place < len(actions)
-    }
-    if stuck:
-        raise ScheduleError(_deadlock(schedule, links, stuck, made))
-    return order
+class _Progress:
+    """Ranks that go on as far as they can. In which order does not matter: nothing that a rank waits for is ever taken
+    away, so all orders end alike.
+
+    Attributes:
+        order: what has been done, each action after what it takes.
+    """
+
+    def __init__(self, schedule: Schedule, links: Links, window: int | None) -> None:
+        self.order: list[tuple[int, Action]] = []
+        self._schedule = schedule
+        self._links = links
+        self._window = window
+        self._made: set[Made] = set()
+        self._places = [0] * schedule.num_ranks
+        self._waiting: dict[Made | Pair, list[int]] = {}  # ranks, by what they wait for
+        self._sent: Counter[Pair] = Counter()
+        self._posted: Counter[Pair] = Counter()
+        self._number = {  # of what is sent, in its queue
+            item: number for queue in queues_of(schedule, links).values() for number, item in enumerate(queue, start=1)
+        }
+
+    def run(self) -> None:
+        """Until no rank can go on."""
+        ready = list(range(self._schedule.num_ranks))
+        while ready:
+            rank = ready.pop()
+            while (action := self.next_of(rank)) is not None:
+                for pair in self._post(action):
+                    ready += self._waiting.pop(pair, [])
+                cause = self.lacks(rank)
+                if cause is not None:
+                    self._waiting.setdefault(cause, []).append(rank)
+                    break
+                self._places[rank] += 1
+                self.order.append((rank, action))
+                for made in made_by(action):
+                    self._made.add(made)
+                    ready += self._waiting.pop(made, [])
+                for _, pair in self._sends(action):
+                    self._sent[pair] += 1
+
+    def next_of(self, rank: int) -> Action | None:
+        """The action that a rank stands before; None: it has done all."""
+        actions, place = self._schedule.actions[rank], self._places[rank]
+        return actions[place] if place < len(actions) else None
+
+    def lacks(self, rank: int) -> Made | Pair | None:
+        """What keeps a rank from its next action: what nobody has made, or a queue that is full. None: nothing."""
+        action = self.next_of(rank)
+        if self._window is not None and self._places[rank]:
+            before = self._schedule.actions[rank][self._places[rank] - 1]
+            for _, pair in self._sends(before):
+                if self._sent[pair] - self._posted[pair] > self._window:
+                    return pair
+        if action is None:
+            return None
+        return next((made for made in self._links.taken_by(action) if made not in self._made), None)
+
+    def _post(self, action: Action) -> Iterator[Pair]:
+        """The receives before an action; yields the queues that have moved."""
+        for what, stage, m in self._links.taken_by(action):
+            pair = (self._schedule.stage_ranks[stage], self._schedule.stage_ranks[action.stage])
+            if pair[0] != pair[1]:
+                number = self._number[what, stage, m, action.stage]
+                if number > self._posted[pair]:
+                    self._posted[pair] = number
+                    yield pair
+
+    def _sends(self, action: Action) -> Iterator[tuple[Sent, Pair]]:
+        return sends(action, self._schedule, self._links)
 
 
-def _deadlock(schedule: Schedule, links: Links, stuck: dict[int, Action], made: set[Made]) -> str:
+def _deadlock(schedule: Schedule, progress: _Progress) -> str:
     """Draws a circle of waiting ranks."""
-    rank = min(stuck)
-    path: list[tuple[int, Action, str, int]] = []
-    seen: dict[int, int] = {}
-    while rank not in seen:
-        seen[rank] = len(path)
-        action = stuck[rank]
-        kind, stage, m = next(s for s in links.taken_by(action) if s not in made)
-        maker = schedule.stage_ranks[stage]
-        path.append((rank, action, f"{stage}{_named(schedule, kind, stage, m)}{m}", maker))
-        rank = maker
-    circle = path[seen[rank] :]
-    lines = [
-        f"  rank {rank} stands before {action} and waits for {lacking}, which rank {maker} has after {stuck[maker]}"
-        for rank, action, lacking, maker in circle
-    ]
-    ranks = " -> ".join(str(rank) for rank, *_ in [*circle, circle[0]])
-    return "\n".join([f"deadlock, ranks {ranks}:", *lines])
+    rank = next(rank for rank in range(schedule.num_ranks) if progress.next_of(rank) is not None)
+    lines: list[str] = []
+    ranks: list[int] = []
+    while rank not in ranks:
+        ranks.append(rank)
+        action, cause = progress.next_of(rank), progress.lacks(rank)
+        assert cause is not None
+        if len(cause) == 2:
+            other = cause[1]
+            text = f"has sent rank {other} all that may be under way"
+        else:
+            kind, stage, m = cause
+            other = schedule.stage_ranks[stage]
+            text = f"waits for {stage}{_named(schedule, kind, stage, m)}{m} of rank {other}"
+        lines.append(f"  rank {rank} stands before {action} and {text}")
+        rank = other
+    begin = ranks.index(rank)
+    circle = " -> ".join(map(str, [*ranks[begin:], rank]))
+    return "\n".join([f"deadlock, ranks {circle}:", *lines[begin:]])
 
 
 def _named(schedule: Schedule, kind: str, stage: int, m: int) -> str:
@@ -176,16 +224,22 @@ def _needs(schedule: Schedule, links: Links, order: list[tuple[int, Action]]) ->
     return Proof(tuple(peak_live), tuple(peak_waits), tuple(peak_held), tuple(received), tuple(order), tuple(reduced))
 
 
-def queues_of(schedule: Schedule, links: Links) -> dict[tuple[int, int], list[Sent]]:
+def queues_of(schedule: Schedule, links: Links) -> dict[Pair, list[Sent]]:
     """What goes from a rank to another, in the order in which it is sent, by (sender, receiver)."""
-    queues: dict[tuple[int, int], list[Sent]] = {}
-    for sender, _, action in all_actions(schedule):
-        for what, stage, m in made_by(action)[-1:]:
-            for to in links.takers(what, stage):
-                receiver = schedule.stage_ranks[to]
-                if receiver != sender:
-                    queues.setdefault((sender, receiver), []).append((what, stage, m, to))
+    queues: dict[Pair, list[Sent]] = {}
+    for _, _, action in all_actions(schedule):
+        for item, pair in sends(action, schedule, links):
+            queues.setdefault(pair, []).append(item)
     return queues
+
+
+def sends(action: Action, schedule: Schedule, links: Links) -> Iterator[tuple[Sent, Pair]]:
+    """What goes to other ranks after an action, and from where to where."""
+    for what, stage, m in made_by(action)[-1:]:
+        for to in links.takers(what, stage):
+            pair = (schedule.stage_ranks[stage], schedule.stage_ranks[to])
+            if pair[0] != pair[1]:
+                yield (what, stage, m, to), pair
 
 
 def _received(schedule: Schedule, links: Links, rank: int, queues: dict[int, list[Sent]]) -> int:
