@@ -29,6 +29,7 @@ LAYERS = (
     "data",
     "monitor",
     "step",
+    "pipeline",
     "checkpoint",
     "zero",
     "engine",
