@@ -17,6 +17,7 @@ from partita.checkpoint.protection import Protection
 from partita.checkpoint.sealing import Cipher
 from partita.checkpoint.transfer import digest_text
 from partita.checkpoint.user_key import UserKey
+from partita.files import file_to_write
 
 
 def encrypt(found: Found, key: UserKey) -> Iterator[int]:
@@ -43,7 +44,7 @@ def encrypt(found: Found, key: UserKey) -> Iterator[int]:
         staging.create()
         records: dict[str, FileRecord] = {}
         for name, record in found.manifest.files.items():
-            with (staging.path / name).open("xb") as file:
+            with file_to_write(staging.path / name).open("xb") as file:
                 os.fchmod(file.fileno(), protection.access.file)
                 chunks: list[tuple[int, str]] = []
                 seals: list[str] = []
