@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 # Where there is no GPU the CUDA code is built for one architecture, from which a driver compiles it for any later one.
-WHEEL_OPTIONS := $(if $(wildcard /dev/nvidiactl),,-C cmake.define.CMAKE_CUDA_ARCHITECTURES=80-virtual)
+WHEEL_OPTIONS := $(if $(wildcard /dev/nvidiactl),,--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=80-virtual)
 SOURCES := $(shell find cpp cuda python -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 CXX_FILES := $(shell find cpp cuda tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
