@@ -14,6 +14,7 @@ from deepspeed_writer import (
     DynamicLossScaler,
     LossScaler,
     Trained,
+    ZeroStageEnum,
     deepspeed_names,
     of_optimizer,
     write,
@@ -212,6 +213,22 @@ def test_steps_that_a_parameter_has_missed_are_known(tmp_path):
     state = json.loads((tmp_path / "to" / "global_step3" / "state.json").read_text())
     waited = state["ranks"][0]["optimizer_states"]["waited"]
     assert waited == dict.fromkeys(run.groups[1], 2)
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["by value", "by name"])
+def test_members_of_enums_are_read_as_any_python_saves_them(tmp_path, monkeypatch, by_name):
+    """Python 3.11.2 saves getattr(class, name), 3.11.7 class(value): both stay inert."""
+
+    def reduced(member: ZeroStageEnum, _protocol: int) -> tuple[Any, ...]:
+        return (getattr, (type(member), member.name)) if by_name else (type(member), (member.value,))
+
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", reduced)
+    run, _ = trained()
+    write(tmp_path / "from", run, 2, 2)
+    import_all(tmp_path)
+    engine = engine_for(2)
+    engine.load_checkpoint(tmp_path / "to")
+    assert_has(engine, run)
 
 
 def test_weights_only_leaves_the_optimizer_out(tmp_path):

@@ -29,6 +29,7 @@ _MAX_LATEST_BYTES = 4096
 UNIVERSAL = "zero"  # the folder of a universal checkpoint that has a folder for each parameter
 # Of objects of these packages nothing is needed, so they may be there. Another object may be no checkpoint's at all.
 _HARMLESS = ("deepspeed", "megatron", "numpy", "argparse")
+_MEMBER = "builtins.getattr"  # by which some versions of Python save a member of an Enum; inert like the rest
 _READ_BYTES = 1 << 20
 # What torch's loader says of bytes that it did not write.
 _DAMAGED = (RuntimeError, ValueError, TypeError, EOFError, LookupError, AttributeError)
@@ -201,7 +202,7 @@ def load_inert(path: Path, any_objects: bool = False) -> Any:
     try:
         with _no_safe_globals():
             names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-            others = [name for name in names if name.partition(".")[0] not in _HARMLESS]
+            others = [name for name in names if name.partition(".")[0] not in _HARMLESS and name != _MEMBER]
             if others and not any_objects:
                 raise CheckpointError(
                     f"'{path}' has {shown(others[0])}, which is neither a tensor nor anything of DeepSpeed's. Nothing "
