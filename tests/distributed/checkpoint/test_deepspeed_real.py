@@ -13,7 +13,7 @@ import partita
 import pytest
 import torch
 from deepspeed_run import MOMENTS, config_of, new_model, optimizer_of, tokens_of
-from deepspeed_writer import of_optimizer, write
+from deepspeed_writer import DynamicLossScaler, of_optimizer, write
 from partita.checkpoint import DeepSpeedImport
 from partita.checkpoint.deepspeed_files import Inert, load_dict
 from partita.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -57,6 +57,14 @@ UNSCALED = {"loss_scale": 1.0}
 ASKED = [(0, 2, "fp32"), (0, 2, "fp16"), (1, 2, "fp16"), (1, 2, "bf16"), (2, 3, "fp32"), (3, 2, "bf16"), (3, 3, "fp32")]
 
 
+def scaler_of_fp16() -> DynamicLossScaler:
+    """With the attributes that DeepSpeed's has."""
+    counts = {"cur_iter": 3, "last_overflow_iter": -1, "scale_window": 1000, "min_scale": 1, "delayed_shift": 2}
+    flags = {"dynamic": True, "consecutive_hysteresis": False, "raise_error_at_min_scale": True}
+    more = {"scale_factor": 2.0, "cur_hysteresis": 2, "dtype": torch.float16}
+    return DynamicLossScaler(cur_scale=256, **counts, **flags, **more)
+
+
 @pytest.mark.parametrize(("stage", "number", "precision"), ASKED)
 def test_a_run_of_deepspeed_goes_on(ranks, tmp_path, stage, number, precision):
     zero = {"memory_efficient_linear": False} if stage == 3 else {}  # which adds the bias after rounding
@@ -73,7 +81,10 @@ def test_a_run_of_deepspeed_goes_on(ranks, tmp_path, stage, number, precision):
     model(tokens_of(0, 0)).backward()
     optimizer.step()
     more = {"note": "hello", "numbers": [1, 2.5], "pair": (1, 2), "tensor": torch.arange(3)}
-    run = of_optimizer(model, optimizer, precision=precision, more=more, lr_scheduler={"last_batch_iteration": 2})
+    scaler = {"scaler": scaler_of_fp16()} if precision == "fp16" and stage else {}
+    run = of_optimizer(
+        model, optimizer, precision=precision, more=more, lr_scheduler={"last_batch_iteration": 2}, **scaler
+    )
     ours, theirs = write(tmp_path / "ours", run, stage, number), tmp_path / "from" / "global_step3"
     assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
     for path in ours.iterdir():
