@@ -1,4 +1,4 @@
-"""The commit protocol: a fault in every call of a save, a prune and a sweep never costs a checkpoint."""
+"""C2: the commit protocol: a fault in every call of a save, a prune and a sweep never costs a checkpoint."""
 
 from __future__ import annotations
 

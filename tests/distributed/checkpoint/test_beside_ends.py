@@ -1,4 +1,4 @@
-"""Programs that end while they save beside training: the checkpoint is finished, or nothing of it is left."""
+"""C10: programs that end while they save beside training: the checkpoint is finished, or nothing of it is left."""
 
 from __future__ import annotations
 

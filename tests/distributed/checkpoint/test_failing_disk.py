@@ -1,6 +1,4 @@
-"""EIO, ENOSPC and short writes at every call of a save, on each rank, and a full disk: one error on all ranks, and the
-checkpoints that there were.
-"""
+"""C2: EIO, ENOSPC and short writes at every call of a save, and a full disk: one error on all ranks, old ones stay."""
 
 from __future__ import annotations
 

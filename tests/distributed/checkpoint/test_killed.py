@@ -1,4 +1,4 @@
-"""kill -9 at any moment of a save, of all ranks or of one: the checkpoints that there were are whole, and load."""
+"""C2: kill -9 at any moment of a save, of all ranks or of one: the checkpoints that there were are whole, and load."""
 
 from __future__ import annotations
 
