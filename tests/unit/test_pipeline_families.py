@@ -127,11 +127,17 @@ def test_memory_makes_a_schedule_slower_and_not_impossible():
         auto(4, 16, costs, [1] * 4)
 
 
+def test_costs_of_times_alone_are_enough():
+    """Nothing has bytes then, and every memory does."""
+    costs = Costs((1, 2, 1), (1, 2, 1), (1, 2, 1))
+    assert simulate(auto(3, 6, costs, [0, 0, 0]), costs).peak_bytes == (0, 0, 0)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (("1f1", 2, 4), "did you mean '1f1b'"),
-        (("nothing", 2, 4), "There are 1f1b, dualpipe-v"),
+        (("nothing", 2, 4), "no schedule 'nothing'. There are 1f1b, dualpipe-v"),
         (("1f1b", 0, 4), "0 ranks and 4 micro-batches"),
         (("1f1b", 2, 0), "2 ranks and 0 micro-batches"),
         (("zb-v", 2, 4, 3), "zb-v has 2 stages per rank, and chunks = 3"),

@@ -74,7 +74,7 @@ def test_times_are_those_of_a_ticking_clock(form, data):
         bandwidth=data.draw(st.sampled_from([1, 0.5])),
         overlap=data.draw(st.booleans()),
     )
-    run = simulate(schedule, costs, skips)
+    run = simulate(schedule, costs, iter(skips))
     assert [[(span.start, span.end) for span in spans] for spans in run.spans] == ticked(schedule, costs, skips)
     assert run.compute_time == max(end for spans in run.spans for _, _, end in spans)
 

@@ -53,7 +53,7 @@ def by_name(name: str, num_ranks: int, micro_batches: int, chunks: int | None = 
         return ANY[name](num_ranks, micro_batches, default if chunks is None else chunks)
     if name not in ONE and name not in TWO:
         near = get_close_matches(name, NAMES, 1)
-        hint = f": did you mean '{near[0]}'?" if near else ""
+        hint = f": did you mean '{near[0]}'?" if near else "."
         raise ScheduleError(f"there is no schedule '{name}'{hint} There are {', '.join(NAMES)}")
     has = 1 if name in ONE else 2
     if chunks not in (None, has):
@@ -102,20 +102,20 @@ def _candidates(
                 yield by_name(name, num_ranks, micro_batches, chunks if name in ANY else None)
             except ScheduleError:
                 continue  # not for so many micro-batches
-    states = costs.state_bytes or (0,) * len(costs.forward)
-    output_bytes = costs.output_bytes or (0,) * len(costs.forward)
     placements = [looped(num_ranks, chunks), *([v_shaped(num_ranks)] if chunks == 2 else [])]
     blocks = [straight(num_ranks, 1, 2), straight(num_ranks, 2, 4)] if chunks == 1 else []
     blocks += [v_block(num_ranks, s) for s in ((4, 2, 4, 2), (2, 1, 2, 1), (1, 1, 1, 1))] if chunks == 2 else []
-    activation_bytes = costs.activation_bytes or (0,) * len(costs.forward)
     tried = [(placement, None) for placement in placements]
-    for stage_ranks, orders in [*tried, *((b.stage_ranks, b.orders(micro_batches, activation_bytes)) for b in blocks)]:
+    for stage_ranks, orders in [
+        *tried,
+        *((b.stage_ranks, b.orders(micro_batches, costs.activation_bytes)) for b in blocks),
+    ]:
         free = list(memory_bytes)
         for stage, rank in enumerate(stage_ranks):
-            free[rank] -= states[stage]
+            free[rank] -= costs.state_bytes[stage]
         for rank in range(num_ranks):  # a backward is given a gradient
             own = (stage for stage, its_rank in enumerate(stage_ranks) if its_rank == rank)
-            free[rank] -= max(output_bytes[stage] for stage in own)
+            free[rank] -= max(costs.output_bytes[stage] for stage in own)
         try:
             yield list_schedule(stage_ranks, micro_batches, costs, free, orders)
         except ScheduleError:

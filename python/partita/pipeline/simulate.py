@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from partita.pipeline.schedule import Action, Links, Made, Schedule, ScheduleErr
 
 @dataclass(frozen=True)
 class Costs:
-    """What stages and transfers cost. Times in seconds, or any other unit throughout.
+    """What stages and transfers cost. Times in seconds, or any other unit throughout. What is left out costs nothing.
 
     Attributes:
         forward, backward_input, backward_weight: time of F, I and W, by stage; B takes that of I and W.
@@ -40,6 +40,12 @@ class Costs:
     reduce: tuple[float, ...] = ()
     update: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        nothing = (0,) * len(self.forward)
+        for name, values in list(vars(self).items()):
+            if values == ():
+                object.__setattr__(self, name, nothing)
+
     @classmethod
     def equal(cls, num_stages: int, forward: float = 1, backward_input: float = 1, backward_weight: float = 1) -> Costs:
         """All stages alike, transfers for nothing; an activation has one byte, also until W."""
@@ -57,14 +63,13 @@ class Costs:
 
     def transfer(self, stage: int) -> float:
         """The time that a stage's output, or the gradient of it, is under way."""
-        return self.latency + _of(self.output_bytes, stage) / self.bandwidth
+        return self.latency + self.output_bytes[stage] / self.bandwidth
 
     def require_fit(self, num_stages: int) -> None:
         """Raises ScheduleError if there are costs of another number of stages, or if one is no cost."""
         for name, values in vars(self).items():
             if isinstance(values, tuple):
-                optional = name not in ("forward", "backward_input", "backward_weight")
-                if len(values) != num_stages and not (optional and not values):
+                if len(values) != num_stages:
                     raise ScheduleError(f"{name} has {len(values)} values, and the schedule {num_stages} stages")
                 if any(not value >= 0 for value in values):
                     raise ScheduleError(f"{name} = {values}: costs are numbers from 0 on")
@@ -120,6 +125,7 @@ def simulate(schedule: Schedule, costs: Costs, skips: Iterable[tuple[int, int]] 
     Raises:
         ScheduleError: the schedule cannot run, or the costs are of other stages.
     """
+    skips = list(skips)
     proof = prove(schedule, skips)
     costs.require_fit(schedule.num_stages)
     clock = _Clock(schedule, costs, Links(schedule.num_stages, skips))
@@ -199,27 +205,23 @@ def _after_updates(schedule: Schedule, costs: Costs, clock: _Clock, compute_time
         last = {span.action.stage: span.end for span in spans if span.action.kind in "BW"}
         done = 0.0
         for stage in sorted(schedule.stages_of(rank), key=lambda stage: last[stage]):
-            done = max(done, last[stage]) + _of(costs.reduce, stage)
+            done = max(done, last[stage]) + costs.reduce[stage]
         reduced = max(reduced, done)
-    updates = [sum(_of(costs.update, stage) for stage in schedule.stages_of(r)) for r in range(schedule.num_ranks)]
+    updates = [sum(costs.update[stage] for stage in schedule.stages_of(r)) for r in range(schedule.num_ranks)]
     return reduced + max(updates)
 
 
 def _peak_bytes(schedule: Schedule, costs: Costs, rank: int) -> int:
     """States, activations, what W's wait with, and the gradient that a backward has been given."""
-    held = sum(_of(costs.state_bytes, stage) for stage in schedule.stages_of(rank))
+    held = sum(costs.state_bytes[stage] for stage in schedule.stages_of(rank))
     peak = held
     for kind, stage, _ in schedule.actions[rank]:
-        activation, kept = _of(costs.activation_bytes, stage), _of(costs.weight_bytes, stage)
+        activation, kept = costs.activation_bytes[stage], costs.weight_bytes[stage]
         if kind == "F":
             held += 0 if schedule.is_forward_only else activation
             peak = max(peak, held)
         else:
-            gradient = _of(costs.output_bytes, stage) if kind != "W" else 0
+            gradient = costs.output_bytes[stage] if kind != "W" else 0
             peak = max(peak, held + gradient)
             held -= kept if kind == "W" else activation if kind == "B" else activation - kept
     return int(peak)
-
-
-def _of(values: Sequence[float], stage: int) -> float:
-    return values[stage] if values else 0
