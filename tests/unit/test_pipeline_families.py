@@ -137,7 +137,7 @@ def test_costs_of_times_alone_are_enough():
     "arguments, message",
     [
         (("1f1", 2, 4), "did you mean '1f1b'"),
-        (("nothing", 2, 4), "no schedule 'nothing'. There are 1f1b, dualpipe-v"),
+        (("nothing", 2, 4), "no schedule 'nothing'; valid are 1f1b, dualpipe-v"),
         (("1f1b", 0, 4), "0 ranks and 4 micro-batches"),
         (("1f1b", 2, 0), "2 ranks and 0 micro-batches"),
         (("zb-v", 2, 4, 3), "zb-v has 2 stages per rank, and chunks = 3"),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
 
+from partita.config import suggest
 from partita.pipeline.classic import (
     dualpipe_v,
     forward_only,
@@ -52,9 +52,7 @@ def by_name(name: str, num_ranks: int, micro_batches: int, chunks: int | None = 
             raise ScheduleError(f"{name}: chunks = {chunks}: a rank has at least one stage")
         return ANY[name](num_ranks, micro_batches, default if chunks is None else chunks)
     if name not in ONE and name not in TWO:
-        near = get_close_matches(name, NAMES, 1)
-        hint = f": did you mean '{near[0]}'?" if near else "."
-        raise ScheduleError(f"there is no schedule '{name}'{hint} There are {', '.join(NAMES)}")
+        raise ScheduleError(f"there is no schedule '{name}'{suggest(name, NAMES)}")
     has = 1 if name in ONE else 2
     if chunks not in (None, has):
         raise ScheduleError(f"{name} has {has} stage{'s' * (has - 1)} per rank, and chunks = {chunks} was given")

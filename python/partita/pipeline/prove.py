@@ -55,13 +55,13 @@ def prove(schedule: Schedule, skips: Iterable[tuple[int, int]] = (), window: int
     progress.run()
     if any(progress.next_of(rank) is not None for rank in range(schedule.num_ranks)):
         raise ScheduleError(_deadlock(schedule, progress))
-    return _needs(schedule, links, progress.order)
+    return _needs(schedule, progress)
 
 
 def _require_complete(schedule: Schedule) -> None:
     """Every (stage, micro-batch) has one forward and one backward, on the rank that has the stage."""
     found: Counter[Action] = Counter()
-    for rank, _, action in all_actions(schedule):
+    for rank, action in all_actions(schedule):
         if not (0 <= action.stage < schedule.num_stages and 0 <= action.micro_batch < schedule.micro_batches):
             raise ScheduleError(
                 f"rank {rank} has {action}: there are the stages 0 to {schedule.num_stages - 1} and the micro-batches "
@@ -99,6 +99,7 @@ class _Progress:
 
     Attributes:
         order: what has been done, each action after what it takes.
+        most_received: by rank, see `Proof.received`.
     """
 
     def __init__(self, schedule: Schedule, links: Links, window: int | None) -> None:
@@ -109,6 +110,8 @@ class _Progress:
         self._made: set[Made] = set()
         self._places = [0] * schedule.num_ranks
         self._waiting: dict[Made | Pair, list[int]] = {}  # ranks, by what they wait for
+        self._received = [0] * schedule.num_ranks  # and not yet used
+        self.most_received = [0] * schedule.num_ranks
         self._sent: Counter[Pair] = Counter()
         self._posted: Counter[Pair] = Counter()
         self._number = {  # of what is sent, in its queue
@@ -121,7 +124,7 @@ class _Progress:
         while ready:
             rank = ready.pop()
             while (action := self.next_of(rank)) is not None:
-                for pair in self._post(action):
+                for pair in self._post(rank, action):
                     ready += self._waiting.pop(pair, [])
                 cause = self.lacks(rank)
                 if cause is not None:
@@ -129,6 +132,7 @@ class _Progress:
                     break
                 self._places[rank] += 1
                 self.order.append((rank, action))
+                self._received[rank] -= sum(1 for _ in self._received_by(action))
                 for made in made_by(action):
                     self._made.add(made)
                     ready += self._waiting.pop(made, [])
@@ -152,15 +156,22 @@ class _Progress:
             return None
         return next((made for made in self._links.taken_by(action) if made not in self._made), None)
 
-    def _post(self, action: Action) -> Iterator[Pair]:
+    def _post(self, rank: int, action: Action) -> Iterator[Pair]:
         """The receives before an action; yields the queues that have moved."""
+        for item, pair in self._received_by(action):
+            more = self._number[item] - self._posted[pair]
+            if more > 0:
+                self._posted[pair] += more
+                self._received[rank] += more
+                self.most_received[rank] = max(self.most_received[rank], self._received[rank])
+                yield pair
+
+    def _received_by(self, action: Action) -> Iterator[tuple[Sent, Pair]]:
+        """What an action takes of other ranks, and from where to where it goes."""
         for what, stage, m in self._links.taken_by(action):
             pair = (self._schedule.stage_ranks[stage], self._schedule.stage_ranks[action.stage])
             if pair[0] != pair[1]:
-                number = self._number[what, stage, m, action.stage]
-                if number > self._posted[pair]:
-                    self._posted[pair] = number
-                    yield pair
+                yield (what, stage, m, action.stage), pair
 
     def _sends(self, action: Action) -> Iterator[tuple[Sent, Pair]]:
         return sends(action, self._schedule, self._links)
@@ -196,13 +207,13 @@ def _named(schedule: Schedule, kind: str, stage: int, m: int) -> str:
     return kind
 
 
-def _needs(schedule: Schedule, links: Links, order: list[tuple[int, Action]]) -> Proof:
+def _needs(schedule: Schedule, progress: _Progress) -> Proof:
     ranks = range(schedule.num_ranks)
     live, peak_live = [0 for _ in ranks], [0 for _ in ranks]
     waits, peak_waits = [0 for _ in ranks], [0 for _ in ranks]
     peak_held = [0 for _ in ranks]
     reduced: list[Action | None] = [None] * schedule.num_stages
-    for rank, action in order:
+    for rank, action in progress.order:
         if action.kind == "F":
             live[rank] += not schedule.is_forward_only
         elif action.kind == "I":
@@ -217,17 +228,20 @@ def _needs(schedule: Schedule, links: Links, order: list[tuple[int, Action]]) ->
         peak_live[rank] = max(peak_live[rank], live[rank])
         peak_waits[rank] = max(peak_waits[rank], waits[rank])
         peak_held[rank] = max(peak_held[rank], live[rank] + waits[rank])
-    into: list[dict[int, list[Sent]]] = [{} for _ in ranks]
-    for (sender, receiver), queue in queues_of(schedule, links).items():
-        into[receiver][sender] = queue
-    received = [_received(schedule, links, rank, into[rank]) for rank in ranks]
-    return Proof(tuple(peak_live), tuple(peak_waits), tuple(peak_held), tuple(received), tuple(order), tuple(reduced))
+    return Proof(
+        activations=tuple(peak_live),
+        waiting_weights=tuple(peak_waits),
+        held=tuple(peak_held),
+        received=tuple(progress.most_received),
+        order=tuple(progress.order),
+        reduced_after=tuple(reduced),
+    )
 
 
 def queues_of(schedule: Schedule, links: Links) -> dict[Pair, list[Sent]]:
     """What goes from a rank to another, in the order in which it is sent, by (sender, receiver)."""
     queues: dict[Pair, list[Sent]] = {}
-    for _, _, action in all_actions(schedule):
+    for _, action in all_actions(schedule):
         for item, pair in sends(action, schedule, links):
             queues.setdefault(pair, []).append(item)
     return queues
@@ -240,27 +254,3 @@ def sends(action: Action, schedule: Schedule, links: Links) -> Iterator[tuple[Se
             pair = (schedule.stage_ranks[stage], schedule.stage_ranks[to])
             if pair[0] != pair[1]:
                 yield (what, stage, m, to), pair
-
-
-def _received(schedule: Schedule, links: Links, rank: int, queues: dict[int, list[Sent]]) -> int:
-    """The most tensors that a rank has received and not used.
-
-    Args:
-        queues: what comes to the rank, by sender.
-    """
-    places = {sender: {item: i for i, item in enumerate(queue)} for sender, queue in queues.items()}
-    posted = dict.fromkeys(queues, 0)
-    kept, peak = 0, 0
-    for action in schedule.actions[rank]:
-        used = 0
-        for source in links.taken_by(action):
-            sender = schedule.stage_ranks[source[1]]
-            if sender == rank:
-                continue
-            used += 1
-            place = places[sender][source[0], source[1], source[2], action.stage] + 1
-            kept += max(0, place - posted[sender])
-            posted[sender] = max(posted[sender], place)
-        peak = max(peak, kept)
-        kept -= used
-    return peak

@@ -137,11 +137,11 @@ def v_shaped(num_ranks: int) -> tuple[int, ...]:
     return (*range(num_ranks), *reversed(range(num_ranks)))
 
 
-def all_actions(schedule: Schedule) -> Iterator[tuple[int, int, Action]]:
-    """(rank, place in its order, action)."""
+def all_actions(schedule: Schedule) -> Iterator[tuple[int, Action]]:
+    """(rank, action), in the order of each rank."""
     for rank, actions in enumerate(schedule.actions):
-        for place, action in enumerate(actions):
-            yield rank, place, action
+        for action in actions:
+            yield rank, action
 
 
 def schedule_of(stage_ranks: Sequence[int], micro_batches: int, orders: Sequence[Sequence[Action]]) -> Schedule:
