@@ -164,7 +164,7 @@ class OptimizerStep:
 
     def _count_micro_batches(self) -> int:
         """Those of this rank since the last update."""
-        now = sum(part.accumulation.micro_steps for part in self._parts)
+        now = max(part.accumulation.micro_steps for part in self._parts)
         self._micro_steps, self._micro_batches = now, now - self._micro_steps
         return self._micro_batches
 

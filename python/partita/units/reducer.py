@@ -141,11 +141,15 @@ class GradientReducer:
         self.finish_backward()
         self._enter_stream()
         self.wait()
+        self.reduce_local()  # accumulated in backwards that did not reduce, and no boundary came after them
+        self.wait()
+
+    def reduce_local(self) -> None:
+        """Begins to reduce what has accumulated on this rank. No reduction is under way."""
+        self._enter_stream()
         for unit in self.units:
-            # Accumulated in backwards that did not reduce, and no boundary came after them.
             if unit.grad_state is GradState.LOCAL and unit.full_grads is not None:
                 self._reduce_local(unit, unit.full_grads)
-        self.wait()
 
     def wait(self) -> None:
         """Returns when no reduction is under way."""
