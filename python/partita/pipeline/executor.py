@@ -200,7 +200,7 @@ class PipelineStep:
     def _weights(self, stage: int, m: int) -> None:
         part = self._here.parts[stage]
         for parameter, gradient in self._deferred.pop((stage, m)).gradients():
-            part.reducer.add(parameter, gradient)  # type: ignore[attr-defined]
+            part.reducer.add(parameter, gradient)
 
 
 def _checked_loss(output: Any) -> Tensor:
