@@ -2,6 +2,7 @@
 
 from partita.pipeline.draw import draw, timeline
 from partita.pipeline.families import NAMES, auto, by_name
+from partita.pipeline.huggingface import decoder_layers
 from partita.pipeline.layers import LayerSpec, TiedLayerSpec
 from partita.pipeline.module import PipelineModule
 from partita.pipeline.partition import balanced
@@ -29,6 +30,7 @@ __all__ = [
     "auto",
     "balanced",
     "by_name",
+    "decoder_layers",
     "draw",
     "from_csv",
     "from_text",
