@@ -4,6 +4,7 @@ from partita.pipeline.draw import draw, timeline
 from partita.pipeline.families import NAMES, auto, by_name
 from partita.pipeline.huggingface import decoder_layers
 from partita.pipeline.layers import LayerSpec, TiedLayerSpec
+from partita.pipeline.measure import LayerTimes, measure_layers
 from partita.pipeline.module import PipelineModule
 from partita.pipeline.partition import balanced
 from partita.pipeline.prove import Proof, prove
@@ -18,6 +19,7 @@ __all__ = [
     "Action",
     "Costs",
     "LayerSpec",
+    "LayerTimes",
     "PipelineModule",
     "Proof",
     "Schedule",
@@ -34,6 +36,7 @@ __all__ = [
     "draw",
     "from_csv",
     "from_text",
+    "measure_layers",
     "prove",
     "simulate",
     "timeline",
