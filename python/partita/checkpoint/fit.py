@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from partita.checkpoint.errors import CheckpointError
-from partita.checkpoint.pieces import MODEL, PARAMETER, Place
+from partita.checkpoint.places import MODEL, PARAMETER, Place
 
 NAMED = 5  # names in one message
 

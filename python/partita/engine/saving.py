@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
+from partita.comm import by_rank
 from partita.config import save_config
 from partita.data import ShardedLoader
 from partita.engine.as_module import AsModule
 from partita.engine.phase import WHOLE_AGAIN, Phase
 from partita.engine.save_beside import SaveBeside
-from partita.model import ModelPart, RandomState, Section, TrainState, clone_state_dict
+from partita.model import CommonAccumulation, ModelPart, RandomState, Section, TrainState, clone_state_dict
 from partita.optim import HyperParameters, ShardedOptimizer
 from partita.run import Run
 from partita.step import OptimizerStep
@@ -131,9 +132,9 @@ class KeepsState(AsModule):
             self._wait_for_parameters()
             for part in self._parts:
                 part.adopt_written_parameters()
-            state = TrainState(self._parts, [], self._run.grid.world)
+            state = TrainState(self._parts, [], self._run.grid)
             try:
-                save_model_files(ModelWeights(state, self.module, dtype), Path(path), state.world)
+                save_model_files(ModelWeights(state, dtype), Path(path), state.world)
             except CheckpointError as error:
                 raise OSError(str(error)) from error
 
@@ -271,15 +272,22 @@ class KeepsState(AsModule):
             raise RuntimeError(f"{call} was called after {Phase.TORN.value}: {WHOLE_AGAIN}")
 
     def _facts(self) -> dict[str, Any]:
-        """What people want to know of a checkpoint."""
+        """What people want to know of a checkpoint. A collective in a pipeline."""
         return {
             "partita": importlib.metadata.version("partita"),
             "torch": torch.__version__,
             "stage": self._run.policy.stage,
             "precision": self._run.precision.name,
             "transport": self._run.grid.world.transport,
-            "parameters": sum(slot.numel for part in self._parts for unit in part.units for slot in unit.layout.slots),
+            "parameters": int(sum(by_rank(self._run.grid.pipe, float(sum(self._trained_numels()))))),
         }
+
+    def _trained_numels(self) -> Iterator[int]:
+        """Of each parameter that this rank trains, without replicas."""
+        for part in self._parts:
+            for slot in (slot for unit in part.units for slot in unit.layout.slots):
+                if slot.name not in part.replicas:
+                    yield slot.numel
 
     def train_state(self) -> TrainState:
         """Everything that must survive a restart.
@@ -288,8 +296,7 @@ class KeepsState(AsModule):
             TypeError: the lr_scheduler has no state that could be saved.
         """
         sections = [Section("step", self._step)]
-        for i, part in enumerate(self._parts):
-            sections.append(Section(f"accumulation.{i}" if i else "accumulation", part.accumulation))
+        sections.append(Section("accumulation", CommonAccumulation([part.accumulation for part in self._parts])))
         if self.optimizer is not None and self._step.sharded is not None:
             sections.append(Section("optimizer", HyperParameters(self.optimizer)))
             sections.append(Section("optimizer_states", self._step.sharded.update))
@@ -301,7 +308,7 @@ class KeepsState(AsModule):
         if self.dataloader is not None:
             sections.append(Section("data", self.dataloader))
         sections.append(Section("random", RandomState(self.device)))
-        return TrainState(self._parts, sections, self._run.grid.world)
+        return TrainState(self._parts, sections, self._run.grid)
 
     def _call_of_all(self, name: str) -> AbstractContextManager[None]:
         """The block of a call that is a collective; other ranks in other calls are named."""

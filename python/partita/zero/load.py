@@ -20,7 +20,7 @@ from partita.units import Holder, ShardRun, holders_of
 from partita.zero.gathered import GatheredParameters
 
 if TYPE_CHECKING:
-    from partita.checkpoint.pieces import Place
+    from partita.checkpoint.places import Place
     from partita.checkpoint.tensor_files import TensorFiles
 
 logger = logging.getLogger("partita")
@@ -249,7 +249,7 @@ def _whole(files: TensorFiles, name: str) -> Tensor:
 
 
 def _place(name: str) -> Place:
-    from partita.checkpoint.pieces import MODEL, Place
+    from partita.checkpoint.places import MODEL, Place
 
     return Place(MODEL, name)
 
