@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def layer_of(name: str) -> int:
-    """The number with which a name begins, of a parameter or of what is beside it; -1: it has none."""
+    """The number of the layer with which the name of a parameter begins; others come after all layers."""
     first = name.removeprefix(f"{PARAMETER}/").partition(".")[0]
-    return int(first) if first.isdecimal() else -1
+    return int(first) if first.isdecimal() else sys.maxsize

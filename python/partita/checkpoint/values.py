@@ -47,7 +47,9 @@ class ValueReader:
         kept = set(names.parameters.values())
         parameters = {place: spec.shape for place, spec in names.specs.items() if place in kept}
         buffers = {place: spec.shape for place, spec in names.specs.items() if place not in kept}
-        self.fit = Fit(parameters, buffers, {p: t.shape for p, t in stored.tensors.items()}, saved.aliases)
+        self.fit = Fit(
+            parameters, buffers, {p: t.shape for p, t in stored.tensors.items()}, saved.aliases, names.aliases
+        )
         if strict:
             self.fit.require_all()
         self.fit.require_any()

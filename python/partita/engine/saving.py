@@ -23,7 +23,7 @@ from partita.model import CommonAccumulation, ModelPart, RandomState, Section, T
 from partita.optim import HyperParameters, ShardedOptimizer
 from partita.run import Run
 from partita.step import OptimizerStep
-from partita.zero import PartlyLoadedError, WeightSource, load_weights
+from partita.zero import Loaded, OnRanks, PartlyLoadedError, WeightSource, load_on_ranks
 
 if TYPE_CHECKING:
     from partita.checkpoint import Protection
@@ -48,7 +48,8 @@ class KeepsState(AsModule):
     def module_state_dict(self, rank: int | None = None) -> dict[str, Any]:
         """The model's state dict with memory of its own (a plain `state_dict()` shares the flat buffers).
 
-        In stage 3 a collective, unit by unit.
+        In a pipeline that of this rank's layers; `save_model()` writes all of them. In stage 3 a collective, unit by
+        unit.
 
         Args:
             rank: the one that wants it. The others get an empty dict and need no memory for it. None: all want it.
@@ -58,12 +59,21 @@ class KeepsState(AsModule):
             return clone_state_dict(self.module, wanted=rank in (None, self.global_rank))
 
     def load_module_state_dict(self, source: WeightSource, *, strict: bool = True, rank: int = 0) -> list[str]:
-        """Gives the model the weights of a full state dict or of safetensors files, see `partita.zero.load_weights`."""
+        """Gives the model the weights of a full state dict or of safetensors files, see `partita.zero.load_weights`.
+
+        In a pipeline, too, the source has the whole model, and each rank takes its own layers.
+        """
+        return self._load_weights(source, strict, rank).missing
+
+    def _load_weights(self, source: WeightSource, strict: bool, rank: int = 0) -> Loaded:
         with self._call_of_all("load_module_state_dict()"):
             self._wait_for_parameters()
             self._beside.finish()
+            replicas = {name: owner for part in self._parts for name, owner in part.replicas.items()}
             try:
-                return load_weights(self.module, source, strict=strict, rank=rank)
+                return load_on_ranks(
+                    self.module, source, strict=strict, rank=rank, on=OnRanks(self._run.grid, replicas)
+                )
             except PartlyLoadedError:
                 self._is_torn = True
                 raise
@@ -104,9 +114,11 @@ class KeepsState(AsModule):
                 "the model to engine.load_module_state_dict()"
             )
         state = {name.removeprefix("module."): value for name, value in state_dict.items()}
-        missing = self.load_module_state_dict(state, strict=strict)
-        unexpected = state.keys() - self.module.state_dict(keep_vars=True).keys()
-        return _IncompatibleKeys([f"module.{name}" for name in missing], [f"module.{name}" for name in unexpected])
+        loaded = self._load_weights(state, strict)
+        unexpected = state.keys() - loaded.names
+        return _IncompatibleKeys(
+            [f"module.{name}" for name in loaded.missing], [f"module.{name}" for name in unexpected]
+        )
 
     def save_model(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Writes the model's state dict into safetensors files, each rank its own part; a collective.
