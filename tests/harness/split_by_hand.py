@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
+import partita
 import torch
 from partita.engine import EngineBase
 from partita.model import Accumulation, LossScaling, ModelPart
@@ -21,6 +22,31 @@ WIDTH = 33
 LAYERS = 6
 TIED, REPLICA = "0.weight", f"{LAYERS - 1}.weight"
 SAMPLES = 12  # of a step, on any number of ranks
+
+# The rank of each stage, and the data ranks. None: a plain engine has the whole model.
+SPLITS: dict[str, tuple[tuple[int, ...] | None, int]] = {
+    "plain x 1": (None, 1),
+    "plain x 2": (None, 2),
+    "1 x 1": ((0,), 1),
+    "1 x 1, 2 chunks": ((0, 0), 1),
+    "2 x 1": ((0, 1), 1),
+    "2 x 1, 2 chunks": ((0, 1, 0, 1), 1),
+    "2 x 1, V": ((0, 1, 1, 0), 1),
+    "1 x 2": ((0,), 2),
+    "2 x 2": ((0, 1), 2),
+    "3 x 1": ((0, 1, 2), 1),
+    "4 x 1": ((0, 1, 2, 3), 1),
+}
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    "split": {"bf16": {"enabled": True, "master_weights": "split"}},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 6}},
+}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "AdamW": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}},
+    "SGD": {"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9}},
+}
 
 # (parameter, quantity) -> runs of its elements: the number of the first one, and their values.
 Pieces = dict[tuple[str, str], list[tuple[int, Tensor]]]
@@ -104,6 +130,39 @@ class SplitEngine(EngineBase):
             for buffer in (b for part in self.parts for name, b in part.module.named_buffers() if "seen" in name):
                 buffer.add_(1.0)
             self.taken.update()
+
+
+def ranks_of(split: str) -> int:
+    stages, data = SPLITS[split]
+    return data * (1 + max(stages or (0,)))
+
+
+def config_for(split: str, stage: int, precision: str, optimizer: str) -> dict[str, Any]:
+    return {
+        "train_batch_size": SAMPLES,
+        "train_micro_batch_size_per_gpu": SAMPLES // SPLITS[split][1],
+        "optimizer": OPTIMIZERS[optimizer],
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1500},
+        "steps_per_print": 0,
+        **PRECISIONS[precision],
+    }
+
+
+def engine_for(config: dict[str, Any], split: str, seed: int, tied: bool) -> Any:
+    stages = SPLITS[split][0]
+    if stages is None:
+        return partita.Engine(sequential(seed, tied=tied), config=config)
+    return SplitEngine(config, stages, seed, tied=tied)
+
+
+def take_steps(engine: Any, steps: int) -> None:
+    if isinstance(engine, SplitEngine):
+        engine.take_steps(steps)
+        return
+    for _ in range(steps):
+        x = torch.randn(SAMPLES, WIDTH).to(next(engine.module.parameters()).dtype)
+        engine.backward(engine(x).float().square().mean())
+        engine.step()
 
 
 def pieces_of(engine: EngineBase) -> Pieces:
