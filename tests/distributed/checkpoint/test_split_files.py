@@ -1,4 +1,4 @@
-"""A pipeline's checkpoints, exports and weights: all splits write the same files; what does not fit is named everywhere."""
+"""A pipeline's checkpoints, exports and weights: all splits write the same files; misfits are named everywhere."""
 
 from __future__ import annotations
 
