@@ -20,17 +20,17 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from partita._core import Bucketer, Span
+from partita._core import Bucketer
 from partita.comm import Communicator, Handle, any_rank_each
 from partita.device import kernels
 from partita.device.memory import FreedMemory
 from partita.device.streams import Streams
 from partita.units.arrivals import Arrivals
+from partita.units.packing import Packing
 from partita.units.parameters import FlatParameters
 from partita.units.policy import StagePolicy
 from partita.units.reduction import BackwardListener, BackwardPlan, ReductionSettings
@@ -71,21 +71,18 @@ class GradientReducer:
         listener: BackwardListener,
     ) -> None:
         self.units = units
-        self.watches_finiteness = False  # look at every gradient as it is packed
-        self._finiteness: list[tuple[str, Tensor]] = []
         self._communicator = communicator
         self._policy = policy
         self._settings = settings
         self._streams = streams
         self._last_stream = streams.current()  # that this reducer has queued work on
-        self._producers: list[set[Any]] = [set() for _ in units]  # streams that gradients under way come from
         self._listener = listener
         self._first_backward = True
         self._plan = BackwardPlan(reduces=False)  # of the backward under way
         self._in_flight: deque[_InFlight] = deque()
         self._arrivals = Arrivals(streams)
         self._staging = Staging(communicator, max((u.layout.numel for u in units), default=0))
-        self._offsets = [unit.offsets() for unit in units]
+        self.packing = Packing(units, settings.grad_factor, streams)
         self._names = [slot.name for unit in units for slot in unit.layout.slots]
         self._unit_of = [i for i, unit in enumerate(units) for _ in unit.parameters]
         self._first_parameter = [self._unit_of.index(i) for i in range(len(units))]
@@ -172,9 +169,7 @@ class GradientReducer:
         for unit in self.units:
             unit.grad_state = GradState.EMPTY
         self._has_committed = False
-        for producers in self._producers:
-            producers.clear()
-        self._finiteness = []
+        self.packing.forget()
 
     def heed(self) -> bool:
         """Gradients that the program has dropped since the last call are gone; raises if that cannot be done. Returns
@@ -201,12 +196,6 @@ class GradientReducer:
         """A micro-batch is over: dropping gradients does not concern its own."""
         self._taken.withdraw()
         self._has_committed = self.has_gradients
-
-    def take_finiteness(self) -> list[tuple[str, Tensor]]:
-        """The gradients that were looked at since the last call: name of the parameter, and whether all elements are
-        finite, a bool on their device."""
-        taken, self._finiteness = self._finiteness, []
-        return taken
 
     def close(self) -> None:
         """Stops watching the parameters."""
@@ -235,7 +224,7 @@ class GradientReducer:
             begin, end = self._bucketer.mark_ready(index)
         except RuntimeError as error:
             raise _fired_too_often(self._names[index]) from error
-        self._producers[self._unit_of[index]].add(self._streams.current())
+        self.packing.produced(self._unit_of[index])
         if begin < end:
             self._launch_all(begin, end)
         elif self._bucketer.is_complete(index) and not self._bucketer.was_launched(index):
@@ -331,30 +320,8 @@ class GradientReducer:
 
     def _pack(self, index: int, buffer: Tensor, *, accumulate: bool) -> None:
         """Moves the gradients of a unit into a full buffer; autograd's own tensors are released."""
-        unit = self.units[index]
         self._enter_stream()
-        given = [fresh(p) for p in unit.parameters]
-        for stream in self._producers[index]:
-            self._streams.come_after(stream, (g for g in given if g is not None))
-        self._producers[index].clear()
-        grads = [None if g is None else _dense(g) for g in given]
-        del given  # a gradient that is not dense goes
-        if self.watches_finiteness:
-            named = zip(unit.layout.slots, grads, strict=True)
-            self._finiteness += [(slot.name, kernels.is_finite(g)) for slot, g in named if g is not None]
-        zeros = kernels.DTYPES[unit.dtype]
-        spans = [
-            Span(0, slot.numel, zeros) if g is None else kernels.span(g)
-            for g, slot in zip(grads, unit.layout.slots, strict=True)
-        ]
-        kernels.pack(
-            buffer,
-            spans,
-            self._offsets[index],
-            scale=self._settings.grad_factor,
-            factor=self._plan.factor,
-            accumulate=accumulate,
-        )
+        self.packing.pack(index, buffer, factor=self._plan.factor, accumulate=accumulate)
         self._taken.show(index)  # which frees autograd's own tensors
 
 
@@ -376,10 +343,3 @@ def has_reducer(parameter: Tensor) -> bool:
     hooks = (parameter._post_accumulate_grad_hooks or {}).values()
     ours = [hook for hook in hooks if isinstance(hook, partial) and hook.func is _accumulated]
     return any(hook.args[0]() is not None for hook in ours)
-
-
-def _dense(grad: Tensor) -> Tensor:
-    """A gradient as a contiguous strided tensor; a sparse one is densified."""
-    if grad.layout is not torch.strided:
-        grad = grad.to_dense()
-    return grad.contiguous()
