@@ -69,6 +69,20 @@ def test_a_linear_layer_has_torchs_bits_in_every_case():
         _assert_linear(*case)
 
 
+@pytest.mark.parametrize("inputs", ("batch second", "features first"))
+def test_a_bias_that_torch_adds_by_itself_has_its_own_sum(inputs):
+    """Where the input is no view of a matrix, the gradient of the bias is summed over all dimensions at once."""
+    _assert_linear(torch.float32, inputs, "reversed strides", bias=True, needs=True)
+
+
+@pytest.mark.parametrize("shape", ((0, 37), (2, 0, 37), (2, 3, 0)))
+def test_an_empty_input_has_torchs_gradients(shape):
+    layer, x = nn.Linear(shape[-1], 23), torch.zeros(shape, requires_grad=True)
+    plain = run(layer, [x], GRADS["contiguous"], "plain")
+    for how in ("joint", "halves"):
+        assert_same_bits(run(layer, [x], GRADS["contiguous"], how), plain)
+
+
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "1": (lambda: nn.Conv1d(6, 8, 3, stride=2, padding=1), random(3, 6, 17)),
     "1, same": (lambda: nn.Conv1d(6, 8, 3, dilation=2, padding="same"), random(3, 6, 17)),
@@ -115,6 +129,7 @@ def test_an_embedding_has_torchs_bits(form, dtype):
     table = nn.Embedding(11, 7, **EMBEDDINGS[form]).to(dtype)
     x = torch.tensor([[0, 3, 8, 8], [8, 10, 3, 1]])
     found = [run(copy.deepcopy(table), [x], GRADS["contiguous"], how) for how in ("plain", "joint", "halves")]
+    assert found[2]["weight"].layout == found[1]["weight"].layout == found[0]["weight"].layout
     for result in found:
         result["weight"] = result["weight"].to_dense()
     assert_same_bits(found[1], found[0])
