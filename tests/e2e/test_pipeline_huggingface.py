@@ -8,7 +8,7 @@ from typing import Any
 import partita
 import pytest
 import torch
-from partita.pipeline import PipelineModule, decoder_layers
+from partita.pipeline import PipelineModule, decoder_layers, decoder_names
 from test_huggingface import SIZES, build
 from torch import Tensor, nn
 
@@ -87,6 +87,28 @@ def test_a_tied_head_is_a_tie_of_the_stages(kind):
     assert sum(p.numel() for n, p in module.named_parameters() if n not in module.replicas) == sum(
         p.numel() for p in expected.parameters()
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_go_back_into_the_model(kind):
+    model = built(kind)
+    layers = decoder_layers(model)
+    names = decoder_names(model, layers)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    module = PipelineModule(layers, num_stages=1)
+    module.build([0, 0, 0])
+    saved = {name: value for name, value in module.state_dict().items() if name not in module.replicas}
+    fresh = without_values(built(kind))
+    fresh.load_state_dict({name: saved[own] for name, own in names.items()})
+    assert fresh.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in fresh.state_dict().items())
+
+
+def without_values(model: Any) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    return model
 
 
 def test_parts_may_be_named():
