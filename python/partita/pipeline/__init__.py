@@ -5,7 +5,7 @@ from partita.pipeline.classic import forward_wave
 from partita.pipeline.draw import draw, timeline
 from partita.pipeline.executor import Batches, PipelineError, PipelineStep, StagesHere
 from partita.pipeline.families import NAMES, auto, by_name
-from partita.pipeline.huggingface import decoder_layers
+from partita.pipeline.huggingface import decoder_layers, decoder_names
 from partita.pipeline.layers import LayerSpec, TiedLayerSpec
 from partita.pipeline.measure import LayerTimes, measure_layers
 from partita.pipeline.module import PipelineModule
@@ -48,6 +48,7 @@ __all__ = [
     "by_name",
     "classes_of",
     "decoder_layers",
+    "decoder_names",
     "draw",
     "forward_wave",
     "from_csv",
