@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from partita.model import RandomState
 from partita.units import holder_of
@@ -191,13 +192,25 @@ def parameter_shapes(layer: Layer) -> tuple[ParameterShape, ...]:
     if isinstance(layer, LayerSpec):
         with kept_random_state():
             try:
-                with torch.device("meta"):
+                with torch.device("meta"), _Unfilled():
                     module = layer.build()
             except Exception:  # of whatever kind: what is wrong with the spec itself is raised by the next line
                 module = layer.build()
     if not isinstance(module, nn.Module):
         return ()
     return tuple(ParameterShape(name, p.numel(), p.requires_grad) for name, p in module.named_parameters())
+
+
+class _Unfilled(TorchFunctionMode):
+    """Tensors without memory are not initialised: for some of the functions that do it, torch imports sympy first."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is torch.Tensor.normal_ or getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
 
 
 @contextmanager

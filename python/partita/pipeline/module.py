@@ -204,6 +204,7 @@ class PipelineModule(nn.Module):
 
     @activation_checkpoint_interval.setter
     def activation_checkpoint_interval(self, interval: int) -> None:
+        """Raises ValueError for what is no number of layers."""
         if not isinstance(interval, int) or interval < 0:
             raise ValueError(
                 f"PipelineModule: activation_checkpoint_interval is {interval!r}: it is a number of layers, 0 or more"
