@@ -161,7 +161,7 @@ def measure(arguments: argparse.Namespace) -> None:
     for name in arguments.engines:
         try:
             pipelines[name], losses[name] = warmed_up(name, task, arguments.warm_up, ranks)
-        except (NotAvailableError, NotImplementedError, AttributeError) as error:
+        except (NotAvailableError, NotImplementedError) as error:
             missing[name] = str(error)
     times: dict[str, list[float]] = {name: [] for name in pipelines}
     times_alone = []
