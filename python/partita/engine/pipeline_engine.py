@@ -21,6 +21,7 @@ from partita.model import Accumulation, ModelPart
 from partita.optim import OptimizerSource, SchedulerSource
 from partita.pipeline import (
     Batches,
+    Outbox,
     PipelineError,
     PipelineModule,
     PipelineStep,
@@ -312,4 +313,5 @@ def _stages_here(model: PipelineModule, plan: RankPlan, ready: Prepared, exits: 
     name = f"rank {grid.world.rank}"
     if grid.data.world_size > 1:
         name += f" (rank {grid.pipe.rank} of its pipeline)"
-    return StagesHere(name, model, parts, splits, ties, run.grid.pipe, ready.scaling, ready.controller.add_loss)
+    outbox = Outbox(grid.pipe, plan.window)
+    return StagesHere(name, model, parts, splits, ties, grid.pipe, outbox, ready.scaling, ready.controller.add_loss)
