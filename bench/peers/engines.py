@@ -138,8 +138,8 @@ def _config_engine(engine: Any) -> Engine:
 
 
 def _deepspeed(task: Task, stage: int) -> Engine:
-    with _silent():
-        deepspeed = _library("deepspeed")
+    with silent():
+        deepspeed = library("deepspeed")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         model, config = task.build_model(), _engine_config(task, stage)
         optimizer: Optimizer | None = None
@@ -160,11 +160,11 @@ def _deepspeed(task: Task, stage: int) -> Engine:
 
 def _partita(task: Task, stage: int, transport: str = "auto") -> Engine:
     config = _engine_config(task, stage) | {"comm": {"transport": transport}, "steps_per_print": 0}
-    engine, *_ = _library("partita").initialize(model=task.build_model(), config=config)
+    engine, *_ = library("partita").initialize(model=task.build_model(), config=config)
     return _config_engine(engine)
 
 
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -174,7 +174,7 @@ def _library(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Swallow what a library prints while it starts (its log handlers keep the swallowed stream)."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield

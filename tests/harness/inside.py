@@ -152,7 +152,7 @@ def save_in_files_of(engine: Engine, folder: Path, max_bytes: int) -> None:
     from partita.checkpoint import ModelWeights, save_model_files
 
     state = engine.train_state()
-    save_model_files(ModelWeights(state, engine.module, None), folder, state.world, max_bytes)
+    save_model_files(ModelWeights(state, None), folder, state.world, max_bytes)
 
 
 # -- what an engine does

@@ -14,7 +14,7 @@ namespace partita {
 
 inline constexpr std::uint32_t slots_per_rank = 64;  // collectives that a rank may have announced and not seen finished
 inline constexpr std::int64_t payload_bytes = 8192;  // up to this size values travel in the slot itself
-inline constexpr std::uint32_t messages_per_channel = 16;
+inline constexpr std::uint32_t messages_per_channel = 256;
 
 inline constexpr std::size_t call_bytes = 64;  // of the name of what a program called, zero-terminated
 

@@ -25,7 +25,7 @@ from partita.checkpoint.deepspeed_states import (
     numel_of,
 )
 from partita.checkpoint.errors import CheckpointError
-from partita.checkpoint.pieces import MODEL, Place, of_quantity
+from partita.checkpoint.places import MODEL, Place, of_quantity
 from partita.checkpoint.saved_state import SavedState
 from partita.model import WEIGHT, to_plain
 

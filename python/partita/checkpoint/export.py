@@ -15,7 +15,7 @@ from partita.checkpoint.folder import Found
 from partita.checkpoint.layout import TensorSpec
 from partita.checkpoint.model_files import ModelFiles
 from partita.checkpoint.model_weights import Read
-from partita.checkpoint.pieces import MODEL, REMAINDER, Place, dtype_name, of_quantity
+from partita.checkpoint.places import MODEL, REMAINDER, Place, dtype_name, of_quantity
 from partita.checkpoint.protection import PLAIN, Protection, event_of
 from partita.checkpoint.saved_state import STATE, parse_state
 from partita.checkpoint.sealing import Cipher

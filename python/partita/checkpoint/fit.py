@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from partita.checkpoint.errors import CheckpointError
-from partita.checkpoint.pieces import MODEL, PARAMETER, Place
+from partita.checkpoint.places import MODEL, PARAMETER, Place
 
 NAMED = 5  # names in one message
 
@@ -19,6 +19,8 @@ class Fit:
         parameters, buffers: the model's, with their shapes.
         saved: all tensors of the checkpoint.
         aliases: other names of the model's tensors in the checkpoint.
+        own_aliases: other names of the model's tensors here. A buffer that is one here may have been several there: the
+            layers that share it were on several ranks.
 
     Attributes:
         missing: names of the model's tensors that the checkpoint does not have.
@@ -26,7 +28,14 @@ class Fit:
         reshaped: names with (saved shape, shape here).
     """
 
-    def __init__(self, parameters: Shapes, buffers: Shapes, saved: Shapes, aliases: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        parameters: Shapes,
+        buffers: Shapes,
+        saved: Shapes,
+        aliases: Mapping[str, str],
+        own_aliases: Mapping[str, str],
+    ) -> None:
         self._parameters = parameters
         here = {**parameters, **buffers}
         model = {p for p in saved if p.stem == MODEL or p.name.startswith(f"{PARAMETER}/")}
@@ -37,6 +46,7 @@ class Fit:
                 self._sources[place] = other
         self.missing = [place.name for place in here if place not in self._sources]
         used = set(self._sources.values())
+        used |= {Place(MODEL, name) for name, first in own_aliases.items() if Place(MODEL, first) in buffers}
         self.unexpected = [place.name for place in saved if place in model and place not in used]
         shapes = {place: (saved[source], here[place]) for place, source in self._sources.items()}
         self.reshaped = {place.name: (there, own) for place, (there, own) in shapes.items() if there != own}

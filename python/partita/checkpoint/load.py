@@ -19,6 +19,7 @@ from partita.checkpoint.audit import Event
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.folder import Found, find
 from partita.checkpoint.manifest import manifest_text, parse_manifest
+from partita.checkpoint.names import stored_names
 from partita.checkpoint.protection import PLAIN, Protection, event_of
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state
 from partita.checkpoint.stored import Stored, read_whole
@@ -107,9 +108,10 @@ def _load(
     )
     found = Found(folder, its_tag, manifest)
     cipher = together(world, what, partial(protection.opened, found))
+    names = stored_names(state, what)
     with together(world, what, partial(Stored, folder, manifest, cipher)) as stored:
         client_state = together(world, what, lambda: from_plain(saved.client_state))
-        reader = together(world, what, partial(ValueReader, state, stored, saved, wanted.strict))
+        reader = together(world, what, partial(ValueReader, state, names, stored, saved, wanted.strict))
         states = together(world, what, partial(_sections, state, saved, wanted, reader))
         kept = [
             owner.values_of(states[name]) for name, owner in _keepers(state) if wanted.takes(name) and name in states

@@ -18,7 +18,9 @@ from partita.checkpoint.disk import preallocate, write_durably
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.layout import MIN_CHUNK_BYTES, FileLayout, TensorSpec, chunk_bytes, index_text, lay_out
 from partita.checkpoint.manifest import FORMAT, MANIFEST, VERSION, FileRecord, Manifest, manifest_text
-from partita.checkpoint.pieces import MODEL, OPTIMIZER, Piece, Place, StoredNames, pieces, stem_of
+from partita.checkpoint.names import StoredNames, stored_names
+from partita.checkpoint.pieces import Piece, pieces
+from partita.checkpoint.places import MODEL, OPTIMIZER, Place, stem_of
 from partita.checkpoint.protection import PLAIN, Protection
 from partita.checkpoint.saved_state import STATE, SavedState, parse_state, state_text
 from partita.checkpoint.sealing import Cipher
@@ -77,10 +79,9 @@ class Save:
         self.path = directory / tag
         self._what = what = f"the checkpoint '{self.path}' was not saved"
         client = together(world, what, lambda: _plain_client_state(client_state))
-        names = together(world, what, lambda: StoredNames(state))
+        names = stored_names(state, what)
         mine = together(world, what, lambda: list(pieces(state, names)))
-        frozen = {names.of_parameter(name) for name in state.frozen()}
-        self._files = together(world, what, partial(_lay_out, _all_specs(world, mine, names), frozen))
+        self._files = together(world, what, partial(_lay_out, _all_specs(world, mine, names), names.frozen))
         self._staging = together(world, what, lambda: Staging(directory, tag, protection.access))  # rank 0's
         self._differing = {s.name: sections.pop(s.name) for s in state.sections if isinstance(s.owner, DiffersByRank)}
         self._small = SavedState(
@@ -94,7 +95,9 @@ class Save:
         with ExitStack() as undo:
             undo.callback(self._staging.discard)
             runs = runs_in(self._files, mine)
-            made = from_rank_0(world, what, partial(_begin, self._staging, directory, self._files, frozen, protection))
+            made = from_rank_0(
+                world, what, partial(_begin, self._staging, directory, self._files, names.frozen, protection)
+            )
             folder, earlier = Path(json.loads(made)[0]), Earlier.model_validate(json.loads(made)[1])
             self._linked = _link(world, what, folder, self._files, earlier, runs, protection.access.file)
             writer = partial(Writer, folder, self._files, self._linked, world.rank == 0, room, self._cipher)

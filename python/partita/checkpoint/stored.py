@@ -14,7 +14,7 @@ from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.folder import open_file
 from partita.checkpoint.layout import parse_header
 from partita.checkpoint.manifest import FileRecord, Manifest
-from partita.checkpoint.pieces import Place, stem_of
+from partita.checkpoint.places import Place, stem_of
 from partita.checkpoint.reads import NOT_SEALED, Chunk
 from partita.checkpoint.sealing import Cipher
 from partita.checkpoint.tensor_files import TensorFiles

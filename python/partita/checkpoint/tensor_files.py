@@ -15,7 +15,7 @@ from torch import Tensor
 
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.layout import StoredTensor
-from partita.checkpoint.pieces import Place
+from partita.checkpoint.places import Place
 from partita.checkpoint.reads import Chunk, Reads
 from partita.device import kernels
 from partita.model import DTYPE_NAMES

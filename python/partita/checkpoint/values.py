@@ -10,7 +10,8 @@ from torch import Tensor
 
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.fit import Fit
-from partita.checkpoint.pieces import MODEL, REMAINDER, RESERVED, Place, StoredNames, of_quantity
+from partita.checkpoint.names import StoredNames
+from partita.checkpoint.places import MODEL, REMAINDER, RESERVED, Place, of_quantity
 from partita.checkpoint.saved_state import SavedState
 from partita.checkpoint.stored import Stored
 from partita.device import HOST, flat_buffer, kernels
@@ -29,7 +30,7 @@ class ValueReader:
 
     Attributes:
         bytes_read: so far.
-        fit: how the names of the model and of the checkpoint go together.
+        fit: how the names of the model, those of all ranks, and of the checkpoint go together.
         rounded: parameters of this rank that take a 16-bit value in place of an fp32 weight, which the checkpoint has
             of others.
 
@@ -37,15 +38,18 @@ class ValueReader:
         CheckpointError: names or shapes of the model's tensors differ (`strict`; lists them), or nothing fits.
     """
 
-    def __init__(self, state: TrainState, stored: Stored, saved: SavedState, strict: bool) -> None:
+    def __init__(self, state: TrainState, names: StoredNames, stored: Stored, saved: SavedState, strict: bool) -> None:
         self._state = state
+        self._names = names
         self._stored = stored
         self._strict = strict
         self.bytes_read = 0
-        self._names = names = StoredNames(state)
-        parameters = {names.of_parameter(name): shape for name, shape in state.parameter_shapes().items()}
-        buffers = {Place(MODEL, name): tuple(buffer.shape) for name, buffer in names.buffers.items()}
-        self.fit = Fit(parameters, buffers, {p: t.shape for p, t in stored.tensors.items()}, saved.aliases)
+        kept = set(names.parameters.values())
+        parameters = {place: spec.shape for place, spec in names.specs.items() if place in kept}
+        buffers = {place: spec.shape for place, spec in names.specs.items() if place not in kept}
+        self.fit = Fit(
+            parameters, buffers, {p: t.shape for p, t in stored.tensors.items()}, saved.aliases, names.aliases
+        )
         if strict:
             self.fit.require_all()
         self.fit.require_any()
@@ -57,20 +61,20 @@ class ValueReader:
 
     @property
     def parameters(self) -> list[str]:
-        """Of the model."""
+        """Of this rank."""
         return list(self._state.parameter_shapes())
 
     def names_before(self, saved: SavedState) -> dict[str, str]:
-        """The names of parameters of this model, with those that they had in the model that was saved. Without those
+        """The names of parameters of this rank, with those that they had in the model that was saved. Without those
         that the checkpoint does not have."""
         there = {stored: name for name, stored in saved.parameters.items()}
         stored = {name: self._source(name).name for name in self.parameters if self._has(name)}
         return {name: there.get(source, source) for name, source in stored.items()}
 
     def unused_states(self) -> list[str]:
-        """Names of tensors whose optimizer states the checkpoint has, and which are not trained here."""
-        slots = [s for q in self._state.quantities() if isinstance(q.unit, Unit) for s in q.unit.layout.slots]
-        trained = {self._source(slot.name).name for slot in slots if self._has(slot.name)}
+        """Names of tensors whose optimizer states the checkpoint has, and which no rank trains."""
+        moving = set(self._names.parameters.values()) - self._names.frozen
+        trained = {self.fit.source(place).name for place in moving if self.fit.has(place)}
         kept = (place.name.partition("/") for place in self._stored.tensors if place.stem != MODEL)
         return sorted({name for quantity, _, name in kept if quantity not in RESERVED} - trained)
 
@@ -114,8 +118,8 @@ class ValueReader:
             s = slices[parameter]
             for place in self._states(parameter, name):
                 self._stored.check(place, s.parameter_offset, s.numel)
-        for name, tensor in self._fitting_buffers():
-            self._stored.check(self.fit.source(Place(MODEL, name)), 0, tensor.numel())
+        for place, tensor in self._fitting_buffers():
+            self._stored.check(place, 0, tensor.numel())
         self.bytes_read += self._stored.finish()
 
     @torch.no_grad()
@@ -130,8 +134,8 @@ class ValueReader:
                 self._take_slice(quantity, s)
         for name, tensor in self._state.untrained().items():
             self._take_tensor(self._weights(name, tensor.dtype), tensor)
-        for name, tensor in self._fitting_buffers():
-            self._take_tensor([self.fit.source(Place(MODEL, name))], tensor.detach())
+        for place, tensor in self._fitting_buffers():
+            self._take_tensor([place], tensor.detach())
         self.bytes_read += self._stored.finish()
 
     def _has(self, parameter: str) -> bool:
@@ -141,10 +145,11 @@ class ValueReader:
         """Where the checkpoint has a parameter of this model."""
         return self.fit.source(self._names.of_parameter(parameter))
 
-    def _fitting_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self._names.buffers.items():
-            if self.fit.has(Place(MODEL, name)):
-                yield name, tensor
+    def _fitting_buffers(self) -> Iterator[tuple[Place, Tensor]]:
+        """With where the checkpoint has each."""
+        for place, tensor in self._names.buffers.values():
+            if self.fit.has(place):
+                yield self.fit.source(place), tensor
 
     def _states(self, parameter: str, name: str) -> list[Place]:
         """Where a quantity of the optimizer is; nowhere, if the checkpoint does not have it."""

@@ -12,7 +12,7 @@ from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.folder import manifest_in, opened_folder
 from partita.checkpoint.layout import LENGTH_BYTES, MIN_CHUNK_BYTES, header_nbytes, parse_header
 from partita.checkpoint.manifest import FORMAT, MANIFEST, plain_name
-from partita.checkpoint.pieces import MODEL, Place
+from partita.checkpoint.places import MODEL, Place
 from partita.checkpoint.reads import Chunk
 from partita.checkpoint.stored import Stored
 from partita.checkpoint.strict_json import parse_json

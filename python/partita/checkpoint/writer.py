@@ -13,7 +13,8 @@ from typing import Any
 from partita.checkpoint.errors import CheckpointError
 from partita.checkpoint.layout import FileLayout, chunk_bytes
 from partita.checkpoint.manifest import FileRecord
-from partita.checkpoint.pieces import Piece, Place, stem_of
+from partita.checkpoint.pieces import Piece
+from partita.checkpoint.places import Place, stem_of
 from partita.checkpoint.sealing import Cipher
 from partita.checkpoint.transfer import Done, HostRoom, Transfer
 

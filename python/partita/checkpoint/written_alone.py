@@ -17,7 +17,7 @@ from partita.checkpoint.deepspeed_states import Parts
 from partita.checkpoint.disk import OWNER, preallocate, write_durably
 from partita.checkpoint.layout import MIN_CHUNK_BYTES, FileLayout, TensorSpec, chunk_bytes, lay_out
 from partita.checkpoint.manifest import MANIFEST, FileRecord, Manifest, manifest_text
-from partita.checkpoint.pieces import MODEL, OPTIMIZER, Place, stem_of
+from partita.checkpoint.places import MODEL, OPTIMIZER, Place, stem_of
 from partita.checkpoint.protection import PLAIN, Protection
 from partita.checkpoint.save import record_of, sealed_file, small_files
 from partita.checkpoint.saved_state import SavedState

@@ -139,7 +139,7 @@ class Communicator(ABC):
     def send(self, tensor: Tensor, destination: int) -> Handle:
         """Sends a contiguous tensor of any dtype; it may change after the wait, which may last until the receiver's.
 
-        Sends from one rank to another are received in their order. Some transports hold no more than 16 that are not
+        Sends from one rank to another are received in their order. Some transports hold no more than 256 that are not
         received yet, and wait in the next.
         """
 

@@ -21,6 +21,7 @@ _ALWAYS = "what Partita does anyway"
 _REMOVED = "DeepSpeed 0.19 has removed it too; remove it"
 _FP32 = "master weights, gradients of them and moments are fp32 here: remove it"
 _MONITOR = "metrics are not written yet: write the loss and engine.get_lr() yourself, and set enabled to false"
+_TENSOR_PARALLEL = "it divides activations over tensor-parallel ranks, which are not there"
 _CHECKPOINTED = "activation_checkpointing.enabled chooses the layers and what they keep"
 
 
@@ -100,7 +101,6 @@ _TOP_LEVEL: dict[str, Rule] = {
     "memory_breakdown": (noted("read torch.cuda.memory_stats() in the training script"),),
     "monitor_config": (noted("DeepSpeed does not read it either"),),
     "nebula": _off(_REMOVED, EMPTY),
-    "pipeline": (noted("it is read for pipeline models only, which are not there"),),
     "progressive_layer_drop": _off(_REMOVED),
     "quantize_training": _off(_REMOVED, EMPTY),
     "seq_parallel_communication_data_type": (noted("there is no sequence parallelism that would use it"),),
@@ -163,6 +163,14 @@ _OTHER_SECTIONS: dict[str, Rule] = {
         ),
     ),
     "optimizer.legacy_fusion": (noted("it tunes DeepSpeed's fp16 optimizer"),),
+    "pipeline.grad_partitioned": (noted(_TENSOR_PARALLEL),),
+    "pipeline.partition": (noted("DeepSpeed does not use it either: PipelineModule has partition_method"),),
+    "pipeline.pipe_partitioned": (noted(_TENSOR_PARALLEL),),
+    "pipeline.seed_layers": (noted("DeepSpeed does not use it either: PipelineModule has seed_layers"),),
+    "pipeline.stages": (noted("DeepSpeed does not use it either: PipelineModule has num_stages"),),
+    "pipeline.use_reentrant": (
+        noted("layers are recomputed without reentering autograd, which gives the same values"),
+    ),
     "steps_per_print": (
         noted(
             "no progress line is printed",

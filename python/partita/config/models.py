@@ -25,6 +25,7 @@ from partita.config.fields import (
     Section,
     TransportName,
 )
+from partita.config.pipeline_keys import PipelineConfig
 
 
 class OptimizerConfig(Section):
@@ -275,6 +276,7 @@ class Config(Section):
         ActivationCheckpointingConfig(), description="See [activation_checkpointing](#activation_checkpointing)."
     )
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="See [checkpoint](#checkpoint).")
+    pipeline: PipelineConfig = Field(PipelineConfig(), description="See [pipeline](#pipeline).")
     gradient_clipping: Annotated[float, Field(ge=0), DeepSpeedDefault("1.0")] = Field(
         0.0, description="Largest norm of all gradients together; 0 does not clip."
     )

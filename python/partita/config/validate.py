@@ -128,7 +128,9 @@ def _refused(key: str, value: Any, reason: str, *, has_value: bool = True) -> Fi
 
 def _meant_object(path: str, section: type[Section], value: Any) -> str:
     """The object that a value in place of a section probably stands for."""
-    key = next((k for k in ("enabled", "stage", "type", "device", "transport") if k in section.model_fields), None)
+    key = next(
+        (k for k in ("enabled", "stage", "type", "device", "transport", "schedule") if k in section.model_fields), None
+    )
     if key == "stage" and isinstance(value, bool):
         value = int(value)  # what DeepSpeed made of it
     kinds = {"enabled": (bool,), "stage": (int,)}.get(str(key), (str,))

@@ -4,5 +4,6 @@ from partita.engine.base import EngineBase
 from partita.engine.engine import Engine, initialize
 from partita.engine.keeper import Preempted
 from partita.engine.phase import LifecycleError
+from partita.engine.pipeline_engine import PipelineEngine
 
-__all__ = ["Engine", "EngineBase", "LifecycleError", "Preempted", "initialize"]
+__all__ = ["Engine", "EngineBase", "LifecycleError", "PipelineEngine", "Preempted", "initialize"]

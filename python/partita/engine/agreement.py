@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 
 def shared_by_ranks(
-    config: Config, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any, train_data: Any
+    config: Config, of_model: Entries, optimizer: Optimizer | None, lr_scheduler: Any, train_data: Any
 ) -> Entries:
     """(name, value) of the config without what may differ, of the optimizer and its groups, the model and the data.
+
+    of_model: what the ranks know of the model, see `model_entries`.
 
     What may differ: reports, timeouts and pinned memory; the index of a device; the values of weights and buffers, as
     those of rank 0 count; random states.
@@ -32,7 +34,7 @@ def shared_by_ranks(
         *_of_data(train_data),
         ("the class of the optimizer", "none" if optimizer is None else type(optimizer).__name__),
         ("the class of the lr_scheduler", "none" if lr_scheduler is None else type(lr_scheduler).__name__),
-        *_of_model(model, optimizer),
+        *of_model,
         *(() if optimizer is None else group_entries(optimizer)),
     ]
 
@@ -58,6 +60,11 @@ def _of_data(train_data: Any) -> Iterator[tuple[str, str]]:
     with suppress(TypeError):  # a loader over a stream says that it has no length
         if hasattr(train_data, "__len__"):
             yield "the number of samples in the training data", str(len(train_data))
+
+
+def model_entries(model: nn.Module, optimizer: Optimizer | None) -> Entries:
+    """(name, value) of what a model is, and which of its parameters are trained."""
+    return list(_of_model(model, optimizer))
 
 
 def _of_model(model: nn.Module, optimizer: Optimizer | None) -> Iterator[tuple[str, str]]:

@@ -13,36 +13,17 @@ from torch.optim import Optimizer
 
 from partita.comm import backend_for, init_distributed, note_rank
 from partita.config import ConfigSource
-from partita.data import (
-    Reading,
-    ShardedLoader,
-    call_with,
-    loading_of,
-    loss_in,
-    micro_batches,
-    on_device,
-    sharded_loader,
-)
-from partita.engine.agreement import shared_by_ranks
-from partita.engine.arguments import OWN_ORDER, check_arguments, config_of, model_of, named_arguments
+from partita.data import Reading, ShardedLoader, call_with, loss_in, micro_batches, on_device
+from partita.engine.arguments import OWN_ORDER, config_of, model_of, named_arguments
 from partita.engine.base import EngineBase
 from partita.engine.dtype_notes import explain_dtypes
 from partita.engine.phase import Phase, require, require_loss
-from partita.model import Accumulation, LossScaling, ModelPart, device_of, require_only_parameters_of
-from partita.optim import (
-    OptimizerSource,
-    SchedulerSource,
-    ShardedOptimizer,
-    StepController,
-    choose_optimizer,
-    choose_scheduler,
-    decided_config,
-    kept_groups,
-    require_supported,
-)
-from partita.run import begin_run, checked_config, loss_scaler_of, policy_of, splits_masters
+from partita.engine.pipeline_engine import PipelineEngine
+from partita.engine.prepare import Given, prepare
+from partita.model import Accumulation, ModelPart, device_of
+from partita.optim import OptimizerSource, SchedulerSource
+from partita.pipeline import PipelineModule
 from partita.step import OptimizerStep
-from partita.units import ParameterGathers
 
 logger = logging.getLogger("partita")
 
@@ -88,33 +69,18 @@ class Engine(EngineBase):
         with ExitStack() as on_failure, ExitStack() as exits:
             on_failure.push(note_rank)
             model = model_of(model)
-            check_arguments(optimizer, model_parameters, train_data, lr_scheduler, config, collate_fn)
-            config = config_of(None, {"config": config, **config_names})
-            loading = loading_of(train_data, collate_fn)
-            decided = decided_config(config, model, optimizer, lr_scheduler, loading.batch_size)
-            settings, device = checked_config(decided, loading.batch_size), device_of(model)
-            inner = choose_optimizer(optimizer, model, model_parameters, settings)
-            if inner is not None:
-                require_only_parameters_of(model, inner)
-                require_supported(inner, policy_of(settings), splits_masters=splits_masters(settings))
-                on_failure.callback(kept_groups(inner))  # a schedule changes learning rates when it is made
-            outer = None if inner is None else ShardedOptimizer(inner)
-            scheduler = choose_scheduler(lr_scheduler, outer, settings)
-            shared = shared_by_ranks(settings, model, inner, scheduler, train_data)
-            dtypes = {p.dtype for p in model.parameters()}
-            run = begin_run(settings, device, exits, shared, dtypes, loading.batch_size, on_failure)
-            loader = None if train_data is None else sharded_loader(loading, run)
-            controller = StepController(loss_scaler_of(run.config, run.precision), run.streams, run.world_size)
-            scaling = LossScaling(controller.scale if run.precision.scales_loss else None)
+            source = config_of(None, {"config": config, **config_names})
+            given = Given(optimizer, model_parameters, train_data, lr_scheduler, source, collate_fn)
+            given.check()
+            ready = prepare(model, given, exits, on_failure)
+            run, gathers = ready.run, ready.gathers
             accumulation = Accumulation(run.batch.accumulation, run.policy)
-            gathers = ParameterGathers()
-            exits.callback(gathers.close)
-            part = ModelPart(model, inner, run, scaling, accumulation, gathers, exits)
-            step = OptimizerStep(run, [part], outer, scheduler, controller, gathers, exits)
+            part = ModelPart(model, ready.inner, run, ready.scaling, accumulation, gathers, exits)
+            step = OptimizerStep(run, [part], ready.optimizer, ready.scheduler, ready.controller, gathers, exits)
             exits.callback(gathers.wait)
-            super().__init__(run, model, [part], step, outer, scheduler, loader, exits)
+            super().__init__(run, model, [part], step, ready.optimizer, ready.scheduler, ready.loader, exits)
             on_failure.pop_all()
-        self._scaling, self._accumulation = scaling, accumulation
+        self._scaling, self._accumulation = ready.scaling, accumulation
         self._has_forward = self._was_at_boundary = False  # in this micro-batch; in the last step()
         self._backwards_before = 0  # backwards of the part before this micro-batch
         self._reading = Reading()
@@ -122,7 +88,7 @@ class Engine(EngineBase):
     _has_warned_of_restart = False
 
     @classmethod
-    def initialize(cls, *args: Any, **kwargs: Any) -> tuple[Engine, Optimizer | None, ShardedLoader | None, Any]:
+    def initialize(cls, *args: Any, **kwargs: Any) -> tuple[EngineBase, Optimizer | None, ShardedLoader | None, Any]:
         """The same as `partita.initialize`."""
         return initialize(*args, **kwargs)
 
@@ -364,14 +330,15 @@ def initialize(
     config: ConfigSource = None,
     mesh_param: None = None,
     config_params: ConfigSource = None,
-) -> tuple[Engine, Optimizer | None, ShardedLoader | None, Any]:
-    """Makes a model ready to train; `Engine` has more on the arguments.
+) -> tuple[EngineBase, Optimizer | None, ShardedLoader | None, Any]:
+    """Makes a model ready to train; `Engine` and `PipelineEngine` have more on the arguments.
 
     Args:
         positional: model, optimizer, model_parameters, training_data, lr_scheduler, config, collate_fn, in this order.
             If the first one is no model and the second one is, all are in DeepSpeed's order: that of the names below.
         args: of a command line: its `deepspeed_config` is the config when no other is given.
-        model: a `torch.nn.Module` on the device to train on, without a wrapper.
+        model: a `torch.nn.Module` on the device to train on, without a wrapper. A `partita.pipeline.PipelineModule`
+            gets a `PipelineEngine`, any other an `Engine`.
         optimizer: over the model's parameters, or a function that makes one from them; None: the config's.
         model_parameters: parameters or param groups for the config's optimizer; None: all that require gradients.
         training_data: a data set, an iterable of samples, or a DataLoader (its data, batch size and collate function).
@@ -392,9 +359,10 @@ def initialize(
     given = named_arguments(named.pop("positional"), named)
     settings = config_of(given["args"], {name: given[name] for name in ("config", "config_params")})
     if given["distributed_port"] is not None or given["dist_init_required"] is False:
-        backend = backend_for(device_of(model_of(given["model"])))
+        model = given["model"]
+        backend = backend_for(device_of(model if isinstance(model, PipelineModule) else model_of(model)))
         port, required = given["distributed_port"], given["dist_init_required"]
         init_distributed(backend, distributed_port=port, dist_init_required=required)
     own: list[Any] = [settings if name == "config" else given[name] for name in OWN_ORDER]
-    engine = Engine(*own)
+    engine: EngineBase = (PipelineEngine if isinstance(given["model"], PipelineModule) else Engine)(*own)
     return engine, engine.optimizer, engine.dataloader, engine.lr_scheduler

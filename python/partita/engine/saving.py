@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
+from partita.comm import by_rank
 from partita.config import save_config
 from partita.data import ShardedLoader
 from partita.engine.as_module import AsModule
 from partita.engine.phase import WHOLE_AGAIN, Phase
 from partita.engine.save_beside import SaveBeside
-from partita.model import ModelPart, RandomState, Section, TrainState, clone_state_dict
+from partita.model import CommonAccumulation, ModelPart, RandomState, Section, TrainState, clone_state_dict
 from partita.optim import HyperParameters, ShardedOptimizer
 from partita.run import Run
 from partita.step import OptimizerStep
-from partita.zero import PartlyLoadedError, WeightSource, load_weights
+from partita.zero import Loaded, OnRanks, PartlyLoadedError, WeightSource, load_on_ranks
 
 if TYPE_CHECKING:
     from partita.checkpoint import Protection
@@ -47,7 +48,8 @@ class KeepsState(AsModule):
     def module_state_dict(self, rank: int | None = None) -> dict[str, Any]:
         """The model's state dict with memory of its own (a plain `state_dict()` shares the flat buffers).
 
-        In stage 3 a collective, unit by unit.
+        In a pipeline that of this rank's layers; `save_model()` writes all of them. In stage 3 a collective, unit by
+        unit.
 
         Args:
             rank: the one that wants it. The others get an empty dict and need no memory for it. None: all want it.
@@ -57,12 +59,21 @@ class KeepsState(AsModule):
             return clone_state_dict(self.module, wanted=rank in (None, self.global_rank))
 
     def load_module_state_dict(self, source: WeightSource, *, strict: bool = True, rank: int = 0) -> list[str]:
-        """Gives the model the weights of a full state dict or of safetensors files, see `partita.zero.load_weights`."""
+        """Gives the model the weights of a full state dict or of safetensors files, see `partita.zero.load_weights`.
+
+        In a pipeline, too, the source has the whole model, and each rank takes its own layers.
+        """
+        return self._load_weights(source, strict, rank).missing
+
+    def _load_weights(self, source: WeightSource, strict: bool, rank: int = 0) -> Loaded:
         with self._call_of_all("load_module_state_dict()"):
             self._wait_for_parameters()
             self._beside.finish()
+            replicas = {name: owner for part in self._parts for name, owner in part.replicas.items()}
             try:
-                return load_weights(self.module, source, strict=strict, rank=rank)
+                return load_on_ranks(
+                    self.module, source, strict=strict, rank=rank, on=OnRanks(self._run.grid, replicas)
+                )
             except PartlyLoadedError:
                 self._is_torn = True
                 raise
@@ -103,9 +114,11 @@ class KeepsState(AsModule):
                 "the model to engine.load_module_state_dict()"
             )
         state = {name.removeprefix("module."): value for name, value in state_dict.items()}
-        missing = self.load_module_state_dict(state, strict=strict)
-        unexpected = state.keys() - self.module.state_dict(keep_vars=True).keys()
-        return _IncompatibleKeys([f"module.{name}" for name in missing], [f"module.{name}" for name in unexpected])
+        loaded = self._load_weights(state, strict)
+        unexpected = state.keys() - loaded.names
+        return _IncompatibleKeys(
+            [f"module.{name}" for name in loaded.missing], [f"module.{name}" for name in unexpected]
+        )
 
     def save_model(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Writes the model's state dict into safetensors files, each rank its own part; a collective.
@@ -131,9 +144,9 @@ class KeepsState(AsModule):
             self._wait_for_parameters()
             for part in self._parts:
                 part.adopt_written_parameters()
-            state = TrainState(self._parts, [], self._run.grid.world)
+            state = TrainState(self._parts, [], self._run.grid)
             try:
-                save_model_files(ModelWeights(state, self.module, dtype), Path(path), state.world)
+                save_model_files(ModelWeights(state, dtype), Path(path), state.world)
             except CheckpointError as error:
                 raise OSError(str(error)) from error
 
@@ -271,15 +284,22 @@ class KeepsState(AsModule):
             raise RuntimeError(f"{call} was called after {Phase.TORN.value}: {WHOLE_AGAIN}")
 
     def _facts(self) -> dict[str, Any]:
-        """What people want to know of a checkpoint."""
+        """What people want to know of a checkpoint. A collective in a pipeline."""
         return {
             "partita": importlib.metadata.version("partita"),
             "torch": torch.__version__,
             "stage": self._run.policy.stage,
             "precision": self._run.precision.name,
             "transport": self._run.grid.world.transport,
-            "parameters": sum(slot.numel for part in self._parts for unit in part.units for slot in unit.layout.slots),
+            "parameters": int(sum(by_rank(self._run.grid.pipe, float(sum(self._trained_numels()))))),
         }
+
+    def _trained_numels(self) -> Iterator[int]:
+        """Of each parameter that this rank trains, without replicas."""
+        for part in self._parts:
+            for slot in (slot for unit in part.units for slot in unit.layout.slots):
+                if slot.name not in part.replicas:
+                    yield slot.numel
 
     def train_state(self) -> TrainState:
         """Everything that must survive a restart.
@@ -288,8 +308,7 @@ class KeepsState(AsModule):
             TypeError: the lr_scheduler has no state that could be saved.
         """
         sections = [Section("step", self._step)]
-        for i, part in enumerate(self._parts):
-            sections.append(Section(f"accumulation.{i}" if i else "accumulation", part.accumulation))
+        sections.append(Section("accumulation", CommonAccumulation([part.accumulation for part in self._parts])))
         if self.optimizer is not None and self._step.sharded is not None:
             sections.append(Section("optimizer", HyperParameters(self.optimizer)))
             sections.append(Section("optimizer_states", self._step.sharded.update))
@@ -301,7 +320,7 @@ class KeepsState(AsModule):
         if self.dataloader is not None:
             sections.append(Section("data", self.dataloader))
         sections.append(Section("random", RandomState(self.device)))
-        return TrainState(self._parts, sections, self._run.grid.world)
+        return TrainState(self._parts, sections, self._run.grid)
 
     def _call_of_all(self, name: str) -> AbstractContextManager[None]:
         """The block of a call that is a collective; other ranks in other calls are named."""

@@ -7,7 +7,17 @@ from partita.model.loss_scaling import LossScaling
 from partita.model.part import ModelPart
 from partita.model.plain import from_plain, to_plain
 from partita.model.random_state import RandomState
-from partita.model.state import WEIGHT, DiffersByRank, KeepsValues, Quantity, Section, Snapshot, Stateful, TrainState
+from partita.model.state import (
+    WEIGHT,
+    CommonAccumulation,
+    DiffersByRank,
+    KeepsValues,
+    Quantity,
+    Section,
+    Snapshot,
+    Stateful,
+    TrainState,
+)
 from partita.model.take import device_of, require_only_parameters_of
 from partita.model.weights import clone_state_dict
 
@@ -15,6 +25,7 @@ __all__ = [
     "DTYPE_NAMES",
     "WEIGHT",
     "Accumulation",
+    "CommonAccumulation",
     "DiffersByRank",
     "KeepsValues",
     "LossScaling",

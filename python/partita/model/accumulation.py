@@ -15,14 +15,16 @@ class Accumulation:
     Args:
         micro_batches: of one step.
         policy: the ZeRO stage.
+        reduces_at_boundary: False: no backward reduces; gradients stay on their rank until `ModelPart.reduce()`.
     """
 
-    def __init__(self, micro_batches: int, policy: StagePolicy) -> None:
+    def __init__(self, micro_batches: int, policy: StagePolicy, *, reduces_at_boundary: bool = True) -> None:
         self.micro_steps = 0
         self.boundary: bool | None = None  # said by hand; None: every `micro_batches`
         self._micro_batches = micro_batches
         self._policy = policy
         self._is_deferred = False
+        self._reduces_at_boundary = reduces_at_boundary
 
     @property
     def is_boundary(self) -> bool:
@@ -39,7 +41,7 @@ class Accumulation:
     @property
     def reduces(self) -> bool:
         """Whether the backward of this micro-batch reduces the gradients over ranks, or accumulates them here."""
-        return self.is_boundary and not self._is_deferred
+        return self._reduces_at_boundary and self.is_boundary and not self._is_deferred
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -104,7 +104,8 @@ class Backward:
         self._is_running = True
         try:
             with self._scaling.scaled():
-                torch.autograd.backward(roots, grads, retain_graph=retain_graph)
+                if roots:
+                    torch.autograd.backward(roots, grads, retain_graph=retain_graph)
                 self.reducer.finish_backward()
                 if self.ended_count == before:  # no gradient reached a parameter here, but some may on other ranks
                     self.reducer.reduce_zeros()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ logger = logging.getLogger("partita")
 FIRST_LOOKS = 3
 LOOKS_EVERY = 100
 _NO_AUTOCAST = nullcontext()
+NO_REPLICAS: Mapping[str, str] = MappingProxyType({})
 
 
 class ModelPart:
@@ -43,6 +45,7 @@ class ModelPart:
         accumulation: says which backwards of this part reduce.
         gathers: brings the parameters that other ranks updated; shared by all parts.
         exits: lets go of the module.
+        replicas: parameters that another part has, too, and counts and saves: name here -> name there.
 
     Raises:
         ValueError, TypeError: the module cannot be trained as asked; names the parameter or module.
@@ -57,8 +60,10 @@ class ModelPart:
         accumulation: Accumulation,
         gathers: ParameterGathers,
         exits: ExitStack,
+        replicas: Mapping[str, str] = NO_REPLICAS,
     ) -> None:
         self.module = module
+        self.replicas = dict(replicas)
         self.gathers = gathers
         self.accumulation = accumulation
         self._run = run
@@ -69,6 +74,9 @@ class ModelPart:
         taken = take_model(module, optimizer, run, exits)
         self.units, self.frozen = taken.units.trained, taken.units.frozen
         self.untrained = taken.untrained
+        if replicas:
+            for unit in self.units:
+                unit.leave_out_of_norm(replicas.keys())
         self._updates = 0
         self._buffers = SharedBuffers(module, run.grid.data)
         self._guard = ModelGuard(module, self.units, self.untrained)
@@ -143,6 +151,10 @@ class ModelPart:
     def take_written(self) -> None:
         """Gradients that the program has written into `parameter.grad` count, as those of a backward."""
         self.reducer.take_written()
+
+    def reduce(self) -> None:
+        """Begins to reduce what the backwards of this step have left on this rank."""
+        self.reducer.reduce_local()
 
     def forget(self) -> None:
         """The micro-batch is over."""

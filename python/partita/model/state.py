@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from partita.comm import Communicator, raise_together
+from partita.comm import Communicator, ProcessGrid, raise_together
 from partita.model.part import ModelPart
 from partita.model.plain import from_plain, to_plain
 from partita.units import FlatParameters, ShardSlice, Unit
@@ -80,6 +80,22 @@ class Section:
     owner: Stateful
 
 
+class CommonAccumulation:
+    """The micro-batches of a model, which all of its parts have seen. The parts of ranks differ in number."""
+
+    def __init__(self, of_parts: Sequence[Stateful]) -> None:
+        self._of_parts = of_parts
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the first part."""
+        return self._of_parts[0].state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """All parts take it."""
+        for one in self._of_parts:
+            one.load_state_dict(state)
+
+
 @dataclass(frozen=True)
 class Quantity:
     """One value per element of this rank's own range of a unit.
@@ -128,10 +144,12 @@ class Snapshot:
 class TrainState:
     """What a training run consists of, see [Note: training state].
 
+    In a pipeline a rank has the parts of its own stages, and the ranks of `grid.data` have the same parts.
+
     Args:
-        parts: of the model.
+        parts: of the model, those of this rank.
         sections: small states, in the order in which they are loaded.
-        world: the ranks that go on together.
+        grid: the ranks that go on together.
 
     Attributes:
         is_torn: an error came while values were written: some are those of before, and some are not.
@@ -140,10 +158,10 @@ class TrainState:
         ValueError: two parts have a parameter of the same name.
     """
 
-    def __init__(self, parts: Sequence[ModelPart], sections: Sequence[Section], world: Communicator) -> None:
+    def __init__(self, parts: Sequence[ModelPart], sections: Sequence[Section], grid: ProcessGrid) -> None:
         self.sections = list(sections)
         self._parts = parts
-        self._world = world
+        self._grid = grid
         self.is_torn = False
         names = Counter(
             slot.name for part in parts for flat in (*part.units, *part.frozen) for slot in flat.layout.slots
@@ -189,7 +207,7 @@ class TrainState:
         return found
 
     def untrained(self) -> dict[str, Tensor]:
-        """Parameters that are not trained and not partitioned, by name; the same values on all ranks."""
+        """Parameters that are not trained and not partitioned, by name; the same values on all ranks of `data`."""
         found: dict[str, Tensor] = {}
         for part in self._parts:
             partitioned = {p for flat in part.frozen for p in flat.parameters}
@@ -204,6 +222,10 @@ class TrainState:
         """Buffers by name, also those that a state dict leaves out."""
         return {name: buffer for part in self._parts for name, buffer in part.module.named_buffers()}
 
+    def replicas(self) -> dict[str, str]:
+        """Tensors that are kept by another part: name here -> name there. Both have the same values."""
+        return {name: owner for part in self._parts for name, owner in part.replicas.items()}
+
     @property
     def modules(self) -> list[nn.Module]:
         """Of the parts."""
@@ -212,7 +234,17 @@ class TrainState:
     @property
     def world(self) -> Communicator:
         """The ranks that go on together."""
-        return self._world
+        return self._grid.world
+
+    @property
+    def data(self) -> Communicator:
+        """The ranks that have the same parts."""
+        return self._grid.data
+
+    @property
+    def pipe(self) -> Communicator:
+        """Ranks that have all parts of the model together."""
+        return self._grid.pipe
 
     @torch.no_grad()
     def take_sections(self) -> dict[str, Any]:
@@ -338,7 +370,7 @@ class TrainState:
             step()
         except Exception as refused:
             error = refused
-        raise_together(self._world, error)
+        raise_together(self._grid.world, error)
 
     def _require_idle(self, when: str) -> None:
         for part in self._parts:

@@ -124,6 +124,11 @@ class StepController:
             self._loss.copy_(loss)  # what is there is of the last step
         self._losses += 1
 
+    def mean_loss(self) -> Tensor:
+        """The mean of the losses that ranks have told in the step before this one, float32, on the device; NaN if
+        nobody has. It is there once the step was decided."""
+        return (self.sums[1] / self.sums[2]).float()
+
     def forget_losses(self) -> None:
         """The next step begins."""
         self._losses = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
 
 from partita.pipeline.schedule import Action, Kind, Schedule, ScheduleError, looped, schedule_of, v_shaped
@@ -15,6 +15,17 @@ def forward_only(num_ranks: int, micro_batches: int, chunks: int = 1) -> Schedul
         [Action("F", s, m) for s in range(rank, len(stage_ranks), num_ranks) for m in range(micro_batches)]
         for rank in range(num_ranks)
     ]
+    return schedule_of(stage_ranks, micro_batches, orders)
+
+
+def forward_wave(stage_ranks: Sequence[int], micro_batches: int) -> Schedule:
+    """For evaluation, wherever the stages are: micro-batches follow each other through the stages at equal distances,
+    so few outputs wait."""
+    ranks = 1 + max(stage_ranks)
+    waves = sorted(
+        (stage + m, -stage, Action("F", stage, m)) for stage in range(len(stage_ranks)) for m in range(micro_batches)
+    )
+    orders = [[action for *_, action in waves if stage_ranks[action.stage] == rank] for rank in range(ranks)]
     return schedule_of(stage_ranks, micro_batches, orders)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from partita.comm import (
     Entries,
+    GridShape,
     ProcessGrid,
     backend_for,
     init_distributed,
@@ -97,19 +98,21 @@ def splits_masters(config: Config) -> bool:
     return config.bf16.master_weights == "split"
 
 
-def policy_of(config: Config) -> StagePolicy:
-    """What the ZeRO stage of a config decides."""
-    return stage_policy(config.zero_optimization.stage, reduce_scatter=config.zero_optimization.reduce_scatter)
+def policy_of(config: Config, pipe: int | None = None) -> StagePolicy:
+    """What the ZeRO stage of a config decides. pipe: as for `begin_run`."""
+    zero = config.zero_optimization
+    return stage_policy(zero.stage, reduce_scatter=zero.reduce_scatter, reduces_once=pipe is not None)
 
 
-def checked_config(source: ConfigSource, loader_batch_size: int | None = None) -> Config:
-    """The config, with all that can be wrong about it before the ranks have joined.
+def checked_config(source: ConfigSource, loader_batch_size: int | None = None, pipe: int | None = None) -> Config:
+    """The config, with all that can be wrong about it before the ranks have joined. pipe: as for `begin_run`.
 
     Raises:
         ConfigError: the config does not make sense, for this number of ranks.
+        ValueError: the ranks do not divide evenly among the ranks of a pipeline.
     """
     config = load_config(source)
-    _batch_sizes(config, place_in_job()[1], loader_batch_size)
+    _batch_sizes(config, GridShape.of_world(place_in_job()[1], pipe or 1).data, loader_batch_size)
     return config
 
 
@@ -121,6 +124,7 @@ def begin_run(
     dtypes: Iterable[torch.dtype] = (),
     loader_batch_size: int | None = None,
     on_failure: ExitStack | None = None,
+    pipe: int | None = None,
 ) -> Run:
     """Reads the config and joins the ranks of the job. A collective.
 
@@ -132,13 +136,14 @@ def begin_run(
         dtypes: of the model's parameters.
         loader_batch_size: of the program's DataLoader, which is the micro-batch; None: there is none.
         on_failure: takes the default process group down, if it was made here. None: that group stays.
+        pipe: the ranks of a pipeline that hold one model together; None: there is no pipeline.
 
     Raises:
         ConfigError: the config does not make sense, for this number of ranks.
         ValueError: ranks were not given the same; names the first difference.
         RuntimeError: the device or the transport cannot be had.
     """
-    config = checked_config(source, loader_batch_size)
+    config = checked_config(source, loader_batch_size, pipe)
     streams = streams_of(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what is made without naming a device belongs here, and not on GPU 0
@@ -148,7 +153,7 @@ def begin_run(
     _show_log_on(place_in_job()[0])
     require_same_on_all_ranks(shared, device)
     timeout = timedelta(seconds=config.comm.timeout_seconds)
-    grid = ProcessGrid(partial(world_communicator, config.comm.transport, timeout, device))
+    grid = ProcessGrid(partial(world_communicator, config.comm.transport, timeout, device), pipe or 1)
     exits.callback(grid.close)
     if grid.world.rank == 0:
         _list_ignored(config)
@@ -165,7 +170,7 @@ def begin_run(
         config=config.model_copy(update=filled),
         batch=batch,
         precision=precision,
-        policy=policy_of(config),
+        policy=policy_of(config, pipe),
         streams=streams,
         grid=grid,
     )

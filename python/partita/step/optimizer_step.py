@@ -119,7 +119,7 @@ class OptimizerStep:
         """The step is counted, and its gradients are done with."""
         self.global_steps += 1
         self.global_samples += self._run.batch.train
-        finiteness = [seen for part in self._parts for seen in part.reducer.take_finiteness()]
+        finiteness = [seen for part in self._parts for seen in part.reducer.packing.take_finiteness()]
         self._outcomes.enter(self.global_steps, self.controller.outcome(), finiteness)
         if not self._run.streams.is_asynchronous:
             self._settle()
@@ -164,7 +164,7 @@ class OptimizerStep:
 
     def _count_micro_batches(self) -> int:
         """Those of this rank since the last update."""
-        now = sum(part.accumulation.micro_steps for part in self._parts)
+        now = max(part.accumulation.micro_steps for part in self._parts)
         self._micro_steps, self._micro_batches = now, now - self._micro_steps
         return self._micro_batches
 

@@ -64,7 +64,7 @@ class SkipGuard:
         coming = [self._scaler.after_overflows(state, n) for n in range(1, self._lag + 2)]
         watches = any(s.at_minimum or s.consecutive_skips >= self._limit for s in coming)
         for reducer in self._reducers:
-            reducer.watches_finiteness = watches
+            reducer.packing.watches_finiteness = watches
 
     def _origin(self, finiteness: Finiteness) -> str:
         """Which ranks made non-finite gradients, and in which parameter first. A collective."""

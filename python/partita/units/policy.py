@@ -53,15 +53,20 @@ class StagePolicy:
         return Lifetime.MAPPED if shares_memory else Lifetime.GATHERED
 
 
-def stage_policy(stage: int, *, reduce_scatter: bool = True) -> StagePolicy:
-    """The policy of stage 0, 1, 2 or 3."""
+def stage_policy(stage: int, *, reduce_scatter: bool = True, reduces_once: bool = False) -> StagePolicy:
+    """The policy of stage 0, 1, 2 or 3.
+
+    Args:
+        reduces_once: the gradients of a step accumulate on their rank and are reduced once, as in a pipeline. Stage 2
+            keeps full gradients then, too.
+    """
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"stage {stage}: there are the stages 0, 1, 2 and 3")
     sharded = stage >= 1
     return StagePolicy(
         stage=stage,
         shards_states=sharded,
-        keeps_full_grads=stage <= 1,
+        keeps_full_grads=stage <= 1 or (reduces_once and stage == 2),
         reduce_scatter=sharded and reduce_scatter,
         shards_params=stage == 3,
     )

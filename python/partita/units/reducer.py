@@ -17,17 +17,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from partita._core import Bucketer, Span
+from partita._core import Bucketer
 from partita.comm import Communicator, any_rank_each
-from partita.device import kernels
 from partita.device.memory import FreedMemory
 from partita.device.streams import InOrder, Streams
 from partita.units.in_flight import Reductions
+from partita.units.packing import Packing
 from partita.units.parameters import FlatParameters
 from partita.units.policy import StagePolicy
 from partita.units.reduction import BackwardListener, BackwardPlan, ReductionSettings
@@ -55,20 +54,17 @@ class GradientReducer:
         listener: BackwardListener,
     ) -> None:
         self.units = units
-        self.watches_finiteness = False  # look at every gradient as it is packed
-        self._finiteness: list[tuple[str, Tensor]] = []
         self._communicator = communicator
         self._policy = policy
         self._settings = settings
         self._streams = streams
         self._order = InOrder(streams)  # its buffers are used again
-        self._producers: list[set[Any]] = [set() for _ in units]  # streams that gradients under way come from
         self._listener = listener
         self._first_backward = True
         self._plan = BackwardPlan(reduces=False)  # of the backward under way
         largest = max((unit.layout.numel for unit in units), default=0)
         self._reductions = Reductions(communicator, policy, settings, streams, largest, self._order)
-        self._offsets = [unit.offsets() for unit in units]
+        self.packing = Packing(units, settings.grad_factor, streams)
         self._names = [slot.name for unit in units for slot in unit.layout.slots]
         self._unit_of = [i for i, unit in enumerate(units) for _ in unit.parameters]
         self._first_parameter = [self._unit_of.index(i) for i in range(len(units))]
@@ -132,11 +128,7 @@ class GradientReducer:
         if unit.full_grads is None or not is_open or self._bucketer.in_backward:
             raise _no_sum_to_add_to(self._names[index], unit, is_open, self._policy)
         self._order.enter()
-        gradient = _dense(gradient)
-        if self.watches_finiteness:
-            self._finiteness.append((self._names[index], kernels.is_finite(gradient)))
-        source, offset = kernels.span(gradient), self._offsets[u][slot]
-        kernels.pack(unit.full_grads, [source], [offset], scale=self._settings.grad_factor, accumulate=True)
+        self.packing.add(u, slot, gradient, unit.full_grads)
 
     def reduce_zeros(self) -> None:
         """A backward without any gradient on this rank: the others wait for its part in their collectives."""
@@ -148,11 +140,15 @@ class GradientReducer:
         self.finish_backward()
         self._order.enter()
         self.wait()
+        self.reduce_local()  # accumulated in backwards that did not reduce, and no boundary came after them
+        self.wait()
+
+    def reduce_local(self) -> None:
+        """Begins to reduce what has accumulated on this rank. No reduction is under way."""
+        self._order.enter()
         for unit in self.units:
-            # Accumulated in backwards that did not reduce, and no boundary came after them.
             if unit.grad_state is GradState.LOCAL and unit.full_grads is not None:
                 self._reductions.start_local(unit, unit.full_grads)
-        self.wait()
 
     def wait(self) -> None:
         """Returns when no reduction is under way."""
@@ -170,9 +166,7 @@ class GradientReducer:
         for unit in self.units:
             unit.grad_state = GradState.EMPTY
         self._has_committed = False
-        for producers in self._producers:
-            producers.clear()
-        self._finiteness = []
+        self.packing.forget()
 
     def heed(self) -> bool:
         """Gradients that the program has dropped since the last call are gone; raises if that cannot be done. Returns
@@ -199,12 +193,6 @@ class GradientReducer:
         """A micro-batch is over: dropping gradients does not concern its own."""
         self._taken.withdraw()
         self._has_committed = self.has_gradients
-
-    def take_finiteness(self) -> list[tuple[str, Tensor]]:
-        """The gradients that were looked at since the last call: name of the parameter, and whether all elements are
-        finite, a bool on their device."""
-        taken, self._finiteness = self._finiteness, []
-        return taken
 
     def close(self) -> None:
         """Stops watching the parameters."""
@@ -233,7 +221,7 @@ class GradientReducer:
             begin, end = self._bucketer.mark_ready(index)
         except RuntimeError as error:
             raise _fired_too_often(self._names[index]) from error
-        self._producers[self._unit_of[index]].add(self._streams.current())
+        self.packing.produced(self._unit_of[index])
         if begin < end:
             self._launch_all(begin, end)
         elif self._bucketer.is_complete(index) and not self._bucketer.was_launched(index):
@@ -281,30 +269,8 @@ class GradientReducer:
 
     def _pack(self, index: int, buffer: Tensor, *, accumulate: bool) -> None:
         """Moves the gradients of a unit into a full buffer; autograd's own tensors are released."""
-        unit = self.units[index]
         self._order.enter()
-        given = [fresh(p) for p in unit.parameters]
-        for stream in self._producers[index]:
-            self._streams.come_after(stream, (g for g in given if g is not None))
-        self._producers[index].clear()
-        grads = [None if g is None else _dense(g) for g in given]
-        del given  # a gradient that is not dense goes
-        if self.watches_finiteness:
-            named = zip(unit.layout.slots, grads, strict=True)
-            self._finiteness += [(slot.name, kernels.is_finite(g)) for slot, g in named if g is not None]
-        zeros = kernels.DTYPES[unit.dtype]
-        spans = [
-            Span(0, slot.numel, zeros) if g is None else kernels.span(g)
-            for g, slot in zip(grads, unit.layout.slots, strict=True)
-        ]
-        kernels.pack(
-            buffer,
-            spans,
-            self._offsets[index],
-            scale=self._settings.grad_factor,
-            factor=self._plan.factor,
-            accumulate=accumulate,
-        )
+        self.packing.pack(index, buffer, factor=self._plan.factor, accumulate=accumulate)
         self._taken.show(index)  # which frees autograd's own tensors
 
 
@@ -324,10 +290,3 @@ def _no_sum_to_add_to(name: str, unit: Unit, is_open: bool, policy: StagePolicy)
     else:
         reason = "another backward is under way: add it when that has ended"
     return RuntimeError(f"a gradient that a backward has left was given for parameter '{name}', but {reason}")
-
-
-def _dense(grad: Tensor) -> Tensor:
-    """A gradient as a contiguous strided tensor; a sparse one is densified."""
-    if grad.layout is not torch.strided:
-        grad = grad.to_dense()
-    return grad.contiguous()

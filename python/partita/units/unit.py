@@ -77,6 +77,11 @@ class Unit(FlatParameters):
         self.grad_state = GradState.EMPTY
         self._adopts_always = False  # as a program writes where nothing counts
 
+    def leave_out_of_norm(self, names: Collection[str]) -> None:
+        """The gradients of these parameters are counted elsewhere: another unit has the same parameters."""
+        own = self.layout.shard_range(self.communicator.rank)
+        self.norm_segments = _segments(self.layout, own, self.own.start, names)
+
     def frozen_slots(self) -> frozenset[Slot]:
         """The parameters that the program has frozen since: they do not require gradients now."""
         with torch._C.DisableTorchFunctionSubclass():
@@ -237,6 +242,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(bits), b.view(bits))
 
 
-def _segments(layout: UnitLayout, elements: range, origin: int) -> Segments:
+def _segments(layout: UnitLayout, elements: range, origin: int, without: Collection[str] = ()) -> Segments:
     shift = elements.start - origin
-    return Segments([(s.shard_offset + shift, s.numel, s.slot.group) for s in layout.slices(elements)])
+    slices = (s for s in layout.slices(elements) if s.slot.name not in without)
+    return Segments([(s.shard_offset + shift, s.numel, s.slot.group) for s in slices])

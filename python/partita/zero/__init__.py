@@ -15,16 +15,20 @@ from partita.zero.leaf import (
     z3_leaf_module,
     z3_leaf_parameter,
 )
-from partita.zero.load import PartlyLoadedError, WeightSource, load_weights
+from partita.zero.load import Loaded, OnRanks, PartlyLoadedError, load_on_ranks, load_weights
 from partita.zero.materialize import materialize
+from partita.zero.sources import WeightSource
 
 __all__ = [
     "AbsentParameterError",
     "GatheredParameters",
     "Init",
+    "Loaded",
+    "OnRanks",
     "PartlyLoadedError",
     "WeightSource",
     "get_z3_leaf_modules",
+    "load_on_ranks",
     "load_weights",
     "materialize",
     "register_external_parameter",

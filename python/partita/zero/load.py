@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,33 +13,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from partita.comm import Communicator, SingleProcess, any_rank_each, raise_together, text_by_rank
-from partita.device import HOST, FreedMemory
-from partita.device.kernels import why_no_memory
+from partita.comm import Communicator, ProcessGrid, SingleProcess, raise_together, text_by_rank
+from partita.device import FreedMemory
 from partita.units import Holder, ShardRun, holders_of
 from partita.zero.gathered import GatheredParameters
+from partita.zero.names import ModelNames, names_of_all
+from partita.zero.sources import Weights, WeightSource, open_source, place_of, weights_of
 
 if TYPE_CHECKING:
-    from partita.checkpoint.pieces import Place
+    from partita.checkpoint.places import Place
     from partita.checkpoint.tensor_files import TensorFiles
 
 logger = logging.getLogger("partita")
-
-WeightSource = Mapping[str, Tensor] | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
 class PartlyLoadedError(RuntimeError):
     """A file could not be read any more, or had other bytes, after weights had begun to be written: some are those of
     before, and some are not."""
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """What a source has. read: gives a whole tensor. files: where it is read from, if it is files."""
-
-    shapes: dict[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
-    files: TensorFiles | None = None
 
 
 def load_weights(model: nn.Module, source: WeightSource, *, strict: bool = True, rank: int = 0) -> list[str]:
@@ -64,38 +54,148 @@ def load_weights(model: nn.Module, source: WeightSource, *, strict: bool = True,
             or it is damaged; on all ranks, before anything is written.
         PartlyLoadedError: a file could not be read any more, or was changed, after that; on all ranks.
     """
+    return load_on_ranks(model, source, strict=strict, rank=rank).missing
+
+
+@dataclass(frozen=True)
+class OnRanks:
+    """A model in training. Each rank of a pipeline has some of its layers.
+
+    replicas: tensors of this rank that belong to another part of the model: name here -> name there.
+    """
+
+    grid: ProcessGrid
+    replicas: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """missing: names of the model that the source does not have. names: all of a state dict of the whole model."""
+
+    missing: list[str]
+    names: set[str]
+
+
+def load_on_ranks(
+    model: nn.Module, source: WeightSource, *, strict: bool, rank: int, on: OnRanks | None = None
+) -> Loaded:
+    """As `load_weights`, for a model of which this rank may have some layers alone: a source has the whole model.
+
+    Args:
+        rank: of `on.grid.world`, where that is given.
+        on: None: all ranks of the group in which parameters are partitioned have the whole model.
+    """
     state: dict[str, Any] = model.state_dict(keep_vars=True)
     tensors: dict[str, Any] = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     names_of = holders_of(tensors)
-    communicator = next((holder.communicator for holder in names_of if holder is not None), None)
-    if communicator is not None and not 0 <= rank < communicator.world_size:
-        raise ValueError(f"rank = {rank}: the group has the ranks 0 to {communicator.world_size - 1}")
-    group = communicator or SingleProcess()
-    reads = communicator is None or communicator.rank == rank
+    ranks = _Ranks.of(names_of, rank, on)
     with ExitStack() as exits, torch.no_grad():
+        names = names_of_all(ranks.pipe, tensors, {} if on is None else on.replicas)
         error: Exception | None = None
-        weights: _Weights | None = None
+        weights: Weights | None = None
+        told: Mapping[str, Any] = {}
         try:
-            if reads or not isinstance(source, Mapping):
-                weights = _open(source, exits)
+            if ranks.reads or not isinstance(source, Mapping):
+                weights = open_source(source, exits)
+            if ranks.reads and weights is not None:
+                told = _told(weights, names, strict)
         except (OSError, ValueError, RuntimeError) as problem:
             error = problem if isinstance(problem, ValueError) else ValueError(str(problem))
         files = None if weights is None else weights.files
-        in_parts = _all_see(group, files)
-        weights = weights if reads or in_parts else None
-        if weights is not None and error is None:
-            error = _misfit(tensors, weights.shapes, strict)
-        raise_together(group, error if reads else None, "the weights cannot be loaded:")
-        # Ranks that do not read have no shapes, so this is the answer of the rank that reads.
-        shapes = {} if weights is None else weights.shapes
-        is_there = any_rank_each(group, [name in shapes for name in tensors])
-        found = {name for name, there in zip(tensors, is_there, strict=True) if there}
-        loading = _Loading(tensors, group, rank, weights if reads else None)
+        in_parts = _all_see(ranks.world, files)
+        raise_together(ranks.world, error if ranks.reads else None, "the weights cannot be loaded:")
+        told = json.loads(text_by_rank(ranks.world, json.dumps(told))[ranks.reader])
+        if not in_parts:
+            wanted = {told["sources"][name] for name in tensors if name in told["sources"]}
+            weights = ranks.along_pipe(weights if ranks.reads else None, wanted, told["forms"])
+        loading = _Loading(tensors, told["sources"], ranks, weights)
         if in_parts and files is not None:
-            loading.read_in_parts(names_of, found, files)
+            loading.read_in_parts(names_of, files)
         else:
-            loading.spread(names_of, found)
-    return _missing(tensors, found)
+            loading.spread(names_of)
+    return Loaded([name for name in names.shapes if name not in told["sources"]], {*names.shapes, *state})
+
+
+def _told(weights: Weights, names: ModelNames, strict: bool) -> dict[str, Any]:
+    """What the rank that reads tells the others, as JSON has it: for each name that gets values the name in the source,
+    and shape and dtype of what has this name.
+
+    Raises:
+        ValueError, CheckpointError: the weights do not fit, or have a dtype that is not read.
+    """
+    error = names.misfit(weights.shapes, strict)
+    if error is not None:
+        raise error
+    sources = names.sources(weights.shapes.keys())
+    forms = {name: (weights.shapes[name], str(weights.dtype(name)).removeprefix("torch.")) for name in sources.values()}
+    return {"sources": sources, "forms": forms}
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """Who loads together.
+
+    world: all ranks. data: those that have the same layers. pipe: those that have the whole model together. reader: of
+    world, that reads for all; first, of_data: its rank in its `pipe`, and in its `data`.
+    """
+
+    world: Communicator
+    data: Communicator
+    pipe: Communicator
+    reader: int
+    first: int
+    of_data: int
+
+    @staticmethod
+    def of(names_of: Iterable[Holder | None], rank: int, on: OnRanks | None) -> _Ranks:
+        """The ranks of a model in training, or of the group in which parameters are partitioned; else this process."""
+        group = next((holder.communicator for holder in names_of if holder is not None), None)
+        world = on.grid.world if on is not None else group
+        if world is not None and not 0 <= rank < world.world_size:
+            raise ValueError(f"rank = {rank}: the group has the ranks 0 to {world.world_size - 1}")
+        if on is None:
+            alone = SingleProcess()
+            return _Ranks(group or alone, group or alone, alone, *((0, 0, 0) if group is None else (rank, 0, rank)))
+        place = on.grid.shape.coordinates(rank)
+        return _Ranks(on.grid.world, on.grid.data, on.grid.pipe, rank, place.pipe, place.data)
+
+    @property
+    def reads(self) -> bool:
+        """Whether this rank reads for all."""
+        return self.world.rank == self.reader
+
+    @property
+    def reads_for_data(self) -> bool:
+        """Whether this rank has the weights for those with the same layers."""
+        return self.data.rank == self.of_data
+
+    def along_pipe(self, weights: Weights | None, wanted: Collection[str], forms: Mapping[str, Any]) -> Weights | None:
+        """What the rank that reads gives to the ranks of its pipeline, one tensor after the other; each keeps those of
+        its layers. A collective.
+
+        Args:
+            wanted: names in the source that this rank keeps.
+            forms: shape and dtype of all tensors that travel.
+
+        Raises:
+            ValueError: a tensor cannot be read; on all ranks.
+        """
+        if self.pipe.world_size == 1:
+            return weights
+        error: Exception | None = None
+        kept: dict[str, Tensor] = {}
+        for name, (shape, dtype) in forms.items() if self.reads_for_data else ():
+            values = torch.empty(shape, dtype=getattr(torch, dtype), device=self.pipe.device)
+            try:
+                if weights is not None and error is None:
+                    values.copy_(weights.read(name))
+            except (OSError, RuntimeError) as problem:
+                error = ValueError(str(problem))
+            self.pipe.broadcast(values, self.first).wait()
+            if name in wanted:
+                kept[name] = values
+        raise_together(self.world, error, "the weights cannot be loaded:")
+        return weights_of(kept) if self.reads_for_data else None
 
 
 # Who has some parameters, their names, and this rank's parts of them by name; None: they are written as a whole.
@@ -103,21 +203,28 @@ Plan = tuple[Holder | None, list[str], list[tuple[str, ShardRun]] | None]
 
 
 class _Loading:
-    """Weights on their way into tensors. weights: on the rank that reads for all."""
+    """Weights on their way into tensors.
 
-    def __init__(self, tensors: dict[str, Any], group: Communicator, rank: int, weights: _Weights | None) -> None:
+    sources: for the names that get values, the name in the source. weights: on the rank that reads for those with the
+    same layers.
+    """
+
+    def __init__(
+        self, tensors: dict[str, Any], sources: Mapping[str, str], ranks: _Ranks, weights: Weights | None
+    ) -> None:
         self._tensors = tensors
-        self._group = group
-        self._rank = rank
-        self._weights = weights
+        self._sources = sources
+        self._world, self._group = ranks.world, ranks.data
+        self._rank = ranks.of_data
+        self._weights = weights if ranks.reads_for_data else None
         self._error: Exception | None = None
 
-    def spread(self, names_of: Mapping[Holder | None, list[str]], found: Collection[str]) -> None:
+    def spread(self, names_of: Mapping[Holder | None, list[str]]) -> None:
         """The rank that reads gives every tensor to all."""
         freed = FreedMemory()
         for holder, names in names_of.items():
             freed.add(sum(self._tensors[name].nbytes for name in names))
-            there = [name for name in names if name in found]
+            there = self._there(names)
             if holder is None:
                 for name in there:
                     self._spread_plain(name)
@@ -125,17 +232,15 @@ class _Loading:
                 self._spread_held(there)
         self._end()
 
-    def read_in_parts(
-        self, names_of: Mapping[Holder | None, list[str]], found: Collection[str], files: TensorFiles
-    ) -> None:
+    def read_in_parts(self, names_of: Mapping[Holder | None, list[str]], files: TensorFiles) -> None:
         """Every rank reads what it keeps."""
         plans: list[Plan] = []
         for holder, names in names_of.items():
-            there = [name for name in names if name in found]
+            there = self._there(names)
             plans.append((holder, there, _runs(holder, there, self._tensors)))
         self._try(partial(self._check, files, plans))
         error = None if self._error is None else ValueError(str(self._error))
-        raise_together(self._group, error, "the weights cannot be loaded:")
+        raise_together(self._world, error, "the weights cannot be loaded:")
         for holder, there, runs in plans:
             if holder is None:
                 self._try(partial(self._read_plain, files, there))
@@ -143,21 +248,26 @@ class _Loading:
                 self._spread_held(there)
             else:
                 with holder.writing_shards([self._tensors[name] for name in there]):
-                    self._try(partial(_read_runs, files, runs))
+                    self._try(partial(self._read_runs, files, runs))
         self._end()
 
     def _check(self, files: TensorFiles, plans: list[Plan]) -> None:
         for holder, names, runs in plans:
             for name, run in runs or []:
-                files.check(_place(name), run.first, run.memory.numel())
+                files.check(self._at(name), run.first, run.memory.numel())
             if runs is None and (holder is None or self._weights is not None):
                 for name in names:
-                    files.check(_place(name), 0, self._tensors[name].numel())
+                    files.check(self._at(name), 0, self._tensors[name].numel())
         files.finish()
 
     def _read_plain(self, files: TensorFiles, names: list[str]) -> None:
         for name in names:
-            files.read_whole_into(_place(name), self._tensors[name].detach())
+            files.read_whole_into(self._at(name), self._tensors[name].detach())
+        files.finish()
+
+    def _read_runs(self, files: TensorFiles, runs: list[tuple[str, ShardRun]]) -> None:
+        for name, run in runs:
+            files.read_into(self._at(name), run.first, run.memory)
         files.finish()
 
     def _spread_held(self, names: list[str]) -> None:
@@ -175,7 +285,15 @@ class _Loading:
 
     def _read(self, name: str) -> None:
         assert self._weights is not None
-        self._tensors[name].copy_(self._weights.read(name))
+        self._tensors[name].copy_(self._weights.read(self._sources[name]))
+
+    def _there(self, names: Iterable[str]) -> list[str]:
+        """Those that get values, each tensor once."""
+        there = {id(self._tensors[name]): name for name in names if name in self._sources}
+        return list(there.values())
+
+    def _at(self, name: str) -> Place:
+        return place_of(self._sources[name])
 
     def _try(self, action: Callable[[], object]) -> None:
         """An error of this rank waits for the end, as the others go on. After one nothing is read."""
@@ -187,15 +305,9 @@ class _Loading:
 
     def _end(self) -> None:
         try:
-            raise_together(self._group, self._error)
+            raise_together(self._world, self._error)
         except Exception as error:
             raise PartlyLoadedError(f"the weights were loaded in part, and the model is a mixture: {error}") from error
-
-
-def _read_runs(files: TensorFiles, runs: list[tuple[str, ShardRun]]) -> None:
-    for name, run in runs:
-        files.read_into(_place(name), run.first, run.memory)
-    files.finish()
 
 
 def _runs(holder: Holder | None, names: list[str], tensors: Mapping[str, Any]) -> list[tuple[str, ShardRun]] | None:
@@ -219,79 +331,3 @@ def _all_see(group: Communicator, files: TensorFiles | None) -> bool:
     if group.rank == 0 and all(seen):
         logger.warning("the files of weights are not the same files on all ranks, so one rank reads for all")
     return False
-
-
-def _open(source: WeightSource, exits: ExitStack) -> _Weights:
-    """What a source has.
-
-    Raises:
-        OSError, ValueError, CheckpointError: it cannot be read.
-    """
-    if isinstance(source, Mapping):
-        _require_tensors(source)
-        tensors = {name: value for name, value in source.items() if isinstance(value, Tensor)}
-        unreadable = next(((name, why) for name, value in tensors.items() if (why := _why_unreadable(value))), None)
-        if unreadable is not None:
-            raise ValueError(f"'{unreadable[0]}' in the weights {unreadable[1]}: give plain tensors with values")
-        return _Weights({name: tuple(value.shape) for name, value in tensors.items()}, tensors.__getitem__)
-    from partita.checkpoint.weight_files import open_weights  # with pydantic, which `import partita` leaves out
-
-    files = exits.enter_context(open_weights(source))
-    return _Weights({place.name: t.shape for place, t in files.tensors.items()}, partial(_whole, files), files)
-
-
-def _whole(files: TensorFiles, name: str) -> Tensor:
-    shape = files.tensors[_place(name)].shape
-    values = torch.empty(shape, dtype=files.dtype(_place(name)), device=HOST)
-    files.read(_place(name), 0, values.view(-1))
-    files.finish()
-    return values
-
-
-def _place(name: str) -> Place:
-    from partita.checkpoint.pieces import MODEL, Place
-
-    return Place(MODEL, name)
-
-
-def _why_unreadable(tensor: Tensor) -> str | None:
-    """Why the values of a tensor of a state dict cannot be read on one rank alone."""
-    if (reason := why_no_memory(tensor)) is not None:
-        return reason
-    return "has no memory" if tensor.numel() and not tensor.untyped_storage().nbytes() else None
-
-
-def _require_tensors(source: Mapping[str, Any]) -> None:
-    """Raises ValueError if the state dict is one of several things in a checkpoint; says where it may be."""
-    if any(isinstance(value, Tensor) for value in source.values()):
-        return
-    nested = [name for name, value in source.items() if isinstance(value, Mapping)]
-    if nested:
-        raise ValueError(
-            "there is no tensor in this state dict, it is a checkpoint of several things: give the state dict in it, "
-            f"which is under one of {', '.join(repr(name) for name in nested)}"
-        )
-
-
-def _misfit(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], strict: bool) -> ValueError | None:
-    """Says what keeps these weights from being loaded; None: nothing."""
-    problems = []
-    if strict:
-        problems += [f"'{name}' is missing" for name in _missing(tensors, shapes)]
-        problems += [f"'{name}' is not in the model" for name in shapes if name not in tensors]
-    problems += [
-        f"'{name}' has shape {shapes[name]}, in the model {tuple(tensor.shape)}"
-        for name, tensor in tensors.items()
-        if name in shapes and tuple(tensor.shape) != shapes[name]
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        return ValueError(f"the weights do not fit the model: {'; '.join(problems[:5])}{more}")
-    return None
-
-
-def _missing(tensors: dict[str, Tensor], names: Iterable[str]) -> list[str]:
-    """Names that get no values, under none of the names that a shared tensor has."""
-    found = set(names)
-    filled = {id(tensor) for name, tensor in tensors.items() if name in found}
-    return [name for name, tensor in tensors.items() if id(tensor) not in filled]

@@ -250,7 +250,7 @@ def test_a_load_that_leaves_out_says_so(tmp_path, caplog):
     for words in (
         "1 only in the model: 'mine'",
         "1 only in the checkpoint: 'extra'",
-        "2 of another shape: 'head.bias'",
+        "2 of another shape: 'head.weight'",
     ):
         assert words in caplog.text
     caplog.clear()

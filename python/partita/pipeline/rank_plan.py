@@ -1,0 +1,92 @@
+"""What one rank of a pipeline does in a step: its actions, with what it receives before and sends after each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from partita.pipeline.prove import Proof, Sent, prove, queues_of, sends
+from partita.pipeline.schedule import Action, Links, Schedule, ScheduleError
+
+# Messages that may be under way from a rank to another: few take little memory, and some schedules need more. Each may
+# have a message before it that describes it, and transports hold 256.
+WINDOWS = (4, 16, 64, 120)
+
+
+@dataclass(frozen=True)
+class PlannedAction:
+    """An action of a rank.
+
+    Attributes:
+        receives: (rank, what it sends): all that must have come, in each queue's order. What is taken later may be
+            among them, as it comes before in the same queue.
+        sends: (rank, what it gets).
+        is_last_of_stage: the gradients of the stage are complete after it.
+    """
+
+    action: Action
+    receives: tuple[tuple[int, Sent], ...]
+    sends: tuple[tuple[int, Sent], ...]
+    is_last_of_stage: bool
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """A step of one rank.
+
+    Attributes:
+        schedule: of all ranks.
+        links: which stages take what from which.
+        rank: of the pipeline.
+        actions: in their order.
+        window: messages that may be under way to another rank before this rank waits.
+        proof: what the schedule needs.
+    """
+
+    schedule: Schedule
+    links: Links
+    rank: int
+    actions: tuple[PlannedAction, ...]
+    window: int
+    proof: Proof
+
+    def splits(self, stage: int) -> bool:
+        """Whether weight gradients of a stage of this rank wait for an action of their own."""
+        return any(a.action.kind == "W" and a.action.stage == stage for a in self.actions)
+
+
+def plan_of(schedule: Schedule, rank: int, skips: Iterable[tuple[int, int]] = ()) -> RankPlan:
+    """The part of a rank in a schedule, which is proved.
+
+    Raises:
+        ScheduleError: the schedule cannot run; says why.
+    """
+    skips = list(skips)
+    links = Links(schedule.num_stages, skips)
+    proof, window = _proved(schedule, skips)
+    queues = {pair[0]: list(queue) for pair, queue in queues_of(schedule, links).items() if pair[1] == rank}
+    place = {(source, item): i for source, queue in queues.items() for i, item in enumerate(queue)}
+    posted = dict.fromkeys(queues, 0)
+    planned = []
+    for action in schedule.actions[rank]:
+        receives: list[tuple[int, Sent]] = []
+        for what, stage, m in links.taken_by(action):
+            source = schedule.stage_ranks[stage]
+            if source == rank:
+                continue
+            end = place[source, (what, stage, m, action.stage)] + 1
+            receives += [(source, item) for item in queues[source][posted[source] : end]]
+            posted[source] = max(posted[source], end)
+        given = tuple((pair[1], item) for item, pair in sends(action, schedule, links))
+        planned.append(PlannedAction(action, tuple(receives), given, proof.reduced_after[action.stage] == action))
+    return RankPlan(schedule, links, rank, tuple(planned), window, proof)
+
+
+def _proved(schedule: Schedule, skips: list[tuple[int, int]]) -> tuple[Proof, int]:
+    """The proof for the smallest window with which the schedule comes to an end."""
+    for window in WINDOWS[:-1]:
+        try:
+            return prove(schedule, skips, window), window
+        except ScheduleError:
+            continue
+    return prove(schedule, skips, WINDOWS[-1]), WINDOWS[-1]
