@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import partita
 import pytest
 import torch
-from partita.pipeline import PipelineModule, decoder_layers
+from partita.pipeline import PipelineModule, decoder_layers, decoder_names
 from test_huggingface import SIZES, build
 from torch import Tensor, nn
 
@@ -88,6 +89,28 @@ def test_a_tied_head_is_a_tie_of_the_stages(kind):
     )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_go_back_into_the_model(kind):
+    model = built(kind)
+    layers = decoder_layers(model)
+    names = decoder_names(model, layers)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    module = PipelineModule(layers, num_stages=1)
+    module.build([0, 0, 0])
+    saved = {name: value for name, value in module.state_dict().items() if name not in module.replicas}
+    fresh = without_values(built(kind))
+    fresh.load_state_dict({name: saved[own] for name, own in names.items()})
+    assert fresh.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in fresh.state_dict().items())
+
+
+def without_values(model: Any) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    return model
+
+
 def test_parts_may_be_named():
     sizes = {"hidden_size": 20, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
@@ -131,3 +154,64 @@ def test_what_is_no_plain_decoder_is_refused():
         decoder_layers(sliding)
     with pytest.raises(ValueError, match="a batch has token_type_ids; the inputs are input_ids"):
         decoder_layers(build("gpt2"))[0]({"input_ids": IDS, "token_type_ids": IDS})
+
+
+# -- trained
+
+
+def micro_batches(step: int, rank: int) -> list[tuple[dict[str, Tensor], Tensor]]:
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    ids = torch.randint(1, 51, (4, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    return [({"input_ids": ids[i : i + 2], "attention_mask": mask[i : i + 2]}, ids[i : i + 2]) for i in (0, 2)]
+
+
+def without_dropout(model: Any) -> Any:
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    return model
+
+
+def alone(kind: str, copies: int) -> list[float]:
+    """Losses of plain PyTorch on all batches."""
+    model = without_dropout(built(kind))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for step in range(3):
+        batches = [batch for rank in range(copies) for batch in micro_batches(step, rank)]
+        loss = sum(model(**inputs, labels=labels).loss for inputs, labels in batches) / len(batches)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def _trains(kind: str, num_stages: int, world_size: int) -> None:
+    model = without_dropout(built(kind))
+    layers = decoder_layers(model)
+    module = PipelineModule(layers, num_stages=num_stages, loss_fn=loss_of(model), activation_checkpoint_interval=1)
+    del model, layers
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 1e-2}},
+        "zero_optimization": {"stage": 1},
+        "comm": {"timeout_seconds": 60},
+        "steps_per_print": 0,
+    }
+    engine, *_ = partita.initialize(model=module, config=config)
+    rank = engine.global_rank % (world_size // num_stages)
+    losses = [engine.train_batch(iter(micro_batches(step, rank))).item() for step in range(3)]
+    engine.destroy()
+    torch.testing.assert_close(losses, alone(kind, world_size // num_stages), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_stages", "world_size"),
+    [("gpt2", 2, 2), ("llama", 2, 2), pytest.param("gpt2", 2, 4, marks=pytest.mark.slow)],
+)
+def test_it_trains_as_in_one_process(ranks, kind, num_stages, world_size):
+    ranks(world_size).run(_trains, kind, num_stages, world_size)

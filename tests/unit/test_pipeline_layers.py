@@ -218,6 +218,18 @@ def test_only_what_is_tied_is_copied():
     assert [id(p) for p in module.stages[0].parameters()] == [id(p) for p in parameters]
 
 
+def test_what_a_copied_module_does_not_share_is_not_copied():
+    first, second, third = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    third.bias = second.bias
+    module = built([first, second, third], [0, 0], partition_method="cost", layer_costs=[2, 1, 1])
+    assert module.bounds == [range(1), range(1, 3)]
+    assert [name for name, _ in module.stages[1].named_parameters()] == ["1.weight", "1.bias", "2.weight"]
+    assert module.get_parameter("1.weight") is not first.weight
+    assert module.get_parameter("1.bias") is module.get_parameter("2.bias") is second.bias
+    assert module.get_submodule("2") is third
+
+
 class WithWeight(nn.Module):
     """A loss that computes the head, too."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import product
@@ -68,6 +69,20 @@ def test_a_linear_layer_has_torchs_bits_in_every_case():
         _assert_linear(*case)
 
 
+@pytest.mark.parametrize("inputs", ("batch second", "features first"))
+def test_a_bias_that_torch_adds_by_itself_has_its_own_sum(inputs):
+    """Where the input is no view of a matrix, the gradient of the bias is summed over all dimensions at once."""
+    _assert_linear(torch.float32, inputs, "reversed strides", bias=True, needs=True)
+
+
+@pytest.mark.parametrize("shape", ((0, 37), (2, 0, 37), (2, 3, 0)))
+def test_an_empty_input_has_torchs_gradients(shape):
+    layer, x = nn.Linear(shape[-1], 23), torch.zeros(shape, requires_grad=True)
+    plain = run(layer, [x], GRADS["contiguous"], "plain")
+    for how in ("joint", "halves"):
+        assert_same_bits(run(layer, [x], GRADS["contiguous"], how), plain)
+
+
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "1": (lambda: nn.Conv1d(6, 8, 3, stride=2, padding=1), random(3, 6, 17)),
     "1, same": (lambda: nn.Conv1d(6, 8, 3, dilation=2, padding="same"), random(3, 6, 17)),
@@ -114,6 +129,7 @@ def test_an_embedding_has_torchs_bits(form, dtype):
     table = nn.Embedding(11, 7, **EMBEDDINGS[form]).to(dtype)
     x = torch.tensor([[0, 3, 8, 8], [8, 10, 3, 1]])
     found = [run(copy.deepcopy(table), [x], GRADS["contiguous"], how) for how in ("plain", "joint", "halves")]
+    assert found[2]["weight"].layout == found[1]["weight"].layout == found[0]["weight"].layout
     for result in found:
         result["weight"] = result["weight"].to_dense()
     assert_same_bits(found[1], found[0])
@@ -196,6 +212,26 @@ def test_only_what_waits_is_held():
         assert list(deferred.gradients()) == []
 
 
+def test_what_waited_is_released_with_its_gradient():
+    """Memory is that of what is between I and W, and not of how many micro-batches there were."""
+    layers = [nn.Linear(8, 8) for _ in range(3)]
+    model = nn.Sequential(*(m for layer in layers for m in (layer, nn.Tanh())))
+    inputs: list[weakref.ref[Tensor]] = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, x: inputs.append(weakref.ref(x[0])))
+
+    def alive() -> int:
+        return sum(ref() is not None for ref in inputs)
+
+    with ExitStack() as exits:
+        split = WeightSplit(model, exits)
+        for _ in range(4):
+            with split.collecting() as deferred:
+                model(random(5, 8)).sum().backward()
+            counts = [alive()] + [alive() for _ in deferred.gradients()]
+            assert counts == [3, 2, 2, 1, 1, 0, 0]
+
+
 def test_an_input_of_several_layers_is_counted_once():
     q, k = nn.Linear(8, 4), nn.Linear(8, 4)
     model = nn.ModuleList([q, k])
@@ -215,13 +251,12 @@ def test_backwards_of_several_micro_batches_wait_side_by_side():
             with split.collecting() as deferred:
                 out.square().sum().backward()
             collected.append(deferred)
-        early, model.norm.weight.grad = model.norm.weight.grad, None
         found = [{id(p): g for p, g in deferred.gradients()} for deferred in collected]
     for i in range(3):
         model.zero_grad()
         model(TOKENS.roll(i, 1)).square().sum().backward()
-        assert torch.equal(found[i][id(model.first.weight)], model.first.weight.grad)
-    assert early is not None
+        for parameter in (model.first.weight, model.second.bias, model.table.weight):
+            assert torch.equal(found[i][id(parameter)], parameter.grad)
 
 
 # -- hooks

@@ -53,7 +53,30 @@ def transposed_memory(layer: nn.Linear) -> None:
     layer.weight.data = layer.weight.data.t().contiguous().t()
 
 
-CHANGES = (parametrised, spectral, bent_bias, pruned, frozen, frozen_bias, own_gradient_dtype, transposed_memory)
+class Doubling(nn.Parameter):
+    """Doubles what comes of it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * out if func is torch.nn.functional.linear else out
+
+
+def doubling(layer: nn.Linear) -> None:
+    layer.weight = Doubling(layer.weight.detach())
+
+
+CHANGES = (
+    parametrised,
+    spectral,
+    bent_bias,
+    pruned,
+    frozen,
+    frozen_bias,
+    own_gradient_dtype,
+    transposed_memory,
+    doubling,
+)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__)
@@ -140,6 +163,21 @@ def swapped(layer: nn.Module, x: Tensor) -> Any:
     return [x.grad, *(p.grad for p in parameters.values())]
 
 
+def swapped_bias(layer: nn.Module, x: Tensor) -> Any:
+    bias = torch.ones(8, requires_grad=True)
+    torch.func.functional_call(layer, {"bias": 2 * bias}, (x,)).square().sum().backward()
+    return [x.grad, bias.grad]
+
+
+def graphed(layer: nn.Module, x: Tensor) -> Any:
+    """Gradients that have gradients."""
+    layer(x).square().sum().backward(create_graph=True)
+    grads = [x.grad, *(p.grad for p in layer.parameters())]
+    for p in (x, *layer.parameters()):
+        p.grad = None  # which held itself alive
+    return [*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads if g is not None), x)]
+
+
 def mapped(layer: nn.Module, x: Tensor) -> Any:
     torch.vmap(layer)(x).square().sum().backward()
     return [x.grad, *(p.grad for p in layer.parameters())]
@@ -178,6 +216,8 @@ USES = (
     some_inputs,
     functional,
     swapped,
+    swapped_bias,
+    graphed,
     mapped,
     tangents,
     by_name,

@@ -5,10 +5,11 @@ from partita.pipeline.classic import forward_wave
 from partita.pipeline.draw import draw, timeline
 from partita.pipeline.executor import Batches, PipelineError, PipelineStep, StagesHere
 from partita.pipeline.families import NAMES, auto, by_name
-from partita.pipeline.huggingface import decoder_layers
+from partita.pipeline.huggingface import decoder_layers, decoder_names
 from partita.pipeline.layers import LayerSpec, TiedLayerSpec
 from partita.pipeline.measure import LayerTimes, measure_layers
 from partita.pipeline.module import PipelineModule
+from partita.pipeline.outbox import Outbox
 from partita.pipeline.partition import balanced
 from partita.pipeline.payload import classes_of
 from partita.pipeline.prove import Proof, prove
@@ -28,6 +29,7 @@ __all__ = [
     "Costs",
     "LayerSpec",
     "LayerTimes",
+    "Outbox",
     "PipelineError",
     "PipelineModule",
     "PipelineStep",
@@ -48,6 +50,7 @@ __all__ = [
     "by_name",
     "classes_of",
     "decoder_layers",
+    "decoder_names",
     "draw",
     "forward_wave",
     "from_csv",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -84,6 +84,19 @@ def decoder_layers(
     if config.model_type not in PROVED or any(given.values()):
         _require_same(model, layers)
     return layers
+
+
+def decoder_names(model: nn.Module, layers: Sequence[nn.Module]) -> dict[str, str]:
+    """For each name in the model's state dict the name in that of the layers; to be asked before they are trained.
+
+    `{name: weights[own] for name, own in names.items()}` makes a state dict of the model from one of the pipeline. Tied
+    weights have the name in the first layer that has them, which is the one that is saved.
+    """
+    own: dict[int, str] = {}
+    for i, layer in enumerate(layers):
+        for name, tensor in layer.state_dict(keep_vars=True).items():
+            own.setdefault(id(tensor), f"{i}.{name}")
+    return {name: own[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 class DecoderEmbeddings(nn.Module):

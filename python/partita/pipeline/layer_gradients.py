@@ -119,22 +119,17 @@ Choice = Callable[[Any, Tensor, Tensor], Rule | None]  # (module, x, weight) -> 
 
 
 def _linear(module: nn.Linear, x: Tensor, weight: Tensor) -> Rule | None:
-    return LINEAR if _fits(x, weight, weight.shape[1]) and weight.is_contiguous() else None
+    return LINEAR if x.dim() > 0 and x.numel() > 0 else None
 
 
 def _transformers_conv1d(module: nn.Module, x: Tensor, weight: Tensor) -> Rule | None:
-    fits = _fits(x, weight, weight.shape[0]) and (x.dim() == 2 or x.is_contiguous())
-    return CONV1D if fits and weight.is_contiguous() else None
-
-
-def _fits(x: Tensor, weight: Tensor, inputs: int) -> bool:
-    return x.dim() > 0 and x.numel() > 0 and x.shape[-1] == inputs and x.dtype == weight.dtype
+    return CONV1D if x.numel() > 0 and (x.dim() == 2 or x.is_contiguous()) else None
 
 
 def _convolution(module: Any, x: Tensor, weight: Tensor) -> Rule | None:
     own = getattr(type(module), "_conv_forward", None)
     is_plain = own in _CONV_FORWARDS and module.padding_mode == "zeros"
-    if not is_plain or x.dim() != weight.dim() or x.dtype != weight.dtype:
+    if not is_plain or x.dim() != weight.dim():
         return None
     padding = module.padding
     if isinstance(padding, str):
@@ -149,7 +144,7 @@ def _convolution(module: Any, x: Tensor, weight: Tensor) -> Rule | None:
 def _lookup(module: nn.Embedding, x: Tensor, weight: Tensor) -> Rule | None:
     if module.sparse or module.max_norm is not None:
         return None
-    padding = -1 if module.padding_idx is None else module.padding_idx % weight.shape[0]
+    padding = -1 if module.padding_idx is None else module.padding_idx
     return Lookup(padding, module.scale_grad_by_freq)
 
 

@@ -216,13 +216,15 @@ class _Unfilled(TorchFunctionMode):
 @contextmanager
 def kept_random_state() -> Iterator[None]:
     """The generators of Python, numpy and torch are after the block where they were before it."""
-    device = torch.device("cuda", torch.cuda.current_device()) if _cuda_is_used() else torch.device("cpu")
-    state = RandomState(device)
+    was_used = _cuda_is_used()
+    state = RandomState(torch.device("cuda", torch.cuda.current_device()) if was_used else torch.device("cpu"))
     before = state.state_dict()
     try:
         yield
     finally:
         state.load_state_dict(before)
+        if torch.cuda.is_available() and not was_used:
+            torch.cuda.manual_seed(torch.initial_seed())  # where the device's generator begins, then or now
 
 
 @contextmanager
@@ -232,8 +234,7 @@ def seeded(seed: int) -> Iterator[None]:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)
-        if _cuda_is_used():
-            torch.cuda.manual_seed(seed)
+        torch.cuda.manual_seed(seed)  # holds once the device is used, if it is
         yield
 
 

@@ -41,12 +41,14 @@ class _Work:
     weight: nn.Parameter
     parameters: tuple[nn.Parameter | None, nn.Parameter | None]  # weight and bias
 
-    def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    @torch.no_grad()
+    def gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
         wants_weight, wants_bias = (parameter is not None for parameter in self.parameters)
         computed = self.rule.backward(self.grad, self.x, self.weight, (False, wants_weight, wants_bias))
-        for parameter, gradient in zip(self.parameters, computed[1:], strict=True):
-            if parameter is not None and gradient is not None:
-                yield parameter, gradient
+        pairs = zip(self.parameters, computed[1:], strict=True)
+        return [
+            (parameter, gradient) for parameter, gradient in pairs if parameter is not None and gradient is not None
+        ]
 
 
 class Deferred:
@@ -58,7 +60,9 @@ class Deferred:
 
     def __init__(self) -> None:
         self._works: deque[_Work] = deque()
-        self._uses: Counter[int] = Counter()  # by the id of a parameter: gradients that are still to come
+        # By the id of a parameter: how many of its gradients are still to come, and the sum of those that came.
+        self._uses: Counter[int] = Counter()
+        self._sums: dict[int, Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +75,6 @@ class Deferred:
         self._works.append(work)
         self._uses.update(id(parameter) for parameter in work.parameters if parameter is not None)
 
-    @torch.no_grad()
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Computes the gradients, in the order in which the backward came to them, and releases what they needed.
 
@@ -79,17 +82,16 @@ class Deferred:
         it. The gradients carry the loss scale that the backward carried. On a GPU, the current stream is the one that
         the forward ran on.
         """
-        sums: dict[int, Tensor] = {}
+        sums = self._sums
         while self._works:
             for parameter, gradient in self._works.popleft().gradients():
                 key = id(parameter)
                 self._uses[key] -= 1
-                if (before := sums.pop(key, None)) is not None:
-                    gradient = before + gradient
+                total = sums.pop(key) + gradient if key in sums else gradient
                 if self._uses[key]:
-                    sums[key] = gradient
+                    sums[key] = total
                 else:
-                    yield parameter, gradient
+                    yield parameter, total
 
 
 class WeightSplit:

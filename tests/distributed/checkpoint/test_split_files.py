@@ -11,10 +11,10 @@ import pytest
 import torch
 from partita.checkpoint import CheckpointError, export, find
 from safetensors.torch import load_file, save_file
-from split_by_hand import LAYERS, config_for, engine_for, pieces_of, ranks_of, sequential, take_steps
-from torch import Tensor, nn
+from splits import LAYERS, SPLITS, Whole, config_for, engine_for, pieces_of, sequential, take_steps
+from torch import Tensor
 
-SPLITS = ("1 x 1, 2 chunks", "2 x 1, V", "2 x 2")
+FEW = ("1 x 1, 2 chunks", "2 x 1, V", "2 x 2")
 
 
 def _saves(folder: str, config: dict[str, Any], split: str, tied: bool) -> None:
@@ -30,16 +30,16 @@ def test_all_splits_write_the_same_files(ranks, tmp_path, tied):
     """The model's files and exports, to the byte; an export of a checkpoint too."""
     names = ("first/model.safetensors", "export.safetensors", "masters.safetensors", "exported.safetensors")
     found = []
-    for split in ("plain x 1", *SPLITS):
+    for split in ("plain x 1", *FEW):
         folder = tmp_path / split
-        ranks(ranks_of(split)).run(_saves, str(folder), config_for(split, 1, "split", "AdamW"), split, tied)
+        ranks(SPLITS[split].ranks).run(_saves, str(folder), config_for(split, 1, "split", "AdamW"), split, tied)
         list(export(find(folder, "first"), folder / "exported.safetensors", None))
         found.append([(folder / name).read_bytes() for name in names])
     assert all(files == found[0] for files in found)
     weights = sequential(1, tied=tied).state_dict()
-    written = load_file(tmp_path / SPLITS[0] / "export.safetensors")
-    assert written.keys() == weights.keys() == load_file(tmp_path / SPLITS[0] / "exported.safetensors").keys()
-    masters = load_file(tmp_path / SPLITS[0] / "masters.safetensors")
+    written = load_file(tmp_path / FEW[0] / "export.safetensors")
+    assert written.keys() == weights.keys() == load_file(tmp_path / FEW[0] / "exported.safetensors").keys()
+    masters = load_file(tmp_path / FEW[0] / "masters.safetensors")
     trained = [name for name in weights if not name.startswith("2.")]
     assert all(torch.equal(masters[name], weights[name]) for name in trained)
 
@@ -63,7 +63,7 @@ def _takes(path: str, config: dict[str, Any], split: str, tied: bool, how: str) 
         missing = engine.load_module_state_dict(path)
     assert list(missing) == []
     take = engine.module_state_dict()
-    assert len(take) < len(weights) or ranks_of(split) == 1
+    assert len(take) < len(weights) or SPLITS[split].ranks == 1
     found = [name for name, value in take.items() if not torch.equal(value, weights[name].to(value.dtype))]
     take_steps(engine, 1)
     engine.destroy()
@@ -71,13 +71,13 @@ def _takes(path: str, config: dict[str, Any], split: str, tied: bool, how: str) 
 
 
 @pytest.mark.parametrize("how", ["files", "one rank's state dict", "state_dict()", "files that one rank sees"])
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", FEW)
 def test_each_rank_takes_its_layers_of_whole_weights(ranks, tmp_path, split, how):
     for i, (stage, precision, tied) in enumerate([(0, "fp32", True), (2, "split", False)]):
         path = tmp_path / f"{i}.safetensors"
         save_file(_weights(1, tied), path)
         config = config_for(split, stage, precision, "AdamW")
-        for differs in ranks(ranks_of(split)).run(_takes, str(path), config, split, tied, how):
+        for differs in ranks(SPLITS[split].ranks).run(_takes, str(path), config, split, tied, how):
             assert differs == []
 
 
@@ -113,7 +113,9 @@ def test_weights_of_another_model_are_named_on_all_ranks(ranks, tmp_path, split)
     ranks(1).run(_saves, str(tmp_path), config_for(plain, 0, "fp32", "AdamW"), plain, False)
     last = f"{LAYERS - 1}.weight"
     _rewritten(tmp_path / "export.safetensors", lambda t: t.update({"other.weight": t.pop(last)}))
-    said = ranks(ranks_of(split)).run(_is_refused, str(tmp_path), config_for(split, 1, "fp32", "AdamW"), split, "files")
+    said = ranks(SPLITS[split].ranks).run(
+        _is_refused, str(tmp_path), config_for(split, 1, "fp32", "AdamW"), split, "files"
+    )
     for text, changed in said:
         assert f"'{last}' is missing" in text
         assert "'other.weight' is not in the model" in text
@@ -123,7 +125,7 @@ def test_weights_of_another_model_are_named_on_all_ranks(ranks, tmp_path, split)
 def _saves_another(folder: str, config: dict[str, Any]) -> None:
     """A model whose last layer has another name."""
     *first, last = sequential(1, tied=False)
-    model = nn.Sequential(OrderedDict((*((str(i), layer) for i, layer in enumerate(first)), ("other", last))))
+    model = Whole(OrderedDict((*((str(i), layer) for i, layer in enumerate(first)), ("other", last))))
     engine = partita.Engine(model, config=config)
     engine.save_checkpoint(folder, "first")
     engine.destroy()
@@ -133,7 +135,7 @@ def _saves_another(folder: str, config: dict[str, Any]) -> None:
 def test_a_checkpoint_of_another_model_is_named_on_all_ranks(ranks, tmp_path, split):
     ranks(1).run(_saves_another, str(tmp_path), config_for("plain x 1", 0, "fp32", "AdamW"))
     config = config_for(split, 1, "fp32", "AdamW")
-    said = ranks(ranks_of(split)).run(_is_refused, str(tmp_path), config, split, "checkpoint")
+    said = ranks(SPLITS[split].ranks).run(_is_refused, str(tmp_path), config, split, "checkpoint")
     assert len({text for text, _ in said}) == 1
     for text, changed in said:
         assert f"'{LAYERS - 1}.weight' is missing" in text
@@ -144,12 +146,12 @@ def test_a_checkpoint_of_another_model_is_named_on_all_ranks(ranks, tmp_path, sp
 @pytest.mark.parametrize("split", ["2 x 1, V", "2 x 2"])
 def test_damage_of_a_tensor_that_one_rank_reads_is_refused_on_all(ranks, tmp_path, split):
     config = config_for(split, 1, "fp32", "AdamW")
-    ranks(ranks_of(split)).run(_saves, str(tmp_path), config, split, False)
+    ranks(SPLITS[split].ranks).run(_saves, str(tmp_path), config, split, False)
     path = tmp_path / "first" / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-5] ^= 1  # of the last layer
     path.write_bytes(data)
-    said = ranks(ranks_of(split)).run(_is_refused, str(tmp_path), config, split, "checkpoint")
+    said = ranks(SPLITS[split].ranks).run(_is_refused, str(tmp_path), config, split, "checkpoint")
     assert len({text for text, _ in said}) == 1
     assert "not the bytes that were saved" in said[0][0]
     assert not any(changed for _, changed in said)

@@ -182,3 +182,62 @@ def test_halves_train_as_joint_backwards(ranks, stage, precision, order, checkpo
 def test_halves_train_as_joint_backwards_in_every_case(ranks):
     for case in CASES:
         _assert_as_joint(ranks, *case)
+
+
+def _refusals(stage: int) -> list[str]:
+    """What the reducer says when a gradient comes at a wrong time, or is none of its own."""
+    said = []
+    with ExitStack() as exits:
+        trained = Trained(config_for(stage, "fp32"), "none", exits)
+        part = trained.halves.parts[1]
+        weight = part.module.top_head.weight
+
+        def give(parameter: nn.Parameter, gradient: Tensor) -> None:
+            try:
+                part.reducer.add(parameter, gradient)
+            except (RuntimeError, ValueError) as error:
+                said.append(f"{type(error).__name__}: {error}")
+            else:
+                said.append("taken")
+
+        give(weight, torch.ones_like(weight))
+        x = torch.randn(2, 7, 24)
+        h = part.forward(x)
+        h.register_hook(lambda _: part.reducer.accumulated(0, part.units[0].parameters[0]))
+        with part.accumulation.no_sync() if stage < 2 else ExitStack():
+            out = h.sum()
+            h.register_hook(lambda _: give(weight, torch.ones_like(weight)))
+            part.backward([out])
+        give(weight, torch.ones_like(weight))
+        give(weight, torch.ones(31))
+        give(nn.Parameter(torch.ones(3)), torch.ones(3))
+        part.reducer.reduce_all()
+        give(weight, torch.ones_like(weight))
+    return said
+
+
+def test_a_gradient_at_a_wrong_time_is_refused(ranks):
+    before, during, taken, shape, foreign, after = ranks(1).run(_refusals, 1)[0]
+    assert before.startswith("RuntimeError") and "'top_head.weight'" in before and "holds nothing" in before
+    assert during.startswith("RuntimeError") and "another backward is under way" in during
+    assert taken == "taken"
+    assert shape.startswith("ValueError") and "'top_head.weight' of shape (31, 61)" in shape and "(31,)" in shape
+    assert foreign.startswith("ValueError") and "another model" in foreign
+    assert after.startswith("RuntimeError") and "holds the sum over ranks" in after
+    assert "stage 2 keeps no sum on this rank" in ranks(1).run(_refusals, 2)[0][0]
+
+
+def _finiteness() -> list[tuple[str, bool]]:
+    with ExitStack() as exits:
+        trained = Trained(config_for(0, "fp32"), "none", exits)
+        for part in trained.halves.parts:
+            part.reducer.watches_finiteness = True
+        for action in ("F00", "F10", "I10", "W10"):
+            trained.act(action[0], int(action[1]), 0, torch.zeros(2, 7, dtype=torch.int64), bad=True)
+        seen = trained.halves.parts[1].reducer.take_finiteness()
+        return [(name, bool(finite)) for name, finite in seen]
+
+
+def test_gradients_that_waited_are_watched_too(ranks):
+    names = ("top_head.weight", "top_first.weight", "top_first.bias")
+    assert ranks(1).run(_finiteness)[0] == [(name, False) for name in names]
