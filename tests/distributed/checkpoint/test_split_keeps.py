@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import partita
 import pytest
 import torch
 from partita.checkpoint import CheckpointError, checkpoints
+from partita.model import Accumulation, CommonAccumulation
 from partita.pipeline import LayerSpec, PipelineModule, TiedLayerSpec
+from partita.units import stage_policy
 from splits import (
     REPLICA,
     SPLITS,
@@ -31,6 +34,12 @@ BIG = 600  # a frozen layer has a file of its own
 
 def run(ranks: Any, split: str, function: Any, *args: Any) -> list[Any]:
     return list(ranks(SPLITS[split].ranks).run(function, *args))
+
+
+def test_all_parts_take_the_count_of_micro_batches():
+    parts = [Accumulation(4, stage_policy(1)) for _ in range(2)]
+    CommonAccumulation(parts).load_state_dict({"micro_steps": 9, "micro_batches": 3})
+    assert [part.micro_steps for part in parts] == [12, 12]
 
 
 def _saves_beside(folder: str, config: dict[str, Any], split: str) -> Any:
@@ -165,6 +174,30 @@ def _freezes(folder: str, config: dict[str, Any], split: str) -> list[float]:
     losses = take_steps(engine, 2)
     engine.destroy()
     return losses
+
+
+def _said(folder: str, config: dict[str, Any], split: str, strict: bool) -> list[str]:
+    """What a load says in the log."""
+    heard: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = heard.append  # type: ignore[method-assign]
+    logger = logging.getLogger("partita")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    engine = engine_for(config, split, 2)
+    heard.clear()
+    engine.load_checkpoint(folder, "saved", load_module_strict=strict)
+    engine.destroy()
+    logger.removeHandler(handler)
+    return [record.getMessage() for record in heard]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_layers_of_other_ranks_are_not_told_as_missing(ranks, tmp_path, strict):
+    run(ranks, "2 x 1, V", _saves, str(tmp_path), config_for("2 x 1, V", 1, "fp32"), "2 x 1, V")
+    first, second = run(ranks, "2 x 1", _said, str(tmp_path), config_for("2 x 1", 1, "fp32"), "2 x 1", strict)
+    assert [text.partition(",")[0] for text in first] == [f"loaded '{tmp_path / 'saved'}'"]
+    assert second == []
 
 
 def _goes_on_from(folder: str, config: dict[str, Any], split: str, tag: str, **wanted: bool) -> list[float] | str:
