@@ -14,6 +14,7 @@ import argparse
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +22,9 @@ from typing import Any
 from environment import Ranks  # isort: skip  (it sets up the process for torch)
 import torch
 from engines import NotAvailableError
+from partita.pipeline import by_name
 from pipeline_engines import ENGINES, Pipeline, alone
+from pipeline_measures import Activations, Idle, activations, costs_of, idle_time, memory_costs, transport_us
 from pipeline_task import ModelConfig, PipelineTask, costs_by_operations
 from report import print_table, ratio, settings_of, spread, write_json
 
@@ -107,6 +110,46 @@ def print_warnings(losses: Series, expected: float) -> None:
             print(f"WARNING: {name} does other work: loss {values[-1]:.5f}, one process {expected:.5f}")
 
 
+def look_inside(pipelines: Mapping[str, Pipeline], task: PipelineTask, steps: int, ranks: Ranks) -> dict[str, Any]:
+    """Of Partita's pipelines: idle time and activations, measured and simulated. Printed, and as JSON."""
+    transport = transport_us(task, steps, ranks)
+    idle, memory = {}, {}
+    for name, pipeline in pipelines.items():
+        if pipeline.engine is None:
+            continue
+        schedule = by_name(name.partition(":")[2], ranks.world_size, task.micro_batches)
+        way = "our gloo" if name.startswith("partita-gloo") else "shared memory"
+        idle[name] = idle_time(pipeline, schedule, steps, median(transport[way]) / 1e6, ranks)
+        costs = memory_costs(task, costs_of({}, schedule.num_stages))
+        memory[name] = activations(pipeline, schedule, costs, ranks)
+    if ranks.rank == 0:
+        print_inside(transport, idle, memory)
+    return {
+        "transport_us": transport,
+        "idle": {name: asdict(found) for name, found in idle.items()},
+        "activation_bytes": {name: [asdict(of_rank) for of_rank in found] for name, found in memory.items()},
+    }
+
+
+def print_inside(transport: Series, idle: Mapping[str, Idle], memory: Mapping[str, list[Activations]]) -> None:
+    rows = [[name, f"{median(values):.0f}", spread(values)] for name, values in transport.items()]
+    print_table(["output of a stage under way", "us", "range"], rows)
+    rows = []
+    for name, found in idle.items():
+        cells = [f"{median(found.measured):.1%}", f"{found.simulated:.1%}", f"{found.ratio:.2f}"]
+        rows.append([name, *cells, spread([100 * part for part in found.measured])])
+    if rows:
+        print_table(["idle time", "measured", "simulated", "ratio", "range, %"], rows)
+    mib, rows = 2**20, []
+    for name, found_of_ranks in memory.items():
+        for rank, found in enumerate(found_of_ranks):
+            sizes = [found.at_actions, found.simulated, found.peak]
+            cells = [f"{size / mib:.1f}" for size in sizes]
+            rows.append([f"{name}, rank {rank}", *cells[:2], f"{found.at_actions / found.simulated:.2f}", cells[2]])
+    if rows:
+        print_table(["activations, MiB", "measured", "simulated", "ratio", "peak within actions"], rows)
+
+
 def measure(arguments: argparse.Namespace) -> None:
     ranks, task = Ranks(), make_task(arguments)
     torch.set_num_threads(1)
@@ -118,7 +161,7 @@ def measure(arguments: argparse.Namespace) -> None:
     for name in arguments.engines:
         try:
             pipelines[name], losses[name] = warmed_up(name, task, arguments.warm_up, ranks)
-        except (NotAvailableError, NotImplementedError, AttributeError) as error:
+        except (NotAvailableError, NotImplementedError) as error:
             missing[name] = str(error)
     times: dict[str, list[float]] = {name: [] for name in pipelines}
     times_alone = []
@@ -139,6 +182,7 @@ def measure(arguments: argparse.Namespace) -> None:
         print_warnings(losses, expected)
     result: dict[str, Any] = {"arguments": settings_of(arguments), "ranks": ranks.world_size}
     result |= {"ms": times, "ms_alone": times_alone, "losses": losses, "missing": missing, "reference_loss": expected}
+    result |= look_inside(pipelines, task, arguments.rounds, ranks)
     for pipeline in pipelines.values():
         pipeline.close()
     if ranks.rank == 0:

@@ -62,6 +62,13 @@ def test_the_example_of_checkpoints_goes_on_on_another_number_of_ranks(tmp_path,
     assert output == f"rank 0: goes on from {tmp_path}/checkpoints/global_step20, with {{'note': 'mine'}}\n"
 
 
+def test_the_example_of_a_pipeline_learns(tmp_path, python):
+    output = _run_example(3, 2, tmp_path, python)
+    found = sorted(re.findall(r"rank (\d): stages \[(\d, \d)\], loss ([\d.]+)", output))
+    assert [(rank, stages) for rank, stages, _ in found] == [("0", "0, 2"), ("1", "1, 3")]
+    assert len({loss for *_, loss in found}) == 1 and float(found[0][2]) < 0.2  # it begins above 1
+
+
 def test_every_make_command_exists():
     if shutil.which("make") is None:
         pytest.skip("no make on this machine")

@@ -12,7 +12,7 @@ import numpy as np
 import partita
 import pytest
 import torch
-from partita.comm import leave_job
+from partita.comm import leave_job, place_in_job
 from partita.pipeline import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 
@@ -80,6 +80,21 @@ def test_inside_of_zero_init_a_rank_builds_its_own_layers_and_no_other():
         module.build([0, 0])
         assert Counted.built == [0, 1, 2]
     assert module(torch.ones(2, 4)).shape == (2, 4)
+
+
+def _builds_after_init() -> None:
+    with partita.zero.Init(config={"train_micro_batch_size_per_gpu": 1, "comm": {"timeout_seconds": 30}}):
+        module = PipelineModule(specs(4), num_stages=2)
+    Counted.built = []
+    module.build()
+    rank, _ = place_in_job()
+    assert Counted.built == list(module.bounds[rank])
+    assert all(type(p) is nn.Parameter for p in module.parameters())
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_what_is_made_inside_of_zero_init_on_several_ranks_is_built_whole_after_it(ranks):
+    ranks(2).run(_builds_after_init)
 
 
 @pytest.mark.parametrize(("world_size", "num_stages"), [(4, 2), (4, 4), (6, 3), (3, 1)])
@@ -234,8 +249,13 @@ def test_a_model_that_is_not_whole_says_what_to_call(as_rank):
 def test_what_cannot_be_is_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         PipelineModule([nn.Linear(2, 2) for _ in range(3)], **arguments)
+
+
+def test_arguments_of_a_wrong_kind_are_refused_by_name():
     with pytest.raises(TypeError, match="loss_fn is <class"):
         PipelineModule([nn.Linear(2, 2)], loss_fn=nn.MSELoss)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="checkpointable_layers is 'Linear': give a list of names"):
+        PipelineModule([nn.Linear(2, 2)], checkpointable_layers="Linear")
 
 
 def test_stages_that_cannot_be_are_refused(as_rank):

@@ -59,6 +59,19 @@ class Streams(ABC):
         """Time between two marks; waits until the second one is reached."""
 
 
+class InOrder:
+    """Work of one owner, done in the order in which it is queued, on whichever streams."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._last = streams.current()  # that this owner has queued work on
+
+    def enter(self) -> None:
+        """What is queued next comes after all that was queued before."""
+        self._streams.come_after(self._last, [])
+        self._last = self._streams.current()
+
+
 class _Arrived:
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from partita.comm import Entries, Reduction, note_rank, raise_together, require_same
+from partita.comm import CommunicationError, Entries, Reduction, note_rank, raise_together, require_same
 from partita.config import ConfigError, ConfigSource, load_config
 from partita.data import Reading, micro_batches, on_device
 from partita.engine.agreement import model_entries
@@ -123,10 +123,10 @@ class PipelineEngine(EngineBase):
                 pipeline. The engine cannot go on: ranks may have got different messages.
         """
         self._require("train_batch()")
-        with self._calls.inside("train_batch()"):
+        with self._calls.inside("train_batch()"), self._left_on_error():
             batches = self._batches(data_iter, self._run.batch.accumulation, "train_batch")
             step = PipelineStep(self._here, self._plan, batches)
-            with self._left_on_error(), self._step.timers.phase("pipeline"):
+            with self._step.timers.phase("pipeline"):
                 step.train()
             self._timeline = tuple(step.spans)
             self._beside.before_update()
@@ -147,11 +147,10 @@ class PipelineEngine(EngineBase):
         """
         self._require("eval_batch()")
         count = self._run.batch.accumulation if num_micro_batches is None else num_micro_batches
-        with self._calls.inside("eval_batch()"), self._evaluating():
+        with self._calls.inside("eval_batch()"), self._left_on_error(), self._evaluating():
             batches = self._batches(data_iter, count, "eval_batch")
             step = PipelineStep(self._here, self._forward_plan(count), batches)
-            with self._left_on_error():
-                step.evaluate()
+            step.evaluate()
             sums = torch.zeros(2, dtype=torch.float64, device=self.device)
             for loss in step.losses:
                 sums[0] += loss.reshape(())
@@ -249,10 +248,11 @@ class PipelineEngine(EngineBase):
 
     @contextmanager
     def _left_on_error(self) -> Iterator[None]:
-        """An error here ends the engine: no rank can know what the others have done. They learn why."""
+        """An error of an action or of a collective ends the engine: no rank can know what the others have done. They
+        learn why."""
         try:
             yield
-        except PipelineError as error:
+        except (PipelineError, CommunicationError) as error:
             self._failure = str(error).splitlines()[0]
             for communicator in (self._run.grid.pipe, self._run.grid.data, self._run.grid.world):
                 communicator.leave(f"it failed: {self._failure}")
@@ -308,4 +308,8 @@ def _stages_here(model: PipelineModule, plan: RankPlan, ready: Prepared, exits: 
             splits[number] = WeightSplit(stage, exits)
     ties = TiedWeights(model.ties, ranks, parts, run.grid.pipe)
     ties.require_same_groups()
-    return StagesHere(model, parts, splits, ties, run.grid.pipe, ready.scaling, ready.controller.add_loss)
+    grid = run.grid
+    name = f"rank {grid.world.rank}"
+    if grid.data.world_size > 1:
+        name += f" (rank {grid.pipe.rank} of its pipeline)"
+    return StagesHere(name, model, parts, splits, ties, run.grid.pipe, ready.scaling, ready.controller.add_loss)

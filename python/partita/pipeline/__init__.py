@@ -5,7 +5,9 @@ from partita.pipeline.classic import forward_wave
 from partita.pipeline.draw import draw, timeline
 from partita.pipeline.executor import Batches, PipelineError, PipelineStep, StagesHere
 from partita.pipeline.families import NAMES, auto, by_name
+from partita.pipeline.huggingface import decoder_layers, decoder_names
 from partita.pipeline.layers import LayerSpec, TiedLayerSpec
+from partita.pipeline.measure import LayerTimes, measure_layers
 from partita.pipeline.module import PipelineModule
 from partita.pipeline.partition import balanced
 from partita.pipeline.payload import classes_of
@@ -25,6 +27,7 @@ __all__ = [
     "Batches",
     "Costs",
     "LayerSpec",
+    "LayerTimes",
     "PipelineError",
     "PipelineModule",
     "PipelineStep",
@@ -44,10 +47,13 @@ __all__ = [
     "balanced",
     "by_name",
     "classes_of",
+    "decoder_layers",
+    "decoder_names",
     "draw",
     "forward_wave",
     "from_csv",
     "from_text",
+    "measure_layers",
     "placement",
     "plan_of",
     "prove",

@@ -32,10 +32,11 @@ class PipelineError(RuntimeError):
 class StagesHere:
     """What a rank has of a pipeline.
 
-    parts, splits: by stage; of the stages whose weight gradients may wait. report_loss: gets the loss of each
-    micro-batch in training, where the last stage is.
+    name: of the rank, for errors. parts, splits: by stage; of the stages whose weight gradients may wait. report_loss:
+    gets the loss of each micro-batch in training, where the last stage is.
     """
 
+    name: str
     module: PipelineModule
     parts: Mapping[int, ModelPart]
     splits: Mapping[int, WeightSplit]
@@ -98,7 +99,7 @@ class PipelineStep:
         try:
             ties.sum_gradients()
         except Exception as error:
-            raise PipelineError(f"{self._rank}, the gradients of tied weights: {_in_words(error)}") from error
+            raise PipelineError(f"{self._here.name}, the gradients of tied weights: {_in_words(error)}") from error
         for stage in sorted(ties.stages):
             self._here.parts[stage].reduce()
 
@@ -111,10 +112,6 @@ class PipelineStep:
         """
         self._run()
 
-    @property
-    def _rank(self) -> str:
-        return f"rank {self._here.pipe.rank} of the pipeline"
-
     def _run(self) -> None:
         for planned in self._plan.actions:
             try:
@@ -122,7 +119,7 @@ class PipelineStep:
                 self._act(planned)
             except Exception as error:
                 kind, stage, m = planned.action
-                where = f"{self._rank}, stage {stage}, micro-batch {m}, {NAMES[kind]} ({planned.action})"
+                where = f"{self._here.name}, stage {stage}, micro-batch {m}, {NAMES[kind]} ({planned.action})"
                 raise PipelineError(f"{where}: {_in_words(error)}") from error
         self._mail.finish()
 
@@ -200,7 +197,7 @@ class PipelineStep:
     def _weights(self, stage: int, m: int) -> None:
         part = self._here.parts[stage]
         for parameter, gradient in self._deferred.pop((stage, m)).gradients():
-            part.reducer.add(parameter, gradient)  # type: ignore[attr-defined]
+            part.reducer.add(parameter, gradient)
 
 
 def _checked_loss(output: Any) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from partita.model import RandomState
 from partita.units import holder_of
@@ -191,7 +192,7 @@ def parameter_shapes(layer: Layer) -> tuple[ParameterShape, ...]:
     if isinstance(layer, LayerSpec):
         with kept_random_state():
             try:
-                with torch.device("meta"):
+                with torch.device("meta"), _Unfilled():
                     module = layer.build()
             except Exception:  # of whatever kind: what is wrong with the spec itself is raised by the next line
                 module = layer.build()
@@ -200,16 +201,30 @@ def parameter_shapes(layer: Layer) -> tuple[ParameterShape, ...]:
     return tuple(ParameterShape(name, p.numel(), p.requires_grad) for name, p in module.named_parameters())
 
 
+class _Unfilled(TorchFunctionMode):
+    """Tensors without memory are not initialised: for some of the functions that do it, torch imports sympy first."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is torch.Tensor.normal_ or getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
+
+
 @contextmanager
 def kept_random_state() -> Iterator[None]:
     """The generators of Python, numpy and torch are after the block where they were before it."""
-    device = torch.device("cuda", torch.cuda.current_device()) if _cuda_is_used() else torch.device("cpu")
-    state = RandomState(device)
+    was_used = _cuda_is_used()
+    state = RandomState(torch.device("cuda", torch.cuda.current_device()) if was_used else torch.device("cpu"))
     before = state.state_dict()
     try:
         yield
     finally:
         state.load_state_dict(before)
+        if torch.cuda.is_available() and not was_used:
+            torch.cuda.manual_seed(torch.initial_seed())  # where the device's generator begins, then or now
 
 
 @contextmanager
@@ -219,8 +234,7 @@ def seeded(seed: int) -> Iterator[None]:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)
-        if _cuda_is_used():
-            torch.cuda.manual_seed(seed)
+        torch.cuda.manual_seed(seed)  # holds once the device is used, if it is
         yield
 
 

@@ -58,14 +58,15 @@ class PipelineModule(nn.Module):
             of the job / num_stages copies of the pipeline are data parallel.
         topology, seed_fn, activation_checkpoint_func: None.
         loss_fn: computes the loss from the last layer's output and the labels. A module's parameters are trained.
-        seed_layers: seeds of layers begin at `base_seed`; else at a number that is drawn from torch's generator.
+        seed_layers: seeds of layers begin at `base_seed`; else at a number that is drawn from torch's generator. They
+            are those of initial values: random numbers of a forward are the program's.
         partition_method: what stages have about as much of. "parameters": parameters that are trained; "uniform":
             layers; "type:regex": layers of a class in whose name the expression is found, whatever the case; "cost":
             `layer_costs`.
         activation_checkpoint_interval: of so many layers, only what goes into the first one is kept for the backward;
             0: everything is kept.
         checkpointable_layers: names of classes: only runs of them are checkpointed. None: all are.
-        dynamic_shape: shapes differ between micro-batches.
+        dynamic_shape: either; shapes of micro-batches may differ always.
         skips: for the place of a layer, the places of earlier layers whose outputs it takes, too: `{4: [1]}` calls
             layer 4 with the output of layer 3 and that of layer 1. Layers may not change such outputs in place.
         layer_costs: the time of each layer, forward and backward, in any unit; the same on all ranks.
@@ -108,7 +109,7 @@ class PipelineModule(nn.Module):
         self._plan: _Plan | None = _Plan(taken, weights, checked, seed)
         self._built: _Built | None = None
         self._mode: bool | None = None  # what train() and eval() said before there was a layer
-        self._checkpoint_classes = None if checkpointable_layers is None else frozenset(checkpointable_layers)
+        self._checkpoint_classes = _class_names(checkpointable_layers)
         self.activation_checkpoint_interval = activation_checkpoint_interval
 
     def build(self, stage_ranks: Sequence[int] | None = None) -> None:
@@ -204,6 +205,7 @@ class PipelineModule(nn.Module):
 
     @activation_checkpoint_interval.setter
     def activation_checkpoint_interval(self, interval: int) -> None:
+        """Raises ValueError for what is no number of layers."""
         if not isinstance(interval, int) or interval < 0:
             raise ValueError(
                 f"PipelineModule: activation_checkpoint_interval is {interval!r}: it is a number of layers, 0 or more"
@@ -316,6 +318,17 @@ def _num_stages(num_stages: int | None) -> int:
             "divides the number of ranks"
         )
     return num_stages
+
+
+def _class_names(checkpointable_layers: object) -> frozenset[str] | None:
+    if checkpointable_layers is None:
+        return None
+    names = checkpointable_layers if isinstance(checkpointable_layers, list | tuple | set | frozenset) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"PipelineModule: checkpointable_layers is {checkpointable_layers!r}: give a list of names of classes"
+        )
+    return frozenset(names)
 
 
 def _checked_loss(loss_fn: Any) -> Any:

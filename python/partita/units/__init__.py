@@ -25,17 +25,18 @@ from partita.units.build import (
     require_on,
 )
 from partita.units.gathers import ParameterGathers
-from partita.units.graph_tasks import accumulates
+from partita.units.graph_tasks import accumulates, accumulates_into
 from partita.units.layout import ParameterInfo, ShardSlice, Slot, UnitLayout, make_layout
 from partita.units.lifetimes import BackwardConductor, ParameterLifetimes
 from partita.units.parameters import FlatParameters, fill_from_rank_0, full_values
 from partita.units.plan import PlanSettings, UnitPlan, plan_frozen, plan_trained
 from partita.units.policy import Lifetime, Offload, StagePolicy, stage_policy
-from partita.units.reducer import GradientReducer, has_reducer
+from partita.units.reducer import GradientReducer
 from partita.units.reduction import BackwardListener, BackwardPlan, ReductionSettings
 from partita.units.residence import Always, Gathered, Mapped, Residence, Residency
 from partita.units.taken import TakenGradient
 from partita.units.unit import GradState, Unit
+from partita.units.watch import has_hooks_of_program, has_reducer
 
 __all__ = [
     "DESCRIBING",
@@ -74,12 +75,14 @@ __all__ = [
     "UnitPlan",
     "UnitSettings",
     "accumulates",
+    "accumulates_into",
     "build_units",
     "drop_holder",
     "fill_from_rank_0",
     "find_blocks",
     "full_values",
     "give_to",
+    "has_hooks_of_program",
     "has_reducer",
     "holder_of",
     "holders_of",

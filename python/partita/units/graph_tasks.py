@@ -34,13 +34,18 @@ def current_operation() -> int:
 def accumulates(parameters: Iterable[Tensor]) -> bool:
     """Whether the backward under way adds a gradient to one of these parameters: `autograd.grad()` does not."""
     with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():  # parameters may be absent
-        return any(parameter.requires_grad and _accumulates(parameter) for parameter in parameters)
+        return any(parameter.requires_grad and accumulates_into(_accumulator(parameter)) for parameter in parameters)
 
 
-def _accumulates(parameter: Tensor) -> bool:
+def _accumulator(parameter: Tensor) -> Any:
     view: Any = parameter.view_as(parameter).grad_fn
+    return view.next_functions[0][0]
+
+
+def accumulates_into(accumulator: Any) -> bool:
+    """Whether the backward under way adds a gradient to the parameter of this node of autograd's."""
     try:
-        return bool(torch._C._will_engine_execute_node(view.next_functions[0][0]))
+        return bool(torch._C._will_engine_execute_node(accumulator))
     except RuntimeError:  # autograd.grad() returns the gradient of this parameter
         return False
 

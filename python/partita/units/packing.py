@@ -62,6 +62,13 @@ class Packing:
         ]
         kernels.pack(buffer, spans, self._offsets[index], scale=self._scale, factor=factor, accumulate=accumulate)
 
+    def add(self, index: int, slot: int, gradient: Tensor, buffer: Tensor) -> None:
+        """Adds the gradient of one parameter of a unit to what is in a buffer."""
+        unit, grad = self._units[index], _dense(gradient)
+        if self.watches_finiteness:
+            self._finiteness.append((unit.layout.slots[slot].name, kernels.is_finite(grad)))
+        kernels.pack(buffer, [kernels.span(grad)], [self._offsets[index][slot]], scale=self._scale, accumulate=True)
+
     def take_finiteness(self) -> list[tuple[str, Tensor]]:
         """The gradients that were looked at since the last call: name of the parameter, and whether all elements are
         finite, a bool on their device."""

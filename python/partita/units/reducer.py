@@ -14,42 +14,25 @@ the result: sums are linear, so every backward counts, whenever it runs.
 
 from __future__ import annotations
 
-import weakref
-from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from partita._core import Bucketer
-from partita.comm import Communicator, Handle, any_rank_each
-from partita.device import kernels
+from partita.comm import Communicator, any_rank_each
 from partita.device.memory import FreedMemory
-from partita.device.streams import Streams
-from partita.units.arrivals import Arrivals
+from partita.device.streams import InOrder, Streams
+from partita.units.in_flight import Reductions
 from partita.units.packing import Packing
 from partita.units.parameters import FlatParameters
 from partita.units.policy import StagePolicy
 from partita.units.reduction import BackwardListener, BackwardPlan, ReductionSettings
-from partita.units.staging import Staging
 from partita.units.taken import TakenGradients, fresh
 from partita.units.unit import GradState, Unit
-
-# On the CPU. Enough that the transport never runs dry. More would not finish sooner, and what they hold for their
-# duration would lie between freed gradients and keep malloc from using that memory again.
-REDUCTIONS_IN_FLIGHT = 4
-
-
-@dataclass(frozen=True)
-class _InFlight:
-    """A collective under way; the buffer stays alive and unchanged until it has been waited for."""
-
-    unit: Unit
-    handle: Handle
-    staging: Tensor | None  # None: the unit's own full buffer
+from partita.units.watch import watch
 
 
 class GradientReducer:
@@ -75,24 +58,22 @@ class GradientReducer:
         self._policy = policy
         self._settings = settings
         self._streams = streams
-        self._last_stream = streams.current()  # that this reducer has queued work on
+        self._order = InOrder(streams)  # its buffers are used again
         self._listener = listener
         self._first_backward = True
         self._plan = BackwardPlan(reduces=False)  # of the backward under way
-        self._in_flight: deque[_InFlight] = deque()
-        self._arrivals = Arrivals(streams)
-        self._staging = Staging(communicator, max((u.layout.numel for u in units), default=0))
+        largest = max((unit.layout.numel for unit in units), default=0)
+        self._reductions = Reductions(communicator, policy, settings, streams, largest, self._order)
         self.packing = Packing(units, settings.grad_factor, streams)
         self._names = [slot.name for unit in units for slot in unit.layout.slots]
         self._unit_of = [i for i, unit in enumerate(units) for _ in unit.parameters]
         self._first_parameter = [self._unit_of.index(i) for i in range(len(units))]
         self._bucketer = Bucketer(self._unit_of, len(units))
+        self._index_of = {id(p): i for i, p in enumerate(p for unit in units for p in unit.parameters)}
         self._taken = TakenGradients(units)
         self._has_committed = False  # gradients of micro-batches that are over
-        own = weakref.ref(self)  # a parameter's hooks are out of the garbage collector's sight
         self._hooks = [
-            p.register_post_accumulate_grad_hook(partial(_accumulated, own, i))  # type: ignore[no-untyped-call]
-            for i, p in enumerate(p for unit in units for p in unit.parameters)
+            watch(parameter, self, i) for i, parameter in enumerate(p for unit in units for p in unit.parameters)
         ]
 
     @property
@@ -103,7 +84,7 @@ class GradientReducer:
     @property
     def has_gradients(self) -> bool:
         """Whether there are gradients of the step at hand, also such that are being reduced."""
-        return bool(self._in_flight) or any(unit.grad_state is not GradState.EMPTY for unit in self.units)
+        return bool(self._reductions) or any(unit.grad_state is not GradState.EMPTY for unit in self.units)
 
     def finish_backward(self) -> None:
         """Backward is over: packs and launches what is left; parameters without a gradient count as zeros."""
@@ -125,8 +106,29 @@ class GradientReducer:
             late = any_rank_each(self._communicator, late)
         for i, is_late in enumerate(late):
             if is_late:
-                self._finish_reductions()  # the first one of this unit may be under way in the buffer of this one
+                self._reductions.finish()  # the first one of this unit may be under way in the buffer of this one
                 self._launch(i)
+
+    @torch.no_grad()
+    def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Adds what a backward has left of a parameter's gradient to the micro-batches that are summed on this rank.
+
+        Args:
+            gradient: of the parameter's shape, in any dtype of the core's; it carries the loss scale.
+
+        Raises:
+            ValueError: not a parameter of this reducer's, or another shape.
+            RuntimeError: there is no such sum: before a backward, after the reduction, or in stages 2 and 3.
+        """
+        if (index := self._index_of.get(id(parameter))) is None or gradient.shape != parameter.shape:
+            name = "of another model" if index is None else f"'{self._names[index]}' of shape {tuple(parameter.shape)}"
+            raise ValueError(f"a gradient of shape {tuple(gradient.shape)} was given for parameter {name}")
+        unit, slot = self.units[u := self._unit_of[index]], index - self._first_parameter[u]
+        is_open = unit.grad_state is GradState.LOCAL and not self._reductions.has(unit)
+        if unit.full_grads is None or not is_open or self._bucketer.in_backward:
+            raise _no_sum_to_add_to(self._names[index], unit, is_open, self._policy)
+        self._order.enter()
+        self.packing.add(u, slot, gradient, unit.full_grads)
 
     def reduce_zeros(self) -> None:
         """A backward without any gradient on this rank: the others wait for its part in their collectives."""
@@ -136,26 +138,21 @@ class GradientReducer:
     def reduce_all(self) -> None:
         """Returns when `Unit.reduced` holds the sum over ranks of all gradients since the last reset."""
         self.finish_backward()
-        self._enter_stream()
+        self._order.enter()
         self.wait()
         self.reduce_local()  # accumulated in backwards that did not reduce, and no boundary came after them
         self.wait()
 
     def reduce_local(self) -> None:
         """Begins to reduce what has accumulated on this rank. No reduction is under way."""
-        self._enter_stream()
+        self._order.enter()
         for unit in self.units:
             if unit.grad_state is GradState.LOCAL and unit.full_grads is not None:
-                self._reduce_local(unit, unit.full_grads)
+                self._reductions.start_local(unit, unit.full_grads)
 
     def wait(self) -> None:
         """Returns when no reduction is under way."""
-        self._finish_reductions()
-        self._arrivals.wait()
-
-    def _finish_reductions(self) -> None:
-        while self._in_flight:
-            self._complete_oldest()
+        self._reductions.wait()
 
     def reset(self) -> None:
         """Forgets all gradients, those of an unfinished backward too."""
@@ -182,7 +179,7 @@ class GradientReducer:
             self._taken.withdraw()
         elif dropped:
             self.wait()
-            self._enter_stream()
+            self._order.enter()
         for i, slot in dropped:
             self.units[i].drop_gradient(slot)
         return is_empty
@@ -210,8 +207,8 @@ class GradientReducer:
         """Gradients are about to arrive; called by the first of them if by nobody else."""
         self.heed()
         self._taken.withdraw()
-        self._arrivals.wait()  # what was on its way to the host during the last micro-batch
-        self._finish_reductions()  # gradients of another backward may be under way in the buffers that this one writes
+        self._reductions.wait_for_host()  # what was on its way to the host during the last micro-batch
+        self._reductions.finish()  # gradients of another backward may be under way in the buffers that this one writes
         self._plan = self._listener.begins()
         self._bucketer.begin_backward(self._settings.overlap)
 
@@ -266,68 +263,15 @@ class GradientReducer:
         if unit.full_grads is not None and unit.grad_state is not GradState.REDUCED:
             self._collect(index)
             if self._plan.reduces:
-                self._reduce_local(unit, unit.full_grads)
+                self._reductions.start_local(unit, unit.full_grads)
         else:
-            staging = self._take_staging(self._communication_dtype(unit))
-            self._pack(index, staging[: unit.layout.numel], accumulate=False)
-            self._reduce(unit, staging[: unit.layout.numel], staging)
-
-    def _reduce_local(self, unit: Unit, full_grads: Tensor) -> None:
-        dtype = self._communication_dtype(unit)
-        if dtype == full_grads.dtype:
-            self._reduce(unit, full_grads, staging=None)
-        else:
-            staging = self._take_staging(dtype)
-            kernels.cast(staging[: unit.layout.numel], full_grads)
-            self._reduce(unit, staging[: unit.layout.numel], staging)
-
-    def _communication_dtype(self, unit: Unit) -> torch.dtype:
-        return self._settings.communication_dtype or unit.reduced.dtype
-
-    def _reduce(self, unit: Unit, buffer: Tensor, staging: Tensor | None) -> None:
-        while not self._streams.is_asynchronous and len(self._in_flight) >= REDUCTIONS_IN_FLIGHT:
-            self._complete_oldest()
-        if self._policy.reduce_scatter:
-            handle = self._communicator.reduce_scatter(buffer)
-        else:
-            handle = self._communicator.all_reduce(buffer)
-        self._in_flight.append(_InFlight(unit, handle, staging))
-        if not self._settings.overlap:
-            self._finish_reductions()
-
-    def _take_staging(self, dtype: torch.dtype) -> Tensor:
-        while (buffer := self._staging.take(dtype)) is None:
-            self._complete_oldest()
-        return buffer
-
-    def _enter_stream(self) -> None:
-        """What is queued next comes after all that this reducer has queued."""
-        self._streams.come_after(self._last_stream, [])
-        self._last_stream = self._streams.current()
-
-    def _complete_oldest(self) -> None:
-        flight = self._in_flight[0]
-        self._enter_stream()
-        flight.handle.wait()  # if this raises, the collective stays under way: it was not completed
-        self._in_flight.popleft()
-        unit = flight.unit
-        full = unit.full_grads if flight.staging is None else flight.staging[: unit.layout.numel]
-        if full is not None and (flight.staging is not None or unit.offloads):
-            self._arrivals.take(unit, unit.part(full), accumulate=unit.grad_state is GradState.REDUCED)
-        if flight.staging is not None:
-            self._staging.give_back(flight.staging)
-        unit.grad_state = GradState.REDUCED
+            self._reductions.start_staged(unit, partial(self._pack, index, accumulate=False))
 
     def _pack(self, index: int, buffer: Tensor, *, accumulate: bool) -> None:
         """Moves the gradients of a unit into a full buffer; autograd's own tensors are released."""
-        self._enter_stream()
+        self._order.enter()
         self.packing.pack(index, buffer, factor=self._plan.factor, accumulate=accumulate)
         self._taken.show(index)  # which frees autograd's own tensors
-
-
-def _accumulated(reducer: weakref.ref[GradientReducer], index: int, parameter: nn.Parameter) -> None:
-    if (alive := reducer()) is not None:
-        alive.accumulated(index, parameter)
 
 
 def _fired_too_often(name: str) -> RuntimeError:
@@ -338,8 +282,11 @@ def _fired_too_often(name: str) -> RuntimeError:
     )
 
 
-def has_reducer(parameter: Tensor) -> bool:
-    """Whether a reducer that is neither closed nor forgotten consumes the gradients of this parameter."""
-    hooks = (parameter._post_accumulate_grad_hooks or {}).values()
-    ours = [hook for hook in hooks if isinstance(hook, partial) and hook.func is _accumulated]
-    return any(hook.args[0]() is not None for hook in ours)
+def _no_sum_to_add_to(name: str, unit: Unit, is_open: bool, policy: StagePolicy) -> RuntimeError:
+    if unit.full_grads is None:
+        reason = f"stage {policy.stage} keeps no sum on this rank: use stage 0 or 1"
+    elif not is_open:
+        reason = f"its unit holds {unit.grad_state.value}: add it after its backward and before the reduction"
+    else:
+        reason = "another backward is under way: add it when that has ended"
+    return RuntimeError(f"a gradient that a backward has left was given for parameter '{name}', but {reason}")
