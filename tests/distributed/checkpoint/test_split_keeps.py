@@ -126,6 +126,49 @@ def test_a_frozen_layer_of_the_last_stage_is_written_once(ranks, tmp_path, size)
     assert sum(path.stat().st_nlink == 2 for path in (tmp_path / "first").glob("*.safetensors")) == 1
 
 
+def _without_parameters(folder: str, pipe: int, frozen: bool, load: bool) -> tuple[dict[str, Tensor], list[float]]:
+    torch.manual_seed(int(load))
+    first = nn.Linear(7, 7).requires_grad_(False) if frozen else nn.Tanh()
+    layers = [first, nn.Tanh(), nn.Linear(7, 7), nn.Linear(7, 7)]
+    model = PipelineModule(layers, pipe, loss_fn=loss_of, partition_method="uniform")
+    config = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "AdamW"}, "steps_per_print": 0}
+    engine, *_ = partita.initialize(model=model, config=config)
+    batch = (torch.ones(2, 7), torch.zeros(2, 7))
+    engine.train_batch(iter([batch]))
+    (engine.load_checkpoint if load else engine.save_checkpoint)(folder, "saved")
+    state = engine.module_state_dict()
+    losses = [engine.train_batch(iter([batch])).item() for _ in range(2)]
+    engine.destroy()
+    return state, losses
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("source", "target"), [(2, 1), (1, 2)])
+def test_a_rank_may_have_nothing_that_is_trained(ranks, tmp_path, source, target, frozen):
+    saved = ranks(source).run(_without_parameters, str(tmp_path), source, frozen, False)
+    states = {name: value for state, _ in saved for name, value in state.items()}
+    for state, losses in ranks(target).run(_without_parameters, str(tmp_path), target, frozen, True):
+        assert losses == saved[0][1]
+        assert all(torch.equal(value, states[name]) for name, value in state.items())
+
+
+def _goes_back(config: dict[str, Any], split: str) -> tuple[list[float], list[float]]:
+    engine = engine_for(config, split, 1, tied=True)
+    take_steps(engine, 1)
+    snapshot = engine.train_state().copy()
+    first = take_steps(engine, 2)
+    engine.train_state().restore(snapshot)
+    second = take_steps(engine, 2)
+    engine.destroy()
+    return first, second
+
+
+@pytest.mark.parametrize("split", ["2 x 1, V", "2 x 2"])
+def test_a_training_state_is_restored_in_memory(ranks, split):
+    for first, second in run(ranks, split, _goes_back, config_for(split, 1, "split"), split):
+        assert first == second
+
+
 class Kept(nn.Module):
     """A weight and a buffer that several layers have."""
 
