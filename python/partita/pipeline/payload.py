@@ -145,7 +145,8 @@ def tensors_in(message: Tensor, leaves: Sequence[Leaf]) -> list[Tensor]:
     tensors, begin = [], 0
     for leaf in leaves:
         part = message[begin : begin + leaf.nbytes].view(leaf.dtype).view(leaf.shape)
-        tensors.append(torch.empty(0, dtype=leaf.dtype, device=message.device).set_(part))
+        alias = torch.empty(0, dtype=leaf.dtype, device=message.device)
+        tensors.append(alias.set_(part))  # type: ignore[call-overload]
         begin += _padded(leaf.nbytes)
     return tensors
 
