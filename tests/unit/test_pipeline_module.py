@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import random
 import weakref
 from collections.abc import Sequence
@@ -221,6 +222,42 @@ def test_a_model_that_is_not_whole_says_what_to_call(as_rank):
     as_rank(0, 2)
     with pytest.raises(RuntimeError, match=r"2 stages are on 2 ranks.*engine\.train_batch"):
         PipelineModule(specs(), num_stages=2)(torch.ones(1, 4))
+
+
+DEEPSPEED_ARGUMENTS = [
+    "layers",
+    "num_stages",
+    "topology",
+    "loss_fn",
+    "seed_layers",
+    "seed_fn",
+    "base_seed",
+    "partition_method",
+    "activation_checkpoint_interval",
+    "activation_checkpoint_func",
+    "checkpointable_layers",
+    "dynamic_shape",
+]
+
+
+def test_arguments_are_in_the_order_that_programs_for_deepspeed_know():
+    parameters = inspect.signature(PipelineModule).parameters
+    assert list(parameters)[: len(DEEPSPEED_ARGUMENTS)] == DEEPSPEED_ARGUMENTS
+    assert all(p.kind is p.KEYWORD_ONLY for name, p in parameters.items() if name not in DEEPSPEED_ARGUMENTS)
+    asks_for_nothing = (
+        1,
+        None,
+        None,
+        False,
+        None,
+        1234,
+        "parameters",
+        0,
+        torch.utils.checkpoint.checkpoint,
+        None,
+        True,
+    )
+    PipelineModule([nn.Linear(2, 2)], *asks_for_nothing)  # type: ignore[arg-type]
 
 
 # -- what is refused
