@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import random
@@ -218,6 +219,19 @@ def test_a_state_dict_of_a_sequential_model_fits():
     assert {p.dtype for stage in module.stages.values() for p in stage.parameters()} == {torch.float64}
 
 
+def test_a_copy_is_a_model_of_its_own():
+    module = built([TiedLayerSpec("t", nn.Linear, 4, 4), *specs(2), TiedLayerSpec("t", nn.Linear, 4, 4)], [0, 0])
+    twin = copy.deepcopy(module)
+    x = torch.ones(1, 4)
+    expected = module(x).detach()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(x), expected)
+    assert twin.stages.keys() == module.stages.keys()
+    assert {id(p) for stage in twin.stages.values() for p in stage.parameters()} == {id(p) for p in twin.parameters()}
+
+
 def test_a_model_that_is_not_whole_says_what_to_call(as_rank):
     as_rank(0, 2)
     with pytest.raises(RuntimeError, match=r"2 stages are on 2 ranks.*engine\.train_batch"):
@@ -281,6 +295,8 @@ def test_arguments_are_in_the_order_that_programs_for_deepspeed_know():
         ({"skips": {2: [1]}}, r"skips has 2: \[1\]"),
         ({"skips": {5: [1]}}, r"skips has 5: \[1\]"),
         ({"skips": {2: [0, 0]}}, "name each layer once"),
+        ({"skips": {2: 0}}, r"skips has 2: 0: give a list of layers, 2: \[0\]"),
+        ({"partition_method": None}, 'partition_method is "None": there are "parameters"'),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(arguments, message):
