@@ -276,7 +276,7 @@ def _described(model: PipelineModule) -> Entries:
         ("the number of ranks in a pipeline", str(model.num_stages)),
         *((f"layer {i}", name) for i, name in enumerate(model.layer_names)),
         ("the layers of each stage", str([(run.start, run.stop) for run in model.bounds])),
-        ("the skips between stages", str(sorted(model.skip_edges))),
+        ("the skips between layers", str(sorted(model.skips.items()))),
     ]
 
 

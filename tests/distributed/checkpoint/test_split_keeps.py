@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import partita
 import pytest
 import torch
 from partita.checkpoint import CheckpointError, checkpoints
+from partita.model import Accumulation, CommonAccumulation
 from partita.pipeline import LayerSpec, PipelineModule, TiedLayerSpec
+from partita.units import stage_policy
 from splits import (
     REPLICA,
     SPLITS,
@@ -31,6 +34,12 @@ BIG = 600  # a frozen layer has a file of its own
 
 def run(ranks: Any, split: str, function: Any, *args: Any) -> list[Any]:
     return list(ranks(SPLITS[split].ranks).run(function, *args))
+
+
+def test_all_parts_take_the_count_of_micro_batches():
+    parts = [Accumulation(4, stage_policy(1)) for _ in range(2)]
+    CommonAccumulation(parts).load_state_dict({"micro_steps": 9, "micro_batches": 3})
+    assert [part.micro_steps for part in parts] == [12, 12]
 
 
 def _saves_beside(folder: str, config: dict[str, Any], split: str) -> Any:
@@ -117,6 +126,49 @@ def test_a_frozen_layer_of_the_last_stage_is_written_once(ranks, tmp_path, size)
     assert sum(path.stat().st_nlink == 2 for path in (tmp_path / "first").glob("*.safetensors")) == 1
 
 
+def _without_parameters(folder: str, pipe: int, frozen: bool, load: bool) -> tuple[dict[str, Tensor], list[float]]:
+    torch.manual_seed(int(load))
+    first = nn.Linear(7, 7).requires_grad_(False) if frozen else nn.Tanh()
+    layers = [first, nn.Tanh(), nn.Linear(7, 7), nn.Linear(7, 7)]
+    model = PipelineModule(layers, pipe, loss_fn=loss_of, partition_method="uniform")
+    config = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "AdamW"}, "steps_per_print": 0}
+    engine, *_ = partita.initialize(model=model, config=config)
+    batch = (torch.ones(2, 7), torch.zeros(2, 7))
+    engine.train_batch(iter([batch]))
+    (engine.load_checkpoint if load else engine.save_checkpoint)(folder, "saved")
+    state = engine.module_state_dict()
+    losses = [engine.train_batch(iter([batch])).item() for _ in range(2)]
+    engine.destroy()
+    return state, losses
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("source", "target"), [(2, 1), (1, 2)])
+def test_a_rank_may_have_nothing_that_is_trained(ranks, tmp_path, source, target, frozen):
+    saved = ranks(source).run(_without_parameters, str(tmp_path), source, frozen, False)
+    states = {name: value for state, _ in saved for name, value in state.items()}
+    for state, losses in ranks(target).run(_without_parameters, str(tmp_path), target, frozen, True):
+        assert losses == saved[0][1]
+        assert all(torch.equal(value, states[name]) for name, value in state.items())
+
+
+def _goes_back(config: dict[str, Any], split: str) -> tuple[list[float], list[float]]:
+    engine = engine_for(config, split, 1, tied=True)
+    take_steps(engine, 1)
+    snapshot = engine.train_state().copy()
+    first = take_steps(engine, 2)
+    engine.train_state().restore(snapshot)
+    second = take_steps(engine, 2)
+    engine.destroy()
+    return first, second
+
+
+@pytest.mark.parametrize("split", ["2 x 1, V", "2 x 2"])
+def test_a_training_state_is_restored_in_memory(ranks, split):
+    for first, second in run(ranks, split, _goes_back, config_for(split, 1, "split"), split):
+        assert first == second
+
+
 class Kept(nn.Module):
     """A weight and a buffer that several layers have."""
 
@@ -165,6 +217,30 @@ def _freezes(folder: str, config: dict[str, Any], split: str) -> list[float]:
     losses = take_steps(engine, 2)
     engine.destroy()
     return losses
+
+
+def _said(folder: str, config: dict[str, Any], split: str, strict: bool) -> list[str]:
+    """What a load says in the log."""
+    heard: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = heard.append  # type: ignore[method-assign]
+    logger = logging.getLogger("partita")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    engine = engine_for(config, split, 2)
+    heard.clear()
+    engine.load_checkpoint(folder, "saved", load_module_strict=strict)
+    engine.destroy()
+    logger.removeHandler(handler)
+    return [record.getMessage() for record in heard]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_layers_of_other_ranks_are_not_told_as_missing(ranks, tmp_path, strict):
+    run(ranks, "2 x 1, V", _saves, str(tmp_path), config_for("2 x 1, V", 1, "fp32"), "2 x 1, V")
+    first, second = run(ranks, "2 x 1", _said, str(tmp_path), config_for("2 x 1", 1, "fp32"), "2 x 1", strict)
+    assert [text.partition(",")[0] for text in first] == [f"loaded '{tmp_path / 'saved'}'"]
+    assert second == []
 
 
 def _goes_on_from(folder: str, config: dict[str, Any], split: str, tag: str, **wanted: bool) -> list[float] | str:
