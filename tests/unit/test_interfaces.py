@@ -25,6 +25,7 @@ PUBLIC_NAMES = [
     "Engine",
     "FusedAdam",
     "LifecycleError",
+    "PipelineEngine",
     "Preempted",
     "RepeatingLoader",
     "__version__",
