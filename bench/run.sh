@@ -51,6 +51,7 @@ all() {
   done
   peers model_states_gloo on 2 bench/peers/model_states.py --transport torch
   peers bytes_sent on 2 bench/peers/bytes_sent.py
+  peers pipeline on 2 bench/peers/pipeline.py
   peers checkpoint on 2 bench/peers/checkpoint.py
   peers save_stall on 2 bench/peers/save_stall.py
   peers offload_cpu python bench/gpu/offload.py --device cpu --width 512 --layers 6
@@ -65,6 +66,7 @@ quick() {
   peers tiny_2_ranks on 2 bench/peers/step_time.py --model tiny --engines $engines --rounds 5
   peers optimizer_step_bf16 python bench/peers/optimizer_step.py --dtype bf16 --engines deepspeed0,partita0 $few
   peers collectives on 2 bench/peers/collectives.py --dtypes f32 --sizes-kib 64,4096,32768 --rounds 5
+  peers pipeline on 2 bench/peers/pipeline.py --rounds 3 --engines torch:1f1b,torch:zb-v,deepspeed:1f1b,partita:1f1b,partita:zb-v
   peers import_time python bench/peers/import_time.py
 }
 

@@ -52,6 +52,7 @@ def test_learns(plain):
     assert "1f1b on 1 x 2 ranks: 20 steps" in output
 
 
+@pytest.mark.slow
 def test_another_schedule_gives_the_same_losses(plain, python):
     """With two stages per rank, and activations that are recomputed; printed with three digits."""
     done = run(python, 2, "--schedule", "interleaved", "--chunks", 2, "--recompute", 1)
