@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +30,7 @@ from report import print_table, ratio, settings_of, spread, write_json
 
 Series = Mapping[str, list[float]]
 
+ALONE = "one process"
 LOSS_TOLERANCE = 1e-4
 DEFAULT_ENGINES = [name for name in ENGINES if not name.startswith("partita-gloo")]
 
@@ -70,39 +71,59 @@ def make_task(arguments: argparse.Namespace) -> PipelineTask:
     )
 
 
-def warmed_up(name: str, task: PipelineTask, steps: int, ranks: Ranks) -> tuple[Pipeline, list[float]]:
-    """A pipeline, and its losses."""
-    pipeline = ENGINES[name].build(task)
-    losses = [pipeline.step() for _ in range(steps)]
-    return pipeline, [ranks.largest(-math.inf if math.isnan(loss) else loss) for loss in losses]
+@dataclass
+class Turns:
+    """Pipelines that take turns. By engine: losses of the warm-up; per round, ms of a step as the slowest rank sees it,
+    and ms of the processors, of all ranks together, which other processes disturb less; why an engine did not run."""
+
+    pipelines: dict[str, Pipeline] = field(default_factory=dict)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    ms: dict[str, list[float]] = field(default_factory=dict)
+    cpu_ms: dict[str, list[float]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def warm_up(self, name: str, build: Callable[[PipelineTask], Pipeline], task: PipelineTask, steps: int) -> None:
+        try:
+            pipeline = self.pipelines[name] = build(task)
+        except NotAvailableError as error:
+            self.missing[name] = str(error)
+            return
+        self.losses[name] = [pipeline.step() for _ in range(steps)]
+        self.ms[name], self.cpu_ms[name] = [], []
+
+    def time(self, name: str, steps: int, ranks: Ranks) -> None:
+        pipeline = self.pipelines[name]
+        ranks.barrier()
+        start, used = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            pipeline.step()
+        used = time.process_time() - used
+        self.ms[name].append(ranks.largest((time.perf_counter() - start) / steps * 1e3))
+        self.cpu_ms[name].append(ranks.mean(used) * ranks.world_size / steps * 1e3)
+
+    def share_losses(self, ranks: Ranks) -> None:
+        """Of the rank that knows them: with the last stage."""
+        for name, values in self.losses.items():
+            self.losses[name] = [ranks.largest(-math.inf if math.isnan(loss) else loss) for loss in values]
 
 
-def ms_per_step(pipeline: Pipeline, steps: int, ranks: Ranks) -> float:
-    """As the slowest rank sees it."""
-    ranks.barrier()
-    start = time.perf_counter()
-    for _ in range(steps):
-        pipeline.step()
-    return ranks.largest((time.perf_counter() - start) / steps * 1e3)
-
-
-def print_times(
-    times: Mapping[str, list[float]], losses: Mapping[str, list[float]], missing: Mapping[str, str]
-) -> None:
-    ours = {name: values for name, values in times.items() if name.startswith("partita")}
-    best = min(ours, key=lambda name: median(ours[name]), default=None)
+def print_times(turns: Turns) -> None:
+    ours = [name for name in turns.ms if name.startswith("partita")]
+    best = min(ours, key=lambda name: median(turns.ms[name]), default=None)
     rows = []
-    for name, values in times.items():
-        same = ENGINES[name].same_schedule
-        to_same = f"{ratio(values, times[same]):.2f}" if same in times else "-"
-        to_best = f"{ratio(values, times[best]):.2f}" if best else "-"
-        cells = [f"{median(values):.1f}", spread(values), to_same, to_best, f"{losses[name][-1]:.5f}"]
-        rows.append([name, *cells, ENGINES[name].about])
-    rows += [[name, *"-----", reason] for name, reason in missing.items()]
-    print_table(["engine", "ms/step", "range", "x Partita's", "x its best", "checked loss", "what it is"], rows)
+    for name, values in turns.ms.items():
+        same = "" if name == ALONE else ENGINES[name].same_schedule
+        cells = [f"{median(values):.1f}", spread(values)]
+        cells += [f"{ratio(values, turns.ms[base]):.2f}" if base in turns.ms else "-" for base in (same, best)]
+        cells += [f"{median(turns.cpu_ms[name]):.0f}", f"{turns.losses[name][-1]:.5f}"]
+        rows.append([name, *cells, "torch, on each rank at once" if name == ALONE else ENGINES[name].about])
+    rows += [[name, *"------", reason] for name, reason in turns.missing.items()]
+    header = ["engine", "ms/step", "range", "x Partita's", "x its best", "CPU ms", "checked loss", "what it is"]
+    print_table(header, rows)
 
 
-def print_warnings(losses: Series, expected: float) -> None:
+def print_warnings(losses: Series) -> None:
+    expected = losses[ALONE][-1]
     for name, values in losses.items():
         if not values[-1] < values[0]:
             print(f"WARNING: {name} does not train: its loss went from {values[0]:.5f} to {values[-1]:.5f}")
@@ -151,39 +172,28 @@ def print_inside(transport: Series, idle: Mapping[str, Idle], memory: Mapping[st
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    ranks, task = Ranks(), make_task(arguments)
+    ranks, task, turns = Ranks(), make_task(arguments), Turns()
     torch.set_num_threads(1)
-    reference = alone(task)
-    expected = [reference.step() for _ in range(arguments.warm_up)][-1]
-    pipelines: dict[str, Pipeline] = {}
-    losses: dict[str, list[float]] = {}
-    missing: dict[str, str] = {}
+    turns.warm_up(ALONE, alone, task, arguments.warm_up)
     for name in arguments.engines:
-        try:
-            pipelines[name], losses[name] = warmed_up(name, task, arguments.warm_up, ranks)
-        except (NotAvailableError, NotImplementedError) as error:
-            missing[name] = str(error)
-    times: dict[str, list[float]] = {name: [] for name in pipelines}
-    times_alone = []
+        turns.warm_up(name, ENGINES[name].build, task, arguments.warm_up)
+    turns.share_losses(ranks)
     for _ in range(arguments.rounds):
-        times_alone.append(ms_per_step(reference, 1, ranks))
-        for name, pipeline in pipelines.items():
-            times[name].append(ms_per_step(pipeline, arguments.steps, ranks))
+        for name in turns.pipelines:
+            turns.time(name, arguments.steps, ranks)
     if ranks.rank == 0:
         parameters = sum(p.numel() for p in task.layers(range(len(task.costs))).parameters())
         bounds = " | ".join(f"{b.start}-{b.stop - 1}" for b in task.bounds(ranks.world_size))
         print(f"{parameters:,} parameters, layers {bounds}, {ranks.world_size} ranks, "
               f"{task.micro_batches} micro-batches of {task.size} x {task.length} tokens; "
               f"{arguments.rounds} rounds of {arguments.steps} steps; "
-              f"DeepSpeed's Adam: {task.deepspeed_adam}")  # fmt: skip
-        print(f"the whole model in one process (on each rank at once): {median(times_alone):.1f} ms, "
-              f"loss {expected:.5f}\n")  # fmt: skip
-        print_times(times, losses, missing)
-        print_warnings(losses, expected)
-    result: dict[str, Any] = {"arguments": settings_of(arguments), "ranks": ranks.world_size}
-    result |= {"ms": times, "ms_alone": times_alone, "losses": losses, "missing": missing, "reference_loss": expected}
-    result |= look_inside(pipelines, task, arguments.rounds, ranks)
-    for pipeline in pipelines.values():
+              f"DeepSpeed's Adam: {task.deepspeed_adam}\n")  # fmt: skip
+        print_times(turns)
+        print_warnings(turns.losses)
+    result: dict[str, Any] = {"arguments": settings_of(arguments), "ranks": ranks.world_size, "ms": turns.ms}
+    result |= {"cpu_ms": turns.cpu_ms, "losses": turns.losses, "missing": turns.missing}
+    result |= look_inside(turns.pipelines, task, arguments.rounds, ranks)
+    for pipeline in turns.pipelines.values():
         pipeline.close()
     if ranks.rank == 0:
         write_json(arguments.json, result)

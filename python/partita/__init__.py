@@ -6,7 +6,7 @@ from partita import utils, zero
 from partita.comm import CommunicationError, init_distributed
 from partita.config import ConfigError, add_config_arguments, default_config
 from partita.data import RepeatingLoader
-from partita.engine import Engine, LifecycleError, Preempted, initialize
+from partita.engine import Engine, LifecycleError, PipelineEngine, Preempted, initialize
 from partita.optim import FusedAdam
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [
     "Engine",
     "FusedAdam",
     "LifecycleError",
+    "PipelineEngine",
     "Preempted",
     "RepeatingLoader",
     "__version__",

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from partita.pipeline.payload import (
     HEADER_BYTES,
     classes_of,
+    fill,
     form_of_header,
     message_bytes,
-    message_of,
     room_for,
+    room_in,
     taken_apart,
     tensors_in,
 )
@@ -32,10 +33,11 @@ def sent(payload: Any) -> Any:
     assert there == form
     if not tensors:
         return there.put_together([])
-    message, room = message_of(tensors), room_for(there.tensors, torch.device("cpu"))
-    assert message.dtype == room.dtype and message.numel() == room.numel()
-    assert len(tensors) == 1 or message.numel() == message_bytes(there.tensors)
-    return there.put_together(tensors_in(room.copy_(message.view(room.shape)), there.tensors))
+    message = room_in(torch.empty(message_bytes(form.tensors) + 7, dtype=torch.uint8), form.tensors)
+    fill(message, form.tensors, tensors)
+    room = room_for(there.tensors, torch.device("cpu"))
+    assert (message.dtype, message.shape) == (room.dtype, room.shape)
+    return there.put_together(tensors_in(room.copy_(message), there.tensors))
 
 
 def same(ours: Any, theirs: Any) -> bool:

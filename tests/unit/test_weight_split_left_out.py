@@ -178,6 +178,24 @@ def graphed(layer: nn.Module, x: Tensor) -> Any:
     return [*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads if g is not None), x)]
 
 
+class Cut(torch.autograd.Function):
+    """No gradient comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> None:
+        return None
+
+
+def cut(layer: nn.Module, x: Tensor) -> Any:
+    """Nothing is not zeros."""
+    (Cut.apply(layer(x)).sum() + x.sum()).backward()
+    return [x.grad, *(p.grad for p in layer.parameters())]
+
+
 def mapped(layer: nn.Module, x: Tensor) -> Any:
     torch.vmap(layer)(x).square().sum().backward()
     return [x.grad, *(p.grad for p in layer.parameters())]
@@ -218,6 +236,7 @@ USES = (
     swapped,
     swapped_bias,
     graphed,
+    cut,
     mapped,
     tangents,
     by_name,

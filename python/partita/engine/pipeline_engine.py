@@ -21,6 +21,7 @@ from partita.model import Accumulation, ModelPart
 from partita.optim import OptimizerSource, SchedulerSource
 from partita.pipeline import (
     Batches,
+    Outbox,
     PipelineError,
     PipelineModule,
     PipelineStep,
@@ -275,7 +276,7 @@ def _described(model: PipelineModule) -> Entries:
         ("the number of ranks in a pipeline", str(model.num_stages)),
         *((f"layer {i}", name) for i, name in enumerate(model.layer_names)),
         ("the layers of each stage", str([(run.start, run.stop) for run in model.bounds])),
-        ("the skips between stages", str(sorted(model.skip_edges))),
+        ("the skips between layers", str(sorted(model.skips.items()))),
     ]
 
 
@@ -312,4 +313,5 @@ def _stages_here(model: PipelineModule, plan: RankPlan, ready: Prepared, exits: 
     name = f"rank {grid.world.rank}"
     if grid.data.world_size > 1:
         name += f" (rank {grid.pipe.rank} of its pipeline)"
-    return StagesHere(name, model, parts, splits, ties, run.grid.pipe, ready.scaling, ready.controller.add_loss)
+    outbox = Outbox(grid.pipe, plan.window)
+    return StagesHere(name, model, parts, splits, ties, grid.pipe, outbox, ready.scaling, ready.controller.add_loss)

@@ -9,6 +9,7 @@ from partita.pipeline.huggingface import decoder_layers, decoder_names
 from partita.pipeline.layers import LayerSpec, TiedLayerSpec
 from partita.pipeline.measure import LayerTimes, measure_layers
 from partita.pipeline.module import PipelineModule
+from partita.pipeline.outbox import Outbox
 from partita.pipeline.partition import balanced
 from partita.pipeline.payload import classes_of
 from partita.pipeline.prove import Proof, prove
@@ -28,6 +29,7 @@ __all__ = [
     "Costs",
     "LayerSpec",
     "LayerTimes",
+    "Outbox",
     "PipelineError",
     "PipelineModule",
     "PipelineStep",

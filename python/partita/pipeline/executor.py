@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -15,7 +15,9 @@ from partita.comm import Communicator
 from partita.model import LossScaling, ModelPart
 from partita.pipeline.mail import Mail
 from partita.pipeline.module import PipelineModule
+from partita.pipeline.outbox import Outbox
 from partita.pipeline.rank_plan import PlannedAction, RankPlan
+from partita.pipeline.schedule import Action
 from partita.pipeline.simulate import Span
 from partita.pipeline.tied import TiedWeights
 from partita.pipeline.weight_split import Deferred, WeightSplit
@@ -42,6 +44,7 @@ class StagesHere:
     splits: Mapping[int, WeightSplit]
     ties: TiedWeights
     pipe: Communicator
+    outbox: Outbox
     scaling: LossScaling
     report_loss: Callable[[Tensor], None]
 
@@ -83,7 +86,7 @@ class PipelineStep:
         self._here = here
         self._plan = plan
         self._batches = batches
-        self._mail = Mail(here.pipe, plan.window, batches.classes)
+        self._mail = Mail(here.pipe, here.outbox, batches.classes)
         self._last = plan.schedule.num_stages - 1
         self._open: dict[Place, _Open] = {}
         self._deferred: dict[Place, Deferred] = {}
@@ -121,22 +124,27 @@ class PipelineStep:
                 kind, stage, m = planned.action
                 where = f"{self._here.name}, stage {stage}, micro-batch {m}, {NAMES[kind]} ({planned.action})"
                 raise PipelineError(f"{where}: {_in_words(error)}") from error
-        self._mail.finish()
+        self._here.outbox.finish()
 
     def _act(self, planned: PlannedAction) -> None:
-        kind, stage, m = action = planned.action
-        begin = perf_counter()
+        kind, stage, _ = planned.action
         if kind == "F":
-            self._forward(stage, m)
+            self._forward(planned.action)
         elif kind == "W":
-            self._weights(stage, m)
+            self._weights(planned.action)
         else:
-            self._backward(stage, m, splits=kind == "I")
+            self._backward(planned.action)
         part = self._here.parts[stage]
         if kind in "BW":
             part.accumulation.advance()
         if planned.is_last_of_stage and kind in "BW" and stage not in self._here.ties.stages:
             part.reduce()
+
+    @contextmanager
+    def _timed(self, action: Action) -> Iterator[None]:
+        """In this block an action computes."""
+        begin = perf_counter()
+        yield
         self.spans.append(Span(action, begin, perf_counter()))
 
     def _rank_of(self, stage: int) -> int | None:
@@ -144,10 +152,12 @@ class PipelineStep:
         rank = self._plan.schedule.stage_ranks[stage]
         return None if rank == self._here.pipe.rank else rank
 
-    def _forward(self, stage: int, m: int) -> None:
+    def _forward(self, action: Action) -> None:
+        _, stage, m = action
         x, skipped, taken = self._taken(stage, m)
         labels = self._batches.labels[m] if stage == self._last else None
-        output, outputs_of = self._here.parts[stage].forward(x, skipped, labels)
+        with self._timed(action):
+            output, outputs_of = self._here.parts[stage].forward(x, skipped, labels)
         given: dict[int, list[Tensor]] = {}
         loss = None
         if stage == self._last:
@@ -174,7 +184,8 @@ class PipelineStep:
             skipped.update(zip(self._here.module.carried(source, stage), beside, strict=True))
         return x, skipped, taken
 
-    def _backward(self, stage: int, m: int, *, splits: bool) -> None:
+    def _backward(self, action: Action) -> None:
+        kind, stage, m = action
         part, done = self._here.parts[stage], self._open.pop((stage, m))
         roots: list[Tensor] = []
         grads: list[Tensor] | None = None
@@ -185,7 +196,8 @@ class PipelineStep:
             for taker, outputs in done.given.items():
                 roots += outputs
                 grads += self._mail.take_back(("B", taker, m, stage))
-        with self._here.splits[stage].collecting() if splits else nullcontext() as deferred:
+        splitting = self._here.splits[stage].collecting() if kind == "I" else nullcontext()
+        with self._timed(action), splitting as deferred:
             part.backward(roots, grads)
         if deferred is not None:
             self._deferred[stage, m] = deferred
@@ -194,10 +206,12 @@ class PipelineStep:
             given_back = [x.grad if x.grad is not None else torch.zeros_like(x) for x in inputs]
             self._mail.give_back(("B", stage, m, source), given_back, self._rank_of(source))
 
-    def _weights(self, stage: int, m: int) -> None:
+    def _weights(self, action: Action) -> None:
+        _, stage, m = action
         part = self._here.parts[stage]
-        for parameter, gradient in self._deferred.pop((stage, m)).gradients():
-            part.reducer.add(parameter, gradient)
+        with self._timed(action):
+            for parameter, gradient in self._deferred.pop((stage, m)).gradients():
+                part.reducer.add(parameter, gradient)
 
 
 def _checked_loss(output: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +9,13 @@ import torch
 from torch import Tensor
 
 from partita.comm import Communicator, Handle
+from partita.pipeline.outbox import Outbox
 from partita.pipeline.payload import (
-    HEADER_BYTES,
+    HEADER,
     Form,
     Leaf,
     form_of_header,
-    message_of,
+    message_bytes,
     room_for,
     taken_apart,
     tensors_in,
@@ -34,17 +34,16 @@ class Mail:
 
     Args:
         pipe: the ranks of the pipeline.
-        window: messages that may be under way to a rank before this one waits.
+        outbox: sends to them.
         classes: of each micro-batch.
     """
 
-    def __init__(self, pipe: Communicator, window: int, classes: Sequence[int]) -> None:
+    def __init__(self, pipe: Communicator, outbox: Outbox, classes: Sequence[int]) -> None:
         self._pipe = pipe
-        self._window = window
+        self._outbox = outbox
         self._classes = classes
         self._forms: dict[tuple[int, int, int], Form] = {}  # by edge and class
         self._here: dict[Sent, list[Tensor]] = {}
-        self._sent: dict[int, deque[Handle]] = {}  # by rank; a handle keeps its tensor
 
     def give(self, item: Sent, payload: Any, rank: int | None) -> list[Tensor]:
         """Hands a payload on to the stage that takes it; returns its tensors whose gradients come back.
@@ -68,9 +67,9 @@ class Mail:
             self._here[item] = [tensor.detach() for tensor in tensors]
         else:
             if known is form:
-                self._send(form.to_header().to(self._pipe.device), rank)
-            if tensors:
-                self._send(message_of(tensors), rank)
+                self._outbox.send([form.to_header()], [HEADER], rank)
+            if message_bytes(form.tensors):
+                self._outbox.send(tensors, form.tensors, rank)
         return [tensor for tensor in tensors if tensor.requires_grad]
 
     def give_back(self, item: Sent, gradients: Sequence[Tensor], rank: int | None) -> None:
@@ -78,22 +77,23 @@ class Mail:
         one."""
         if rank is None:
             self._here[item] = list(gradients)
-        elif gradients:
-            self._send(message_of(gradients), rank)
+        else:
+            _, stage, m, taker = item
+            leaves = self._forms[taker, stage, self._classes[m]].gradients
+            if message_bytes(leaves):
+                self._outbox.send(gradients, leaves, rank)
 
     def receive(self, items: Sequence[tuple[int, Sent]]) -> None:
         """Receives these, each from its rank, in this order; all of them are here afterwards."""
-        posted: list[tuple[Handle, Sent, Tensor, list[Leaf]]] = []
+        posted: list[Handle] = []
         for rank, item in items:
             leaves = self._leaves(item, rank)
-            if leaves:
-                room = room_for(leaves, self._pipe.device)
-                posted.append((self._pipe.recv(room, rank), item, room, leaves))
-            else:
-                self._here[item] = []
-        for handle, item, room, leaves in posted:
-            handle.wait()
+            room = room_for(leaves, self._pipe.device)
             self._here[item] = tensors_in(room, leaves)
+            if message_bytes(leaves):
+                posted.append(self._pipe.recv(room, rank))
+        for handle in posted:
+            handle.wait()
 
     def take(self, item: Sent) -> tuple[Any, list[Tensor]]:
         """The payload of a stage; and its tensors whose gradients are to be given back, which are leaves of autograd
@@ -112,18 +112,6 @@ class Mail:
         """The gradients of a payload."""
         return self._here.pop(item)
 
-    def finish(self) -> None:
-        """All that this rank has sent may be overwritten."""
-        for sent in self._sent.values():
-            while sent:
-                sent.popleft().wait()
-
-    def _send(self, message: Tensor, rank: int) -> None:
-        sent = self._sent.setdefault(rank, deque())
-        while len(sent) >= self._window:
-            sent.popleft().wait()
-        sent.append(self._pipe.send(message, rank))
-
     def _leaves(self, item: Sent, rank: int) -> list[Leaf]:
         """Of the message that comes next from a rank. Forms that are not known come before it."""
         what, stage, m, taker = item
@@ -131,7 +119,7 @@ class Mail:
             return self._forms[taker, stage, self._classes[m]].gradients
         key = (stage, taker, self._classes[m])
         if key not in self._forms:
-            header = torch.empty(HEADER_BYTES, dtype=torch.uint8, device=self._pipe.device)
+            header = room_for([HEADER], self._pipe.device)
             self._pipe.recv(header, rank).wait()
             self._forms[key] = form_of_header(header)
         return self._forms[key].tensors

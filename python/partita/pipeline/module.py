@@ -190,6 +190,11 @@ class PipelineModule(nn.Module):
         return self._have().replicas
 
     @property
+    def skips(self) -> dict[int, tuple[int, ...]]:
+        """For a layer the earlier layers whose outputs it takes beside that of the one before it."""
+        return dict(self._have().division.skips)
+
+    @property
     def skip_edges(self) -> set[tuple[int, int]]:
         """Pairs of stages, the second of which takes something from the first beside the chain."""
         return self._have().division.skip_edges

@@ -32,14 +32,17 @@ class Leaf:
         return prod(self.shape) * self.dtype.itemsize
 
 
+HEADER = Leaf(torch.uint8, (HEADER_BYTES,), is_differentiable=False)
+
+
 @dataclass(frozen=True)
 class Form:
     """What a payload is, without the values of its tensors.
 
-    structure: how leaves are put together, as text. leaves: tensors, and other values as they are.
+    structure: how leaves are put together. leaves: tensors, and other values as they are.
     """
 
-    structure: str
+    structure: pytree.TreeSpec
     leaves: tuple[Any, ...]
 
     @property
@@ -56,15 +59,22 @@ class Form:
         """The payload with these tensors."""
         left = iter(tensors)
         values = [next(left) if isinstance(leaf, Leaf) else leaf for leaf in self.leaves]
-        return pytree.tree_unflatten(values, pytree.treespec_loads(self.structure))
+        return pytree.tree_unflatten(values, self.structure)
 
     def to_header(self) -> Tensor:
         """The form as HEADER_BYTES bytes on the CPU.
 
         Raises:
             ValueError: the form is too large.
+            TypeError: it has other containers than tuples, lists and dicts.
         """
-        text = json.dumps([self.structure, [_described(leaf) for leaf in self.leaves]]).encode()
+        try:
+            structure = pytree.treespec_dumps(self.structure)
+        except NotImplementedError as error:
+            raise TypeError(
+                f"a stage hands on a container that cannot be described ({error}): use tuples, lists and dicts"
+            ) from None
+        text = json.dumps([structure, [_described(leaf) for leaf in self.leaves]]).encode()
         if len(text) > HEADER_BYTES - _LENGTH_BYTES:
             raise ValueError(
                 f"a stage hands on {len(self.leaves)} values, whose description has {len(text)} bytes; there is room "
@@ -79,15 +89,14 @@ def form_of_header(header: Tensor) -> Form:
     data = header.cpu().numpy().tobytes()
     length = int.from_bytes(data[:_LENGTH_BYTES], "little")
     structure, leaves = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + length])
-    return Form(structure, tuple(_leaf(described) for described in leaves))
+    return Form(pytree.treespec_loads(structure), tuple(_leaf(described) for described in leaves))
 
 
 def taken_apart(payload: Any) -> tuple[Form, list[Tensor]]:
     """The form of a payload, and its tensors.
 
     Raises:
-        TypeError: it has something else than tensors, numbers and texts, in other containers than tuples, lists and
-            dicts; names it.
+        TypeError: it has something else than tensors, numbers and texts; names it.
     """
     values, spec = pytree.tree_flatten(payload)
     leaves: list[Any] = []
@@ -103,13 +112,7 @@ def taken_apart(payload: Any) -> tuple[Form, list[Tensor]]:
                 f"a stage hands on a {type(value).__name__}: layers at the border of a stage take and return tensors, "
                 "numbers and texts, in tuples, lists and dicts"
             )
-    try:
-        structure = pytree.treespec_dumps(spec)
-    except NotImplementedError as error:
-        raise TypeError(
-            f"a stage hands on a container that cannot be described ({error}): use tuples, lists and dicts"
-        ) from None
-    return Form(structure, tuple(leaves)), tensors
+    return Form(spec, tuple(leaves)), tensors
 
 
 def message_bytes(leaves: Sequence[Leaf]) -> int:
@@ -117,24 +120,22 @@ def message_bytes(leaves: Sequence[Leaf]) -> int:
     return sum(_padded(leaf.nbytes) for leaf in leaves)
 
 
-def message_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors as one contiguous tensor; a single one as it is."""
-    if len(tensors) == 1:
-        return tensors[0].detach().contiguous()
-    flat = [tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in tensors]
-    message = torch.empty(sum(_padded(part.numel()) for part in flat), dtype=torch.uint8, device=tensors[0].device)
-    begin = 0
-    for part in flat:
-        message[begin : begin + part.numel()].copy_(part)
-        begin += _padded(part.numel())
-    return message
+def room_in(memory: Tensor, leaves: Sequence[Leaf]) -> Tensor:
+    """Memory for a message with these tensors, in at least as many bytes."""
+    if len(leaves) == 1:
+        return memory[: leaves[0].nbytes].view(leaves[0].dtype).view(leaves[0].shape)
+    return memory[: message_bytes(leaves)]
+
+
+def fill(message: Tensor, leaves: Sequence[Leaf], tensors: Sequence[Tensor]) -> None:
+    """Writes tensors into a message."""
+    for place, tensor in zip(tensors_in(message, leaves), tensors, strict=True):
+        place.copy_(tensor.detach())
 
 
 def room_for(leaves: Sequence[Leaf], device: torch.device) -> Tensor:
-    """Memory for a message with these tensors."""
-    if len(leaves) == 1:
-        return torch.empty(leaves[0].shape, dtype=leaves[0].dtype, device=device)
-    return torch.empty(message_bytes(leaves), dtype=torch.uint8, device=device)
+    """New memory for a message with these tensors."""
+    return room_in(torch.empty(message_bytes(leaves), dtype=torch.uint8, device=device), leaves)
 
 
 def tensors_in(message: Tensor, leaves: Sequence[Leaf]) -> list[Tensor]:
