@@ -255,7 +255,9 @@ def _goes_on_from(folder: str, config: dict[str, Any], split: str, tag: str, **w
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
-@pytest.mark.parametrize(("source", "target"), [("1 x 1, 2 chunks", "2 x 1"), ("plain x 1", "2 x 1, V")])
+@pytest.mark.parametrize(
+    ("source", "target"), [("2 x 1, V", "1 x 1"), ("1 x 1, 2 chunks", "2 x 1"), ("plain x 1", "2 x 1, V")]
+)
 def test_a_parameter_that_was_frozen_goes_on_in_another_split(ranks, tmp_path, source, target, optimizer):
     config = config_for(source, 1, "fp32", optimizer)
     losses = run(ranks, source, _freezes, str(tmp_path), config, source)
