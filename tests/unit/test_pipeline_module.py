@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import inspect
 import random
 import weakref
 from collections.abc import Sequence
@@ -217,10 +219,59 @@ def test_a_state_dict_of_a_sequential_model_fits():
     assert {p.dtype for stage in module.stages.values() for p in stage.parameters()} == {torch.float64}
 
 
+def test_a_copy_is_a_model_of_its_own():
+    module = built([TiedLayerSpec("t", nn.Linear, 4, 4), *specs(2), TiedLayerSpec("t", nn.Linear, 4, 4)], [0, 0])
+    twin = copy.deepcopy(module)
+    x = torch.ones(1, 4)
+    expected = module(x).detach()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(x), expected)
+    assert twin.stages.keys() == module.stages.keys()
+    assert {id(p) for stage in twin.stages.values() for p in stage.parameters()} == {id(p) for p in twin.parameters()}
+
+
 def test_a_model_that_is_not_whole_says_what_to_call(as_rank):
     as_rank(0, 2)
     with pytest.raises(RuntimeError, match=r"2 stages are on 2 ranks.*engine\.train_batch"):
         PipelineModule(specs(), num_stages=2)(torch.ones(1, 4))
+
+
+DEEPSPEED_ARGUMENTS = [
+    "layers",
+    "num_stages",
+    "topology",
+    "loss_fn",
+    "seed_layers",
+    "seed_fn",
+    "base_seed",
+    "partition_method",
+    "activation_checkpoint_interval",
+    "activation_checkpoint_func",
+    "checkpointable_layers",
+    "dynamic_shape",
+]
+
+
+def test_arguments_are_in_the_order_that_programs_for_deepspeed_know():
+    parameters = inspect.signature(PipelineModule).parameters
+    assert list(parameters)[: len(DEEPSPEED_ARGUMENTS)] == DEEPSPEED_ARGUMENTS
+    assert all(p.kind is p.KEYWORD_ONLY for name, p in parameters.items() if name not in DEEPSPEED_ARGUMENTS)
+    asks_for_nothing = (
+        1,
+        None,
+        None,
+        False,
+        None,
+        1234,
+        "parameters",
+        0,
+        torch.utils.checkpoint.checkpoint,
+        None,
+        True,
+    )
+    PipelineModule([nn.Linear(2, 2)], *asks_for_nothing)  # type: ignore[arg-type]
 
 
 # -- what is refused
@@ -244,6 +295,8 @@ def test_a_model_that_is_not_whole_says_what_to_call(as_rank):
         ({"skips": {2: [1]}}, r"skips has 2: \[1\]"),
         ({"skips": {5: [1]}}, r"skips has 5: \[1\]"),
         ({"skips": {2: [0, 0]}}, "name each layer once"),
+        ({"skips": {2: 0}}, r"skips has 2: 0: give a list of layers, 2: \[0\]"),
+        ({"partition_method": None}, 'partition_method is "None": there are "parameters"'),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(arguments, message):

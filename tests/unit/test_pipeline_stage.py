@@ -108,6 +108,41 @@ def test_any_skips_in_any_division_compute_the_same(pairs, stages, interval):
     assert_same(gradients(module), gradients(built([0], skips)))
 
 
+# -- layers that write into their input
+
+
+def changing(stage_ranks: Sequence[int], interval: int, *, in_place: bool) -> PipelineModule:
+    """Every other layer changes its input; the output of layer 0 is taken by layer 4, too."""
+    layers = [layer for _ in range(3) for layer in (LayerSpec(Sums), LayerSpec(nn.Dropout, 0.5, inplace=in_place))]
+    module = PipelineModule(
+        layers,
+        num_stages=1,
+        skips={4: [0]},
+        seed_layers=True,
+        partition_method="uniform",
+        activation_checkpoint_interval=interval,
+    )
+    module.build(stage_ranks)
+    return module
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("interval", [0, 1, 2])
+def test_a_layer_may_change_its_input_in_place(stages, interval):
+    module = changing([0] * stages, interval, in_place=True)
+    assert_same(gradients(module), gradients(changing([0], 0, in_place=False)))
+
+
+@pytest.mark.parametrize("interval", [0, 1])
+def test_what_comes_from_another_stage_is_not_changed(interval):
+    """It is a leaf of this rank's graph, and may be in memory that the other stage needs."""
+    stage = changing([0] * 6, interval, in_place=True).stages[1]
+    x = torch.ones(2, 4, requires_grad=True)
+    stage(x, {})[0].sum().backward()
+    assert torch.equal(x, torch.ones(2, 4))
+    assert x.grad is not None
+
+
 # -- activation checkpointing
 
 

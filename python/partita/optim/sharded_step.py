@@ -65,7 +65,9 @@ class ShardedStep:
             micro_batches: of this rank since the last step. Ranks that differ there, in hyper-parameters or in what is
                 frozen learn that from the outcome.
         """
-        frozen = [slot.name for slots in frozen_slots(self._units) for slot in sorted(slots, key=lambda s: s.offset)]
+        frozen: list[str] = []
+        if self._grid.shape.pipe == 1:  # ranks of a pipeline have other parameters each
+            frozen = [s.name for slots in frozen_slots(self._units) for s in sorted(slots, key=lambda s: s.offset)]
         total = self._controller.begin(self._digest.take(micro_batches, frozen))
         kernels.sum_of_squares(total, self._norm_parts)
         if self._host_norm_parts:

@@ -79,7 +79,7 @@ def layer_weights(layers: Sequence[Layer], method: str, layer_costs: Sequence[fl
     Raises:
         ValueError: names the method, and what is wrong with it.
     """
-    kind, _, expression = method.partition(":")
+    kind, _, expression = str(method).partition(":")
     kind = kind.lower()
     if layer_costs is not None and kind != "cost":
         raise ValueError(f'PipelineModule: layer_costs is for partition_method="cost", and it is "{method}"')
@@ -130,6 +130,10 @@ def check_skips(skips: Mapping[int, Sequence[int]], num_layers: int) -> dict[int
     """
     checked = {}
     for layer, sources in skips.items():
+        if isinstance(sources, int):
+            raise ValueError(
+                f"PipelineModule: skips has {layer}: {sources}: give a list of layers, {layer}: [{sources}]"
+            )
         given = tuple(sources)
         for source in given:
             if not (0 <= source < layer - 1 and layer < num_layers):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from partita.comm import Communicator
 from partita.model import LossScaling, ModelPart
+from partita.pipeline.arrival import Arrival
 from partita.pipeline.mail import Mail
 from partita.pipeline.module import PipelineModule
 from partita.pipeline.outbox import Outbox
@@ -67,7 +68,7 @@ class _Open:
     """A stage and micro-batch between forward and backward. taken: the inputs whose gradients are given back, by the
     stage that they came from. given: the outputs whose gradients come, by the stage that has taken them."""
 
-    taken: dict[int, list[Tensor]]
+    taken: dict[int, list[Arrival]]
     given: dict[int, list[Tensor]]
     loss: Tensor | None
 
@@ -91,6 +92,7 @@ class PipelineStep:
         self._open: dict[Place, _Open] = {}
         self._deferred: dict[Place, Deferred] = {}
 
+    @torch.enable_grad()
     def train(self) -> None:
         """All forwards and backwards. The reductions of all gradients have begun afterwards.
 
@@ -172,11 +174,11 @@ class PipelineStep:
                 self._here.report_loss(loss)
             self._open[stage, m] = _Open(taken, given, loss)
 
-    def _taken(self, stage: int, m: int) -> tuple[Any, dict[int, Any], dict[int, list[Tensor]]]:
+    def _taken(self, stage: int, m: int) -> tuple[Any, dict[int, Any], dict[int, list[Arrival]]]:
         """The input of a stage, the outputs of layers of earlier stages beside it, and what of both needs gradients."""
         x = self._batches.inputs[m] if stage == 0 else None
         skipped: dict[int, Any] = {}
-        taken: dict[int, list[Tensor]] = {}
+        taken: dict[int, list[Arrival]] = {}
         for source in self._plan.links.before[stage]:
             (output, beside), taken[source] = self._mail.take(("F", source, m, stage))
             if source == stage - 1:
@@ -203,8 +205,8 @@ class PipelineStep:
             self._deferred[stage, m] = deferred
         part.forget()
         for source, inputs in done.taken.items():
-            given_back = [x.grad if x.grad is not None else torch.zeros_like(x) for x in inputs]
-            self._mail.give_back(("B", stage, m, source), given_back, self._rank_of(source))
+            gradients = [x.take_gradient() for x in inputs]
+            self._mail.give_back(("B", stage, m, source), gradients, self._rank_of(source))
 
     def _weights(self, action: Action) -> None:
         _, stage, m = action

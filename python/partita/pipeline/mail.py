@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from partita.comm import Communicator, Handle
+from partita.pipeline.arrival import Arrival
 from partita.pipeline.outbox import Outbox
 from partita.pipeline.payload import (
     HEADER,
@@ -64,7 +65,7 @@ class Mail:
                 "whose inputs had the same shapes: what a stage returns must follow from the shapes of its inputs"
             )
         if rank is None:
-            self._here[item] = [tensor.detach() for tensor in tensors]
+            self._here[item] = [tensor.detach().clone() for tensor in tensors]  # which the other stage may change
         else:
             if known is form:
                 self._outbox.send([form.to_header()], [HEADER], rank)
@@ -95,18 +96,19 @@ class Mail:
         for handle in posted:
             handle.wait()
 
-    def take(self, item: Sent) -> tuple[Any, list[Tensor]]:
-        """The payload of a stage; and its tensors whose gradients are to be given back, which are leaves of autograd
-        where that is enabled."""
+    def take(self, item: Sent) -> tuple[Any, list[Arrival]]:
+        """The payload of a stage; and those of its tensors whose gradients are to be given back, if autograd is
+        enabled."""
         _, stage, m, taker = item
         form = self._forms[stage, taker, self._classes[m]]
         tensors = self._here.pop(item)
-        wanted = []
+        arrivals = []
         if torch.is_grad_enabled():
-            for leaf, tensor in zip(form.tensors, tensors, strict=True):
+            for i, leaf in enumerate(form.tensors):
                 if leaf.is_differentiable:
-                    wanted.append(tensor.requires_grad_())
-        return form.put_together(tensors), wanted
+                    arrivals.append(arrival := Arrival(tensors[i]))
+                    tensors[i] = arrival.tensor
+        return form.put_together(tensors), arrivals
 
     def take_back(self, item: Sent) -> list[Tensor]:
         """The gradients of a payload."""

@@ -68,7 +68,7 @@ class PipelineModule(nn.Module):
         checkpointable_layers: names of classes: only runs of them are checkpointed. None: all are.
         dynamic_shape: either; shapes of micro-batches may differ always.
         skips: for the place of a layer, the places of earlier layers whose outputs it takes, too: `{4: [1]}` calls
-            layer 4 with the output of layer 3 and that of layer 1. Layers may not change such outputs in place.
+            layer 4 with the output of layer 3 and that of layer 1. Functions may not change such outputs in place.
         layer_costs: the time of each layer, forward and backward, in any unit; the same on all ranks.
 
     Raises:

@@ -139,13 +139,14 @@ def room_for(leaves: Sequence[Leaf], device: torch.device) -> Tensor:
 
 
 def tensors_in(message: Tensor, leaves: Sequence[Leaf]) -> list[Tensor]:
-    """The tensors of a message, as views of it."""
+    """The tensors of a message, in its memory. For autograd, a write into one is none into another."""
     if len(leaves) == 1:
         return [message]
     tensors, begin = [], 0
     for leaf in leaves:
-        part = message[begin : begin + leaf.nbytes]
-        tensors.append(part.view(leaf.dtype).view(leaf.shape))
+        part = message[begin : begin + leaf.nbytes].view(leaf.dtype).view(leaf.shape)
+        alias = torch.empty(0, dtype=leaf.dtype, device=message.device)
+        tensors.append(alias.set_(part))  # type: ignore[call-overload]
         begin += _padded(leaf.nbytes)
     return tensors
 

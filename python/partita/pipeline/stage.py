@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from partita.pipeline.shared import LOSS
@@ -54,15 +55,15 @@ class Stage(nn.Sequential):
         self.number = number
         self.checkpoints = checkpoints
         self._layers = list(layers)
-        self._functions = {i: layer for i, layer in layers.items() if not isinstance(layer, nn.Module)} | dict(
-            functions
-        )
+        plain = {i: layer for i, layer in layers.items() if not isinstance(layer, nn.Module)}
+        self._functions = {**plain, **functions}
         self._skips = {i: tuple(skips[i]) for i in layers if i in skips}
         self._kept = sorted(kept)
         self._sources = {source for sources in self._skips.values() for source in sources} | set(kept)
-        for i, layer in layers.items():
-            if isinstance(layer, nn.Module):
-                self.add_module(str(i), layer)
+        modules = {i: layer for i, layer in layers.items() if isinstance(layer, nn.Module)}
+        self._in_place = {i for i, layer in modules.items() if any(_is_in_place(part) for part in layer.modules())}
+        for i, module in modules.items():
+            self.add_module(str(i), module)
         if isinstance(loss_fn, nn.Module):
             self.add_module(LOSS, loss_fn)
         else:
@@ -106,8 +107,14 @@ class Stage(nn.Sequential):
         )
 
     def _compute(self, run: Sequence[int], x: Any, needed: Mapping[int, Any]) -> tuple[Any, dict[int, Any]]:
-        """The output of the last one of these layers, and the outputs that other layers than the next one take."""
+        """The output of the last one of these layers, and the outputs that other layers than the next one take.
+
+        What comes in, and what others take, is copied where a layer may change it in place: it belongs to another
+        stage, is a leaf of the graph, or is needed again when activations are recomputed.
+        """
         new: dict[int, Any] = {}
+        changes = not self._in_place.isdisjoint(run)
+        x = _copied(x) if changes else x
         for i in run:
             skipped = [new[source] if source in new else needed[source] for source in self._skips.get(i, ())]
             module, function = self._modules.get(str(i)), self._functions.get(i)
@@ -117,5 +124,14 @@ class Stage(nn.Sequential):
             else:
                 x = module(x, *skipped) if function is None else function(module, x, *skipped)
             if i in self._sources:
-                new[i] = x
+                new[i] = _copied(x) if changes else x
         return x, new
+
+
+def _is_in_place(module: nn.Module) -> bool:
+    """Whether a module writes into its input, under the name that torch's modules have for it."""
+    return getattr(module, "inplace", False) is True
+
+
+def _copied(value: Any) -> Any:
+    return tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, value)

@@ -179,6 +179,7 @@ class OptimizerStep:
                 for unit in part.units
                 for frozen in [unit.frozen_slots()]
                 for slot in unit.layout.slots
+                if self._run.grid.shape.pipe == 1
             ]
             require_same(self._run.grid.world, [count, *group_entries(self._optimizer.inner), *trained])
         except ValueError as error:

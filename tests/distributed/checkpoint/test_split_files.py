@@ -29,13 +29,16 @@ def _saves(folder: str, config: dict[str, Any], split: str, tied: bool) -> None:
 def test_all_splits_write_the_same_files(ranks, tmp_path, tied):
     """The model's files and exports, to the byte; an export of a checkpoint too."""
     names = ("first/model.safetensors", "export.safetensors", "masters.safetensors", "exported.safetensors")
-    found = []
+    found: list[list[bytes]] = []
+    facts: list[Any] = []
     for split in ("plain x 1", *FEW):
         folder = tmp_path / split
         ranks(SPLITS[split].ranks).run(_saves, str(folder), config_for(split, 1, "split", "AdamW"), split, tied)
         list(export(find(folder, "first"), folder / "exported.safetensors", None))
         found.append([(folder / name).read_bytes() for name in names])
+        facts.append(find(folder, "first").manifest.engine["parameters"])
     assert all(files == found[0] for files in found)
+    assert facts == [facts[0]] * len(facts)
     weights = sequential(1, tied=tied).state_dict()
     written = load_file(tmp_path / FEW[0] / "export.safetensors")
     assert written.keys() == weights.keys() == load_file(tmp_path / FEW[0] / "exported.safetensors").keys()

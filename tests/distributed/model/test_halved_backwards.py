@@ -18,9 +18,12 @@ MICRO_BATCHES = 3
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"bf16": {"enabled": True}},
-    "split": {"bf16": {"enabled": True, "master_weights": "split"}},
+    "split": {
+        "bf16": {"enabled": True, "master_weights": "split"},
+        "prescale_gradients": True,
+        "gradient_predivide_factor": 3.0,
+    },
     "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2}},
-    "predivided": {"prescale_gradients": True, "gradient_predivide_factor": 2.0},
 }
 # Of a part and micro-batch. Weight gradients wait over other micro-batches and parts.
 ORDERS = {
@@ -135,12 +138,12 @@ class Trained:
 def _train(
     config: dict[str, Any], order: str, checkpoints: str, bad: int | None, joins: bool
 ) -> list[dict[str, Tensor]]:
-    """After each of four steps: the summed gradients of this rank before the update, and the weights."""
+    """After each of three steps: the summed gradients of this rank before the update, and the weights."""
     found = []
     with ExitStack() as exits:
         trained = Trained(config, checkpoints, exits)
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        for step in range(4):
+        for step in range(3):
             for kind, part, micro in order.split() if not joins else joined(order):
                 seed = torch.Generator().manual_seed(100 * step + 10 * int(micro) + rank)
                 tokens = torch.randint(31, (2, 7), generator=seed)
@@ -231,10 +234,10 @@ def _finiteness() -> list[tuple[str, bool]]:
     with ExitStack() as exits:
         trained = Trained(config_for(0, "fp32"), "none", exits)
         for part in trained.halves.parts:
-            part.reducer.watches_finiteness = True
+            part.reducer.packing.watches_finiteness = True
         for action in ("F00", "F10", "I10", "W10"):
             trained.act(action[0], int(action[1]), 0, torch.zeros(2, 7, dtype=torch.int64), bad=True)
-        seen = trained.halves.parts[1].reducer.take_finiteness()
+        seen = trained.halves.parts[1].reducer.packing.take_finiteness()
         return [(name, bool(finite)) for name, finite in seen]
 
 

@@ -183,3 +183,46 @@ def _data_parallel_difference() -> None:
 def test_copies_of_a_stage_train_the_same(ranks):
     with pytest.raises(RankError, match=r"requires_grad of parameter 4\.norm\.weight"):
         ranks(4).run(_data_parallel_difference)
+
+
+class _InPlace(nn.Module):
+    """Changes its input, and remembers how autograd saw it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu_(x)
+
+
+def _in_place(pipe: int) -> PipelineModule:
+    torch.manual_seed(0)
+    layers = [LayerSpec(Embedded, WORDS, WIDTH)]
+    for _ in range(3):
+        layers += [LayerSpec(nn.Linear, WIDTH, WIDTH), LayerSpec(_InPlace)]
+    return PipelineModule(
+        [*layers, LayerSpec(nn.Linear, WIDTH, WORDS)], pipe, loss_fn=cross_entropy, partition_method="uniform"
+    )
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "zb-v"])
+@pytest.mark.parametrize("pipe", [2, 4])
+def test_a_stage_may_begin_with_a_layer_that_works_in_place(ranks, pipe, schedule):
+    config = config_for(4, pipeline={"schedule": schedule})
+    _assert_close(_run(ranks, pipe, _in_place, config), _run(ranks, 1, _in_place, config))
+
+
+def _frozen_later(pipe: int) -> dict[str, Tensor]:
+    engine, *_ = partita.initialize(model=Shape().module(pipe), config=config_for(4))
+    for step in range(4):
+        for name, parameter in engine.module.named_parameters():
+            parameter.requires_grad_(not (step in (1, 2) and name.startswith(("1.", "6."))))
+        engine.train_batch(iter([micro_batch(step, m) for m in range(4)]))
+    weights = dict(engine.module_state_dict())
+    engine.destroy()
+    return weights
+
+
+def test_layers_may_be_frozen_in_the_midst_of_training(ranks):
+    """F12."""
+    (expected,) = ranks(1).run(_frozen_later, 1)
+    for weights in ranks(2).run(_frozen_later, 2):
+        for name, value in weights.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
