@@ -34,8 +34,8 @@ def transport_us(task: PipelineTask, rounds: int, ranks: Ranks) -> dict[str, lis
     shared = communicator_of(world, "shared_memory", timedelta(seconds=60))
     tensor = torch.ones(task.size, task.length, task.model.width)
     ways: dict[str, Callable[[], None]] = {
-        "shared memory": lambda: _there_and_back(shared, tensor, ranks.rank),
-        "our gloo": lambda: _there_and_back(TorchCommunicator(world), tensor, ranks.rank),
+        "shared memory": _there_and_back(shared, tensor, ranks.rank),
+        "our gloo": _there_and_back(TorchCommunicator(world), tensor, ranks.rank),
         "gloo": lambda: _there_and_back_of_torch(tensor, ranks.rank),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -50,12 +50,21 @@ def transport_us(task: PipelineTask, rounds: int, ranks: Ranks) -> dict[str, lis
     return {name: values[1:] for name, values in times.items()}
 
 
-def _there_and_back(communicator: Communicator, tensor: Tensor, rank: int) -> None:
-    if rank == 0:
-        communicator.send(tensor, 1).wait()
-    communicator.recv(tensor, 1 - rank).wait()
-    if rank == 1:
-        communicator.send(tensor, 0).wait()
+def _there_and_back(communicator: Communicator, tensor: Tensor, rank: int) -> Callable[[], None]:
+    """As the engine does it: copied into a buffer of the transport, sent from there, received into memory of torch."""
+    message = communicator.empty(tensor.numel(), tensor.dtype).view(tensor.shape)
+    room = torch.empty_like(tensor)
+
+    def there_and_back() -> None:
+        if rank == 1:
+            communicator.recv(room, 0).wait()
+        message.copy_(tensor)
+        sent = communicator.send(message, 1 - rank)
+        if rank == 0:
+            communicator.recv(room, 1).wait()
+        sent.wait()
+
+    return there_and_back
 
 
 def _there_and_back_of_torch(tensor: Tensor, rank: int) -> None:
