@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from partita.pipeline import NAMES
+from partita.pipeline import NAMES, ScheduleError, by_name
 from pipelines import PRECISIONS, Shape, Trained, config_for, merged, micro_batch, plain, train
 
 SHAPES = {
@@ -87,6 +87,22 @@ def test_any_number_of_micro_batches(ranks, schedule, micro_batches):
         pytest.skip("it divides into no rounds of two")
     ours = run(ranks, 2, 1, SHAPES["tied"], config_of(schedule, micro_batches), steps=2)
     assert_close(ours, plain(SHAPES["tied"], micro_batches, steps=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipe", [3, 4])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_any_number_of_micro_batches_on_more_ranks(ranks, schedule, pipe):
+    """P4, with ties, skips and activation checkpoints; M from 1 to 2P, where the family takes so many."""
+    shape = Shape(tied=True, skips={3: [1], 5: [1, 2]})
+    for micro_batches in range(1, 2 * pipe + 1):
+        try:
+            by_name(schedule, pipe, micro_batches)
+        except ScheduleError:
+            continue
+        options = {"activation_checkpoint_interval": micro_batches % 3}
+        ours = run(ranks, pipe, 1, shape, config_of(schedule, micro_batches), steps=2, options=options)
+        assert_close(ours, plain(shape, micro_batches, steps=2))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
