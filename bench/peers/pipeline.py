@@ -24,7 +24,7 @@ import torch
 from engines import NotAvailableError
 from partita.pipeline import by_name
 from pipeline_engines import ENGINES, Pipeline, alone
-from pipeline_measures import Activations, Idle, activations, costs_of, idle_time, memory_costs, transport_us
+from pipeline_measures import Activations, Idle, Transfer, activations, costs_of, idle_time, memory_costs, transport_us
 from pipeline_task import ModelConfig, PipelineTask, costs_by_operations
 from report import print_table, ratio, settings_of, spread, write_json
 
@@ -139,8 +139,9 @@ def look_inside(pipelines: Mapping[str, Pipeline], task: PipelineTask, steps: in
         if pipeline.engine is None:
             continue
         schedule = by_name(name.partition(":")[2], ranks.world_size, task.micro_batches)
-        way = "our gloo" if name.startswith("partita-gloo") else "shared memory"
-        idle[name] = idle_time(pipeline, schedule, steps, median(transport[way]) / 1e6, ranks)
+        overlaps = name.startswith("partita-gloo")
+        microseconds = median(transport["our gloo" if overlaps else "shared memory"])
+        idle[name] = idle_time(pipeline, schedule, steps, Transfer(microseconds / 1e6, overlaps), ranks)
         costs = memory_costs(task, costs_of({}, schedule.num_stages))
         memory[name] = activations(pipeline, schedule, costs, ranks)
     if ranks.rank == 0:
@@ -157,7 +158,8 @@ def print_inside(transport: Series, idle: Mapping[str, Idle], memory: Mapping[st
     print_table(["output of a stage under way", "us", "range"], rows)
     rows = []
     for name, found in idle.items():
-        cells = [f"{median(found.measured):.1%}", f"{found.simulated:.1%}", f"{found.ratio:.2f}"]
+        cells = [f"{median(found.measured):.1%}", f"{median(found.simulated):.1%}"]
+        cells.append(f"{ratio(found.measured, found.simulated):.2f}")
         rows.append([name, *cells, spread([100 * part for part in found.measured])])
     if rows:
         print_table(["idle time", "measured", "simulated", "ratio", "range, %"], rows)

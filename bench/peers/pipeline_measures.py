@@ -34,8 +34,8 @@ def transport_us(task: PipelineTask, rounds: int, ranks: Ranks) -> dict[str, lis
     shared = communicator_of(world, "shared_memory", timedelta(seconds=60))
     tensor = torch.ones(task.size, task.length, task.model.width)
     ways: dict[str, Callable[[], None]] = {
-        "shared memory": lambda: _there_and_back(shared, tensor, ranks.rank),
-        "our gloo": lambda: _there_and_back(TorchCommunicator(world), tensor, ranks.rank),
+        "shared memory": _there_and_back(shared, tensor, ranks.rank),
+        "our gloo": _there_and_back(TorchCommunicator(world), tensor, ranks.rank),
         "gloo": lambda: _there_and_back_of_torch(tensor, ranks.rank),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -50,12 +50,21 @@ def transport_us(task: PipelineTask, rounds: int, ranks: Ranks) -> dict[str, lis
     return {name: values[1:] for name, values in times.items()}
 
 
-def _there_and_back(communicator: Communicator, tensor: Tensor, rank: int) -> None:
-    if rank == 0:
-        communicator.send(tensor, 1).wait()
-    communicator.recv(tensor, 1 - rank).wait()
-    if rank == 1:
-        communicator.send(tensor, 0).wait()
+def _there_and_back(communicator: Communicator, tensor: Tensor, rank: int) -> Callable[[], None]:
+    """As the engine does it: copied into a buffer of the transport, sent from there, received into memory of torch."""
+    message = communicator.empty(tensor.numel(), tensor.dtype).view(tensor.shape)
+    room = torch.empty_like(tensor)
+
+    def there_and_back() -> None:
+        if rank == 1:
+            communicator.recv(room, 0).wait()
+        message.copy_(tensor)
+        sent = communicator.send(message, 1 - rank)
+        if rank == 0:
+            communicator.recv(room, 1).wait()
+        sent.wait()
+
+    return there_and_back
 
 
 def _there_and_back_of_torch(tensor: Tensor, rank: int) -> None:
@@ -70,35 +79,39 @@ def _there_and_back_of_torch(tensor: Tensor, rank: int) -> None:
 
 
 @dataclass(frozen=True)
+class Transfer:
+    """Of a stage's output. `overlaps`: other threads than those that compute carry it; shared memory has none."""
+
+    seconds: float
+    overlaps: bool
+
+
+@dataclass(frozen=True)
 class Idle:
-    """Parts of the ranks' time, of several steps; and the seconds of the actions, by kind and stage."""
+    """Parts of the ranks' time, one per step: as it was, and under the median times of that step's actions."""
 
     measured: list[float]
-    simulated: float
-    seconds: dict[str, float]
-
-    @property
-    def ratio(self) -> float:
-        return median(self.measured) / self.simulated if self.simulated else float("nan")
+    simulated: list[float]
 
 
-def idle_time(pipeline: Pipeline, schedule: Schedule, steps: int, transfer_s: float, ranks: Ranks) -> Idle:
-    """Of steps that are timed action by action. The simulation has the medians of these times."""
-    measured, durations = [], defaultdict(list)
+def idle_time(pipeline: Pipeline, schedule: Schedule, steps: int, transfer: Transfer, ranks: Ranks) -> Idle:
+    """Of steps that are timed action by action."""
+    found = Idle([], [])
     for _ in range(steps):
         ranks.barrier()
         pipeline.step()
         of_ranks = _gathered(pipeline.engine.timeline())
-        begin = min(span.start for spans in of_ranks for span in spans)
-        whole = max(span.end for spans in of_ranks for span in spans) - begin
-        busy = sum(span.end - span.start for spans in of_ranks for span in spans)
-        measured.append(1 - busy / (whole * len(of_ranks)))
-        for span in (span for spans in of_ranks for span in spans):
-            durations[span.action.kind, span.action.stage].append(span.end - span.start)
-    typical = {kind_and_stage: median(values) for kind_and_stage, values in durations.items()}
-    costs = replace(costs_of(typical, schedule.num_stages), latency=transfer_s)
-    seconds = {f"{stage}{kind}": value for (kind, stage), value in sorted(typical.items())}
-    return Idle(measured, simulate(schedule, costs).bubble, seconds)
+        spans = [span for spans in of_ranks for span in spans]
+        whole = max(span.end for span in spans) - min(span.start for span in spans)
+        busy = sum(span.end - span.start for span in spans)
+        found.measured.append(1 - busy / (whole * len(of_ranks)))
+        seconds = defaultdict(list)
+        for span in spans:
+            seconds[span.action.kind, span.action.stage].append(span.end - span.start)
+        typical = {of: median(values) for of, values in seconds.items()}
+        costs = replace(costs_of(typical, schedule.num_stages), latency=transfer.seconds, overlap=transfer.overlaps)
+        found.simulated.append(simulate(schedule, costs).bubble)
+    return found
 
 
 def costs_of(seconds: dict[tuple[Any, int], float], stages: int) -> Costs:
