@@ -249,6 +249,8 @@ class PipelineEngine(EngineBase):
         if count not in self._forward_plans:
             schedule = forward_wave(self._plan.schedule.stage_ranks, count)
             self._forward_plans[count] = plan_of(schedule, self._plan.rank, self._here.module.skip_edges)
+        outbox = self._here.outbox
+        outbox.room = max(outbox.room, self._forward_plans[count].room)
         return self._forward_plans[count]
 
     @contextmanager
@@ -331,5 +333,5 @@ def _stages_here(model: PipelineModule, plan: RankPlan, ready: Prepared, exits: 
     name = f"rank {grid.world.rank}"
     if grid.data.world_size > 1:
         name += f" (rank {grid.pipe.rank} of its pipeline)"
-    outbox = Outbox(grid.pipe, plan.window)
+    outbox = Outbox(grid.pipe, plan.room)
     return StagesHere(name, model, parts, splits, ties, grid.pipe, outbox, ready.scaling, ready.controller.add_loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import partita
@@ -10,7 +11,7 @@ import pytest
 import torch
 from partita import LifecycleError
 from partita.pipeline import LayerSpec, PipelineError, PipelineModule
-from pipelines import Shape, config_for, micro_batch
+from pipelines import WIDTH, Block, Shape, config_for, micro_batch
 from ranks import RankError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -104,6 +105,27 @@ def test_inference_mode(ranks):
     for said, evaluated, trained in ranks(2).run(_within_inference_mode):
         assert "inside torch.inference_mode()" in said
         assert evaluated == trained
+
+
+def _many_are_evaluated(pipe: int, chunks: int, skips: dict[int, list[int]]) -> list[float]:
+    """A layer per stage; far more micro-batches than messages may be under way."""
+    torch.manual_seed(0)
+    layers = [LayerSpec(Block, WIDTH) for _ in range(pipe * chunks)]
+    model = PipelineModule(layers, pipe, loss_fn=nn.functional.mse_loss, partition_method="uniform", skips=skips)
+    config = config_for(2 * pipe, pipeline={"schedule": "interleaved", "chunks": chunks}, comm={"timeout_seconds": 20})
+    engine, *_ = partita.initialize(model=model, config=config)
+    pairs = [(torch.full((2, WIDTH), float(m)), torch.ones(2, WIDTH)) for m in range(40)]
+    losses = [engine.eval_batch(iter(pairs), len(pairs)).item(), engine.train_batch(iter(pairs)).item()]
+    engine.destroy()
+    return losses
+
+
+# First evaluation needs a larger window than training; then an action sends several messages to one rank.
+@pytest.mark.parametrize(("pipe", "chunks", "skips"), [(3, 3, {8: [0]}), (4, 4, {4: [0], 5: [0], 6: [0]})])
+def test_many_micro_batches_are_evaluated_with_skips(ranks, pipe, chunks, skips):
+    assert all(
+        loss > 0 for losses in ranks(pipe).run(partial(_many_are_evaluated, pipe, chunks, skips)) for loss in losses
+    )
 
 
 class _Interrupted(nn.Module):
