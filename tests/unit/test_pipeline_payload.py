@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from typing import Any, NamedTuple
 
 import pytest
@@ -116,3 +116,19 @@ def test_a_description_has_bounds():
 def test_classes_are_shapes_of_inputs():
     one, two = torch.zeros(2, 3), torch.zeros(2, 4)
     assert classes_of([one, one + 1, two, one.long(), two, (one, two), (one, two)]) == [0, 0, 1, 2, 1, 3, 3]
+
+
+def test_keys_that_would_come_back_as_something_else_are_refused():
+    form, _ = taken_apart({(0, 1): torch.ones(2)})
+    with pytest.raises(TypeError, match="keys of dicts are texts or numbers"):
+        form.to_header()
+
+
+def test_sparse_tensors_are_refused():
+    with pytest.raises(TypeError, match=r"layout torch.sparse_coo.*to_dense"):
+        taken_apart(torch.eye(3).to_sparse())
+
+
+def test_shapes_in_mappings_inside_of_tuples_count():
+    inputs = [(UserDict(ids=torch.ones(n)), {"deep": [UserDict(mask=torch.ones(2))]}) for n in (3, 3, 4)]
+    assert classes_of(inputs) == [0, 0, 1]

@@ -376,3 +376,15 @@ def test_a_copy_belongs_to_nobody(way: Callable[[nn.Module], nn.Module]):
         with split.collecting() as deferred:
             copied(X).sum().backward()
         assert len(list(deferred.gradients())) == 4
+
+
+def test_an_input_that_changes_while_its_weight_waits_is_named():
+    layer, x = nn.Linear(3, 2), torch.ones(4, 3)
+    with ExitStack() as exits:
+        split = WeightSplit(layer, exits)
+        out = layer(x)
+        with split.collecting() as deferred:
+            out.sum().backward()
+        x.add_(1.0)  # a buffer of a module, say, that the forward of the next micro-batch changes
+        with pytest.raises(RuntimeError, match=r"weight of shape \(2, 3\).*was changed in place"):
+            list(deferred.gradients())

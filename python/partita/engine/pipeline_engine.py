@@ -32,9 +32,11 @@ from partita.pipeline import (
     TiedWeights,
     WeightSplit,
     classes_of,
+    fingerprint,
     forward_wave,
     placement,
     plan_of,
+    require_same_labels,
     schedule_for,
     share_values,
     to_text,
@@ -43,6 +45,8 @@ from partita.step import OptimizerStep
 
 if TYPE_CHECKING:
     from partita.config import Config
+
+_OF_A_STEP = (PipelineError, CommunicationError)  # errors that say that a step has begun
 
 
 class PipelineEngine(EngineBase):
@@ -119,15 +123,18 @@ class PipelineEngine(EngineBase):
                 None. None: the engine's own `dataloader`.
 
         Raises:
-            ValueError, TypeError: the data end early, or are no pairs; on all ranks of the pipeline. Nothing has begun.
+            ValueError, TypeError: the data end early, are no pairs, or the first and the last stage read different
+                labels; on all ranks of the pipeline. Nothing has begun.
             PipelineError: an action has failed; names rank, stage, micro-batch and action, on all ranks of the
                 pipeline. The engine cannot go on: ranks may have got different messages.
         """
         self._require("train_batch()")
+        if torch.is_inference_mode_enabled():
+            raise LifecycleError("engine.train_batch() was called inside torch.inference_mode(): call it outside")
         with self._calls.inside("train_batch()"), self._left_on_error():
             batches = self._batches(data_iter, self._run.batch.accumulation, "train_batch")
             step = PipelineStep(self._here, self._plan, batches)
-            with self._step.timers.phase("pipeline"):
+            with self._step.timers.phase("pipeline"), self._left_on_error((BaseException,)):
                 step.train()
             self._timeline = tuple(step.spans)
             self._beside.before_update()
@@ -151,7 +158,8 @@ class PipelineEngine(EngineBase):
         with self._calls.inside("eval_batch()"), self._left_on_error(), self._evaluating():
             batches = self._batches(data_iter, count, "eval_batch")
             step = PipelineStep(self._here, self._forward_plan(count), batches)
-            step.evaluate()
+            with self._left_on_error((BaseException,)):
+                step.evaluate()
             sums = torch.zeros(2, dtype=torch.float64, device=self.device)
             for loss in step.losses:
                 sums[0] += loss.reshape(())
@@ -207,7 +215,9 @@ class PipelineEngine(EngineBase):
         """The micro-batches of a step; all ranks of the pipeline learn their classes, or that there are none."""
         pairs: list[tuple[Any, Any]] = []
         error: Exception | None = None
-        told = torch.zeros(count + 1, dtype=torch.float64, device=self.device)
+        told = torch.zeros(count + 3, dtype=torch.float64, device=self.device)
+        inputs: list[Any] = []
+        labels: list[Any] = []
         try:
             if data_iter is not None or self.dataloader is not None:
                 own = self.dataloader if data_iter is None else data_iter
@@ -219,27 +229,34 @@ class PipelineEngine(EngineBase):
                 raise ValueError(f"{call}() needs an iterator over micro-batches: the engine was given no train_data")
             if self.is_first_stage():
                 for m, number in enumerate(classes_of([inputs for inputs, _ in pairs])):
-                    told[1 + m] = number
+                    told[3 + m] = number
+                inputs = [on_device(x, self.device) for x, _ in pairs]
+                told[1] = fingerprint([y for _, y in pairs])
+            if self.is_last_stage():
+                labels = [on_device(y, self.device) for _, y in pairs]
+                told[2] = fingerprint([y for _, y in pairs])
         except Exception as failure:
             error = failure
             told[0] = 1
         self._run.grid.pipe.all_reduce(told, Reduction.max).wait()
-        failed, *classes = map(int, told.tolist())
+        failed, first, last, *classes = told.tolist()
         if failed:
             raise_together(self._run.grid.pipe, error, f"{call}():")
-        inputs = [on_device(x, self.device) for x, _ in pairs] if self.is_first_stage() else []
-        labels = [on_device(y, self.device) for _, y in pairs] if self.is_last_stage() else []
-        return Batches(inputs, labels, classes)
+        require_same_labels(first, last)
+        return Batches(inputs, labels, [int(number) for number in classes])
 
     def _forward_plan(self, count: int) -> RankPlan:
         if count not in self._forward_plans:
             schedule = forward_wave(self._plan.schedule.stage_ranks, count)
             self._forward_plans[count] = plan_of(schedule, self._plan.rank, self._here.module.skip_edges)
+        outbox = self._here.outbox
+        outbox.room = max(outbox.room, self._forward_plans[count].room)
         return self._forward_plans[count]
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        training = [module for module in self.module.modules() if module.training]
+        modules = [*self.module.modules(), *self._here.module.stages.values()]  # a stage is no child of the module
+        training = [module for module in modules if module.training]
         self.module.eval()
         try:
             yield
@@ -248,13 +265,16 @@ class PipelineEngine(EngineBase):
                 module.training = True
 
     @contextmanager
-    def _left_on_error(self) -> Iterator[None]:
+    def _left_on_error(self, kinds: tuple[type[BaseException], ...] = _OF_A_STEP) -> Iterator[None]:
         """An error of an action or of a collective ends the engine: no rank can know what the others have done. They
         learn why."""
         try:
             yield
-        except (PipelineError, CommunicationError) as error:
-            self._failure = str(error).splitlines()[0]
+        except kinds as error:
+            said = str(error).partition("\n")[0]
+            self._failure = self._failure or (
+                said if isinstance(error, _OF_A_STEP) else f"{type(error).__name__} {said}".strip()
+            )
             for communicator in (self._run.grid.pipe, self._run.grid.data, self._run.grid.world):
                 communicator.leave(f"it failed: {self._failure}")
             raise
@@ -313,5 +333,5 @@ def _stages_here(model: PipelineModule, plan: RankPlan, ready: Prepared, exits: 
     name = f"rank {grid.world.rank}"
     if grid.data.world_size > 1:
         name += f" (rank {grid.pipe.rank} of its pipeline)"
-    outbox = Outbox(grid.pipe, plan.window)
+    outbox = Outbox(grid.pipe, plan.room)
     return StagesHere(name, model, parts, splits, ties, grid.pipe, outbox, ready.scaling, ready.controller.add_loss)

@@ -14,6 +14,7 @@ from partita.pipeline.partition import balanced
 from partita.pipeline.payload import classes_of
 from partita.pipeline.prove import Proof, prove
 from partita.pipeline.rank_plan import RankPlan, plan_of
+from partita.pipeline.same_labels import fingerprint, require_same_labels
 from partita.pipeline.schedule import Action, Schedule, ScheduleError
 from partita.pipeline.shared import Tie
 from partita.pipeline.simulate import Costs, Simulation, Span, simulate
@@ -52,6 +53,7 @@ __all__ = [
     "decoder_layers",
     "decoder_names",
     "draw",
+    "fingerprint",
     "forward_wave",
     "from_csv",
     "from_text",
@@ -59,6 +61,7 @@ __all__ = [
     "placement",
     "plan_of",
     "prove",
+    "require_same_labels",
     "schedule_for",
     "share_values",
     "simulate",

@@ -62,7 +62,8 @@ class Mail:
         if known != form:
             raise ValueError(
                 f"stage {stage} hands on {_shown(form)} in micro-batch {m}, and {_shown(known)} in an earlier one "
-                "whose inputs had the same shapes: what a stage returns must follow from the shapes of its inputs"
+                "whose inputs had the same shapes: what a stage returns must follow from the shapes of its inputs, and "
+                "so must what has a gradient, and numbers (one that changes goes as a tensor)"
             )
         if rank is None:
             self._here[item] = [tensor.detach().clone() for tensor in tensors]  # which the other stage may change
@@ -129,4 +130,11 @@ class Mail:
 
 def _shown(form: Form) -> str:
     """For people."""
-    return ", ".join(f"{str(leaf.dtype).removeprefix('torch.')} {leaf.shape}" for leaf in form.tensors) or "no tensors"
+    return ", ".join(map(_shown_leaf, form.leaves)) or "nothing"
+
+
+def _shown_leaf(leaf: Any) -> str:
+    if not isinstance(leaf, Leaf):
+        return repr(leaf)
+    without = "" if leaf.is_differentiable or not leaf.dtype.is_floating_point else " without gradient"
+    return f"{str(leaf.dtype).removeprefix('torch.')} {leaf.shape}{without}"

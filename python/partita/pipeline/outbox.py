@@ -20,12 +20,15 @@ class Outbox:
 
     Args:
         pipe: the ranks of the pipeline.
-        window: messages that may be under way to a rank before this one waits.
+        room: messages of a size that may be under way to a rank; the next send waits.
+
+    Attributes:
+        room: at least that of the plan that runs; it may grow between steps.
     """
 
-    def __init__(self, pipe: Communicator, window: int) -> None:
+    def __init__(self, pipe: Communicator, room: int) -> None:
         self._pipe = pipe
-        self._window = window
+        self.room = room
         self._buffers: dict[tuple[int, int], deque[tuple[Handle, Tensor]]] = {}  # by rank and size, in bytes
         self._used: set[tuple[int, int]] = set()  # in this step
 
@@ -34,7 +37,7 @@ class Outbox:
         key = (rank, message_bytes(leaves))
         self._used.add(key)
         under_way = self._buffers.setdefault(key, deque())
-        if len(under_way) >= self._window:
+        if len(under_way) >= self.room:
             handle, buffer = under_way.popleft()
             handle.wait()
         else:

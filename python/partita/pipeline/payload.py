@@ -74,6 +74,11 @@ class Form:
             raise TypeError(
                 f"a stage hands on a container that cannot be described ({error}): use tuples, lists and dicts"
             ) from None
+        if not _is_described_by(structure, self.structure):
+            raise TypeError(
+                f"a stage hands on a container that cannot be described ({self.structure}): keys of dicts are texts or "
+                "numbers"
+            )
         text = json.dumps([structure, [_described(leaf) for leaf in self.leaves]]).encode()
         if len(text) > HEADER_BYTES - _LENGTH_BYTES:
             raise ValueError(
@@ -82,6 +87,14 @@ class Form:
             )
         data = len(text).to_bytes(_LENGTH_BYTES, "little") + text
         return torch.frombuffer(bytearray(data.ljust(HEADER_BYTES, b"\0")), dtype=torch.uint8)
+
+
+def _is_described_by(text: str, structure: pytree.TreeSpec) -> bool:
+    """Whether a reader of the text gets the structure; keys that are tuples come back as lists, say."""
+    try:
+        return bool(pytree.treespec_loads(text) == structure)
+    except TypeError:
+        return False
 
 
 def form_of_header(header: Tensor) -> Form:
@@ -103,6 +116,11 @@ def taken_apart(payload: Any) -> tuple[Form, list[Tensor]]:
     tensors: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
+            if value.layout is not torch.strided:
+                raise TypeError(
+                    f"a stage hands on a tensor of layout {value.layout}: layers at the border of a stage return dense "
+                    "ones, .to_dense()"
+                )
             leaves.append(Leaf(value.dtype, tuple(value.shape), value.requires_grad))
             tensors.append(value)
         elif value is None or type(value) in (bool, int, float, str):
@@ -156,10 +174,21 @@ def classes_of(inputs: Sequence[Any]) -> list[int]:
     numbers: dict[tuple[Any, ...], int] = {}
     classes = []
     for values in inputs:
-        leaves = pytree.tree_leaves(dict(values) if isinstance(values, Mapping) else values)
-        form = tuple((leaf.dtype, tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor))
+        form = tuple((tensor.dtype, tuple(tensor.shape)) for tensor in tensors_of(values))
         classes.append(numbers.setdefault(form, len(numbers)))
     return classes
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    """The tensors of a program's data, in mappings that pytree does not know (a tokenizer's output), too."""
+    leaves = pytree.tree_leaves(values)
+    tensors: list[Tensor] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+        elif isinstance(leaf, Mapping):
+            tensors += tensors_of(dict(leaf))
+    return tensors
 
 
 def _padded(nbytes: int) -> int:

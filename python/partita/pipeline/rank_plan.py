@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class RankPlan:
         links: which stages take what from which.
         rank: of the pipeline.
         actions: in their order.
-        window: messages that may be under way to another rank before this rank waits.
+        window: messages that may be under way to another rank before this rank waits, after an action.
         proof: what the schedule needs.
     """
 
@@ -49,6 +50,13 @@ class RankPlan:
     actions: tuple[PlannedAction, ...]
     window: int
     proof: Proof
+
+    @property
+    def room(self) -> int:
+        """Messages to another rank that must find room before a send may wait: the proof has a rank wait after all
+        sends of an action, when more than the window are under way, and a send of ours waits before it is one."""
+        by_action = (Counter(rank for rank, _ in planned.sends) for planned in self.actions)
+        return self.window + max((number for sends in by_action for number in sends.values()), default=0)
 
     def splits(self, stage: int) -> bool:
         """Whether weight gradients of a stage of this rank wait for an action of their own."""

@@ -40,9 +40,16 @@ class _Work:
     grad: Tensor  # of the layer's output
     weight: nn.Parameter
     parameters: tuple[nn.Parameter | None, nn.Parameter | None]  # weight and bias
+    versions: tuple[int, int]  # of x and grad, as autograd counts changes in place
 
     @torch.no_grad()
     def gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        if (self.x._version, self.grad._version) != self.versions:
+            raise RuntimeError(
+                f"the input of a layer with a weight of shape {tuple(self.weight.shape)}, or the gradient of its "
+                "output, was changed in place before the gradient of the weight was computed: give the layer a copy of "
+                "the input (.clone()), or take a schedule without W"
+            )
         wants_weight, wants_bias = (parameter is not None for parameter in self.parameters)
         computed = self.rule.backward(self.grad, self.x, self.weight, (False, wants_weight, wants_bias))
         pairs = zip(self.parameters, computed[1:], strict=True)
@@ -206,7 +213,7 @@ class _SplitLayer(torch.autograd.Function):
         deferred = ctx.split.deferred
         if deferred is not None and _defers(ctx, wanted):
             parameters = (ctx.weight, ctx.bias if wanted[2] else None)
-            deferred.put(_Work(ctx.rule, x, grad, ctx.weight, parameters))
+            deferred.put(_Work(ctx.rule, x, grad, ctx.weight, parameters, (x._version, grad._version)))
             wanted = (wanted[0], False, False)
             if not wanted[0]:
                 return None, None, None, None, None
