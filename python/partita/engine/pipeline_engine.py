@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from partita.comm import CommunicationError, Entries, Reduction, note_rank, raise_together, require_same
+from partita.comm import CommunicationError, Entries, Reduction, any_rank, note_rank, raise_together, require_same
 from partita.config import ConfigError, ConfigSource, load_config
 from partita.data import Reading, micro_batches, on_device
 from partita.engine.agreement import model_entries
@@ -106,6 +106,7 @@ class PipelineEngine(EngineBase):
             exits.callback(ready.gathers.wait)
             super().__init__(run, model, parts, step, ready.optimizer, ready.scheduler, ready.loader, exits)
             on_failure.pop_all()
+        self._trains = any_rank(run.grid.pipe, ready.optimizer is not None and any(part.units for part in parts))
         self._timeline: tuple[Span, ...] = ()
         self._forward_plans: dict[int, RankPlan] = {}
         self._reading = Reading()
@@ -131,6 +132,11 @@ class PipelineEngine(EngineBase):
         self._require("train_batch()")
         if torch.is_inference_mode_enabled():
             raise LifecycleError("engine.train_batch() was called inside torch.inference_mode(): call it outside")
+        if not self._trains:
+            raise RuntimeError(
+                "train_batch(): nothing is trained: there is no optimizer (give initialize() one, or name one in the "
+                "config), or every parameter of the model is frozen"
+            )
         with self._calls.inside("train_batch()"), self._left_on_error():
             batches = self._batches(data_iter, self._run.batch.accumulation, "train_batch")
             step = PipelineStep(self._here, self._plan, batches)
@@ -155,6 +161,8 @@ class PipelineEngine(EngineBase):
         """
         self._require("eval_batch()")
         count = self._run.batch.accumulation if num_micro_batches is None else num_micro_batches
+        if count < 1:
+            raise ValueError(f"eval_batch(): num_micro_batches = {count}: give 1 or more")
         with self._calls.inside("eval_batch()"), self._left_on_error(), self._evaluating():
             batches = self._batches(data_iter, count, "eval_batch")
             step = PipelineStep(self._here, self._forward_plan(count), batches)
