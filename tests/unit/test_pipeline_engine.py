@@ -117,7 +117,7 @@ def test_a_model_that_is_not_trained_is_evaluated_only(has_optimizer):
     config = config_for(COUNT)
     engine, *_ = partita.initialize(model=model, config=config if has_optimizer else {**config, "optimizer": None})
     assert engine.eval_batch(batches()).item() > 0
-    with pytest.raises(RuntimeError, match="nothing is trained: there is no optimizer .* or every parameter"):
+    with pytest.raises(RuntimeError, match=r"nothing is trained: there is no optimizer .* or every parameter"):
         engine.train_batch(batches())
     with pytest.raises(ValueError, match="num_micro_batches = 0: give 1 or more"):
         engine.eval_batch(batches(), 0)
