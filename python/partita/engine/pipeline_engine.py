@@ -125,7 +125,7 @@ class PipelineEngine(EngineBase):
 
         Raises:
             ValueError, TypeError: the data end early, are no pairs, or the first and the last stage read different
-                labels; on all ranks of the pipeline. Nothing has begun.
+                labels; on all ranks. Nothing has begun.
             PipelineError: an action has failed; names rank, stage, micro-batch and action, on all ranks of the
                 pipeline. The engine cannot go on: ranks may have got different messages.
         """
@@ -220,7 +220,7 @@ class PipelineEngine(EngineBase):
         require(call, phase, Phase.READY)
 
     def _batches(self, data_iter: Any, count: int, call: str) -> Batches:
-        """The micro-batches of a step; all ranks of the pipeline learn their classes, or that there are none."""
+        """The micro-batches of a step; all ranks learn their classes, or that a rank has none."""
         pairs: list[tuple[Any, Any]] = []
         error: Exception | None = None
         told = torch.zeros(count + 3, dtype=torch.float64, device=self.device)
@@ -248,9 +248,13 @@ class PipelineEngine(EngineBase):
             told[0] = 1
         self._run.grid.pipe.all_reduce(told, Reduction.max).wait()
         failed, first, last, *classes = told.tolist()
-        if failed:
-            raise_together(self._run.grid.pipe, error, f"{call}():")
-        require_same_labels(first, last)
+        if not failed:
+            try:
+                require_same_labels(first, last)
+            except ValueError as difference:
+                error = difference
+        if any_rank(self._run.grid.world, bool(failed) or error is not None):  # copies that have data would wait
+            raise_together(self._run.grid.world, error, f"{call}():")
         return Batches(inputs, labels, [int(number) for number in classes])
 
     def _forward_plan(self, count: int) -> RankPlan:

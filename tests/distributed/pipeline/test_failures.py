@@ -31,9 +31,10 @@ def _train(
 ) -> None:
     """Trains until an error; reports "training", (its kind, its text), the same of a further call, and "destroyed".
 
-    cut: micro-batches that are missing in step AT_STEP, where data are read.
+    cut: micro-batches that the first copy of the pipeline lacks in step AT_STEP.
     """
     engine, *_ = partita.initialize(model=Shape(tied=True).module(pipe), config=config)
+    cut = cut if rank % (engine.world_size // pipe) == 0 else 0
     count = engine.gradient_accumulation_steps()
     try:
         for step in range(AT_STEP + 1):
@@ -199,9 +200,10 @@ def test_the_other_copies_end_too():
     assert all("ZeroDivisionError" in text for _, text in said.values()), said
 
 
-def test_missing_data_end_the_step_before_it_begins():
-    """All ranks raise, and go on with the next step."""
-    with Job(3, _train, 3, _config(), -1, _nothing, 1) as job:
+@pytest.mark.parametrize(("pipe", "ranks"), [(3, 3), (2, 4)])
+def test_missing_data_end_the_step_before_it_begins(pipe, ranks):
+    """All ranks raise, those of other copies too, and go on with the next step."""
+    with Job(ranks, _train, pipe, _config(), -1, _nothing, 1) as job:
         ranks = _begun(job)
         said = [job.report(rank) for rank in ranks]
         losses = [job.report(rank) for rank in ranks]
