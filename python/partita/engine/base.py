@@ -181,6 +181,10 @@ class EngineBase(KeepsState):
         over = f" over {self._run.grid.world.transport}" if self.world_size > 1 else ""
         numel = sum(p.numel() for unit in units for p in unit.parameters)
         trained = f"{_count(numel, 'parameter')} in {_count(len(units), 'unit')}" if numel else "nothing is trained"
+        pipe = self._run.grid.shape.pipe
+        if pipe > 1:
+            over += f" in pipelines of {pipe}"
+            trained = f"rank 0: {trained}"
         limit = self.config.gradient_clipping  # said in any case: DeepSpeed clips when the config does not have the key
         clipped = f"gradients clipped at norm {limit:g}" if limit else "gradients not clipped"
         logger.info(
