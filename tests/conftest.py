@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from pairwise import pairwise
+from partita.comm import leave_job
 from ranks import RankPool
 from warm_python import WarmPython
 
@@ -78,3 +79,15 @@ def fault_shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [compiler, "-Wall", "-Wextra", "-Werror", "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"]
     subprocess.run(command, check=True)
     return library
+
+
+@pytest.fixture
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """as_rank(rank, world_size): this process is that one of a job, before it joins."""
+    leave_job()
+
+    def place(rank: int, world_size: int) -> None:
+        for name, value in {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "nowhere", "MASTER_PORT": 1}.items():
+            monkeypatch.setenv(name, str(value))
+
+    return place

@@ -8,22 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from partita.comm import leave_job
 from partita.pipeline import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-
-@pytest.fixture
-def as_rank(monkeypatch):
-    """as_rank(rank, world_size): this process is that one of a job, before it joins."""
-    leave_job()
-
-    def place(rank: int, world_size: int) -> None:
-        for name, value in {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "nowhere", "MASTER_PORT": 1}.items():
-            monkeypatch.setenv(name, str(value))
-
-    return place
 
 
 def built(layers: Any, stage_ranks: Sequence[int] | None = None, num_stages: int = 1, **kwargs: Any) -> PipelineModule:

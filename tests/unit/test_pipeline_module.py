@@ -14,21 +14,9 @@ import numpy as np
 import partita
 import pytest
 import torch
-from partita.comm import leave_job, place_in_job
+from partita.comm import place_in_job
 from partita.pipeline import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
-
-
-@pytest.fixture
-def as_rank(monkeypatch):
-    """as_rank(rank, world_size): this process is that one of a job, before it joins."""
-    leave_job()
-
-    def place(rank: int, world_size: int) -> None:
-        for name, value in {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "nowhere", "MASTER_PORT": 1}.items():
-            monkeypatch.setenv(name, str(value))
-
-    return place
 
 
 class Counted(nn.Linear):

@@ -139,7 +139,7 @@ class PipelineStep:
         part = self._here.parts[stage]
         if kind in "BW":
             part.accumulation.advance()
-        if planned.is_last_of_stage and kind in "BW" and stage not in self._here.ties.stages:
+        if planned.is_last_of_stage and stage not in self._here.ties.stages:
             part.reduce()
 
     @contextmanager

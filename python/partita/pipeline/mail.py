@@ -23,8 +23,6 @@ from partita.pipeline.payload import (
 )
 from partita.pipeline.prove import Sent
 
-Edge = tuple[int, int]  # from a stage to another, forwards
-
 
 class Mail:
     """What the stages of this rank give to each other and to those of other ranks in one step.

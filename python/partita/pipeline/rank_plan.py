@@ -41,7 +41,6 @@ class RankPlan:
         rank: of the pipeline.
         actions: in their order.
         window: messages that may be under way to another rank before this rank waits, after an action.
-        proof: what the schedule needs.
     """
 
     schedule: Schedule
@@ -49,7 +48,6 @@ class RankPlan:
     rank: int
     actions: tuple[PlannedAction, ...]
     window: int
-    proof: Proof
 
     @property
     def room(self) -> int:
@@ -87,7 +85,7 @@ def plan_of(schedule: Schedule, rank: int, skips: Iterable[tuple[int, int]] = ()
             posted[source] = max(posted[source], end)
         given = tuple((pair[1], item) for item, pair in sends(action, schedule, links))
         planned.append(PlannedAction(action, tuple(receives), given, proof.reduced_after[action.stage] == action))
-    return RankPlan(schedule, links, rank, tuple(planned), window, proof)
+    return RankPlan(schedule, links, rank, tuple(planned), window)
 
 
 def _proved(schedule: Schedule, skips: list[tuple[int, int]]) -> tuple[Proof, int]:

@@ -186,7 +186,7 @@ def test_copies_of_a_stage_train_the_same(ranks):
 
 
 class _InPlace(nn.Module):
-    """Changes its input, and remembers how autograd saw it."""
+    """Changes its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu_(x)
