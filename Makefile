@@ -28,7 +28,7 @@ setup: .venv/installed
 .venv/installed: constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q torch
-	$(BIN)/pip install -q '.[examples,test,lint]' $(WHEEL_OPTIONS)
+	$(BIN)/pip install -q '.[data,docs,examples,monitor,test,lint]' $(WHEEL_OPTIONS)
 	touch $@
 
 train: .venv/installed
