@@ -20,7 +20,6 @@ _NOTHING = "asks for nothing"
 _ALWAYS = "what Partita does anyway"
 _REMOVED = "DeepSpeed 0.19 has removed it too; remove it"
 _FP32 = "master weights, gradients of them and moments are fp32 here: remove it"
-_MONITOR = "metrics are not written yet: write the loss and engine.get_lr() yourself, and set enabled to false"
 _TENSOR_PARALLEL = "it divides activations over tensor-parallel ranks, which are not there"
 _CHECKPOINTED = "activation_checkpointing.enabled chooses the layers and what they keep"
 
@@ -64,11 +63,9 @@ _TOP_LEVEL: dict[str, Rule] = {
     ),
     "autotuning": _off("set the batch sizes yourself and remove it"),
     "bfloat16": (written_as("bf16", Values("as there", lambda value: True, ({"enabled": True}, {"enabled": "auto"}))),),
-    "comet": _off(_MONITOR),
     "comms_config": (noted("DeepSpeed does not read it either"),),
     "compile": (noted("pass a model that torch.compile() returned; DeepSpeed too compiles in engine.compile() only"),),
     "compression_training": _off(_REMOVED, EMPTY),
-    "csv_monitor": _off(_MONITOR),
     "curriculum_learning": _off(_REMOVED),
     "data_efficiency": _off("order, select or crop the samples in the training script, and remove it"),
     "dataloader_drop_last": (
@@ -111,11 +108,9 @@ _TOP_LEVEL: dict[str, Rule] = {
         noted(_NOTHING, _ONE_WAY),
         refused("there is no tensor parallelism: set autotp_size to 1, and let stage 3 divide the parameters"),
     ),
-    "tensorboard": _off(_MONITOR),
     "timers": (noted("use wall_clock_breakdown"),),
     "use_data_before_expert_parallelism": (noted("there is no expert parallelism that would use it"),),
     "vocabulary_size": (noted("it only serves a warning in DeepSpeed"),),
-    "wandb": _off(_MONITOR),
     "weight_quantization": _off("weights are not quantized: remove it", EMPTY),
     "zero_allow_untested_optimizer": (noted("an optimizer that cannot be sharded is refused by name"),),
     "zero_force_ds_cpu_optimizer": (noted("any element-wise optimizer runs on the host"),),

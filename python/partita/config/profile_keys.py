@@ -29,8 +29,8 @@ class FlopsProfilerConfig(Section):
     )
     recompute_fwd_factor: Annotated[float, Field(ge=0)] = Field(
         0.0,
-        description="The part of the forward that backward computes again: 1 with all layers checkpointed. It counts in "
-        "the FLOPs of a step.",
+        description="The part of the forward that backward computes again: 1 with all layers checkpointed. It counts "
+        "in the FLOPs of a step.",
     )
 
 

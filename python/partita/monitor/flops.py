@@ -36,7 +36,7 @@ class FlopCounter(TorchDispatchMode):
     """
 
     def __init__(self, module: nn.Module | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.by_module: Counter[str] = Counter()
         self._module = module
         self._running = [""]
@@ -51,13 +51,13 @@ class FlopCounter(TorchDispatchMode):
         for name, submodule in () if self._module is None else self._module.named_modules():
             self._hooks.append(submodule.register_forward_pre_hook(self._enter(name), prepend=True))
             self._hooks.append(submodule.register_forward_hook(self._leave, always_call=True))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
