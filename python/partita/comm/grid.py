@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from partita.comm.calls import Calls
 from partita.comm.communicator import Communicator, SingleProcess
+from partita.comm.observed import Listener, Observed
 from partita.comm.waited import Waited
 
 
@@ -112,6 +113,7 @@ class ProcessGrid:
         data: the ranks of this rank's stage. The same object as `world` if there is one stage.
         pipe: the ranks of this rank's copy of the model, in the order of the stages.
         calls: the engine call that the program is in, as all communicators of the grid know it.
+        listeners: are told what the communicators carry, once `observe()` was called.
 
     Raises:
         ValueError: the ranks do not divide evenly among the stages.
@@ -125,6 +127,7 @@ class ProcessGrid:
     def __init__(self, connect: Connect, pipe: int = 1) -> None:
         self._connect = connect
         self.calls = Calls()
+        self.listeners: list[Listener] = []
         with ExitStack() as exits:
             self.world = connect()
             exits.callback(self.world.close)
@@ -141,13 +144,23 @@ class ProcessGrid:
                 communicator.calls = self.calls
             self._exits = exits.pop_all()
 
+    def observe(self, mark: Callable[[], Any]) -> None:
+        """From now on the communicators tell `listeners` what they carry. Called before anybody has one of them.
+
+        Args:
+            mark: a moment on the device, see `Streams.mark`.
+        """
+        world, data = self.world, self.data
+        self.world = Observed(world, "world", self.listeners, mark)
+        self.data = self.world if data is world else Observed(data, "data", self.listeners, mark)
+        self.pipe = Observed(self.pipe, "pipe", self.listeners, mark)
+
     def beside_data(self) -> Communicator:
         """A second communicator of the ranks of `data`, whose collectives have an order of their own. It ends with the
         grid."""
-        if self.data is self.world:
-            made = self._connect(beside=self.data)
-        else:
-            made = self._connect(beside=self.data, parts=self.shape.data_groups)
+        data = self.data.inner if isinstance(self.data, Observed) else self.data
+        parts = None if self.data is self.world else self.shape.data_groups
+        made = self._connect(beside=data, parts=parts)
         self._exits.callback(made.close)
         made.calls = self.calls
         return made

@@ -7,6 +7,7 @@ from partita.monitor.sink import Sink
 from partita.monitor.timers import PhaseTimers
 from partita.monitor.tokens import tokens_in
 from partita.monitor.waits import Waits, WaitTable, gather_waits, step_waits
+from partita.monitor.watching import Watching
 
 __all__ = [
     "Monitor",
@@ -17,6 +18,7 @@ __all__ = [
     "StepWaits",
     "WaitTable",
     "Waits",
+    "Watching",
     "gather_waits",
     "require_libraries",
     "step_waits",
