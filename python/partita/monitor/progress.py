@@ -7,6 +7,7 @@ import math
 import time
 from dataclasses import dataclass
 
+from partita.monitor.records import StepWaits
 from partita.monitor.timers import PhaseTimers
 
 logger = logging.getLogger("partita")
@@ -25,6 +26,7 @@ class StepReport:
     loss_scale: float | None  # None: losses are not scaled
     skipped_steps: int
     skipped: bool
+    waits: StepWaits | None = None  # None: not known
 
 
 class StepReporter:
