@@ -57,6 +57,7 @@ ENGINE_CALLS = [
     "load_module_state_dict",
     "load_state_dict",
     "local_rank",
+    "log",
     "loss_scale",
     "micro_steps",
     "module_state_dict",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import nn
@@ -153,6 +153,17 @@ class EngineBase(KeepsState):
         with self._calls.inside("step()"):
             self._beside.after_update()
         self._keeper.after_update(self)
+
+    def log(self, values: Mapping[str, SupportsFloat]) -> None:
+        """Records numbers of the program, such as a validation loss, at the present step (`global_steps`).
+
+        They go where the config's `monitor`, `tensorboard`, `csv_monitor`, `wandb` and `comet` say. Rank 0 alone
+        writes its own; all ranks may call this. A tensor on a GPU is waited for.
+
+        Raises:
+            TypeError, ValueError: a name is empty or taken, or a value is not one number; names it.
+        """
+        self._step.monitor.log(self.global_steps, values)
 
     # -- the end
 

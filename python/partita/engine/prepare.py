@@ -16,6 +16,7 @@ from partita.data import ShardedLoader, loading_of, sharded_loader
 from partita.engine.agreement import model_entries, shared_by_ranks
 from partita.engine.arguments import check_arguments
 from partita.model import LossScaling, device_of, require_only_parameters_of
+from partita.monitor import require_libraries
 from partita.optim import (
     OptimizerSource,
     SchedulerSource,
@@ -90,6 +91,7 @@ def prepare(
     loading = loading_of(given.train_data, given.collate_fn)
     decided = decided_config(given.config, model, given.optimizer, given.lr_scheduler, loading.batch_size)
     settings, device = checked_config(decided, loading.batch_size, pipe), device_of(model)
+    require_libraries(settings)
     inner = choose_optimizer(given.optimizer, model, given.model_parameters, settings)
     if inner is not None:
         require_only_parameters_of(model, inner)
