@@ -1,19 +1,28 @@
 """What a run reports about itself."""
 
 from partita.monitor.build import require_libraries
+from partita.monitor.history import RunHistory, Series, read_run
 from partita.monitor.monitor import Monitor
+from partita.monitor.panels import Curve, Panel, by_samples, panels_of
 from partita.monitor.records import Record, StepReport, StepWaits
 from partita.monitor.sink import Sink
 from partita.monitor.timers import PhaseTimers
 from partita.monitor.tokens import tokens_in
 
 __all__ = [
+    "Curve",
     "Monitor",
+    "Panel",
     "PhaseTimers",
     "Record",
+    "RunHistory",
+    "Series",
     "Sink",
     "StepReport",
     "StepWaits",
+    "by_samples",
+    "panels_of",
+    "read_run",
     "require_libraries",
     "tokens_in",
 ]

@@ -166,8 +166,8 @@ class StepController:
             self._own_end.fill_(float(wished.end))
         if self._work != self._told_work:
             self._told_work = self._work
-            for place, value in zip(self._own_work, self._work, strict=True):
-                place.fill_(value)
+            for place, amount in zip(self._own_work, self._work, strict=True):
+                place.fill_(amount)
         self.sums.copy_(self._own)
         return self.sum_of_squares
 
