@@ -74,12 +74,11 @@ class FlopCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = func._overloadpacket
         formula = FORMULAS.get(packet)
-        if formula is None and packet not in flop_registry:
-            if torch.is_inference_mode_enabled():  # operations that are made of others arrive whole there
-                with _Inside(self):
-                    parts = func.decompose(*args, **kwargs)
-                if parts is not NotImplemented:
-                    return parts
+        if formula is None and packet not in flop_registry and torch.is_inference_mode_enabled():
+            with _Inside(self):  # operations that are made of others arrive whole there
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         outputs = func(*args, **kwargs)
         if formula is not None:
             self.by_module[self._running[-1]] += formula(*args, **kwargs)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("partita")
 
+_Mark = tuple[str, Any, Any]  # a module's name, begin and end
 _FORWARDS = ("forward", "pipeline")  # phases with forwards in them
 
 
@@ -35,6 +36,7 @@ class FlopsProfile:
         model: what is trained here, or a container of the stages of a pipeline.
         samples: of a micro-batch.
         micro_batches: of a phase of the name "pipeline".
+        steps: so far.
         path: where the tables go; None: to the log.
     """
 
@@ -46,15 +48,16 @@ class FlopsProfile:
         *,
         samples: int,
         micro_batches: int,
+        steps: int,
         path: Path | None,
     ) -> None:
         self._config, self._streams, self._path = config, streams, path
         self._modules = dict(model.named_modules())
         self._samples, self._micro_batches = samples, micro_batches
         self._counts_at = max(1, config.profile_step)
-        self._step = 1  # under way
+        self._step = steps + 1  # under way
         self._flops: Counter[str] | None = None
-        self._marks: list[tuple[str, Any, Any]] | None = None
+        self._marks: list[_Mark] | None = None
         self._divisor = 1
         self._is_told = False
 
@@ -128,7 +131,7 @@ class FlopsProfile:
 
     @contextmanager
     def _timing(self) -> Iterator[None]:
-        marks: list[tuple[str, Any, Any]] = []
+        marks: list[_Mark] = []
         with ExitStack() as stack:
             for name, module in self._modules.items():
                 begun: list[Any] = []
@@ -142,7 +145,7 @@ class FlopsProfile:
         self._marks = marks
 
 
-class _ForwardCounter(FlopCounter):
+class _ForwardCounter(FlopCounter):  # type: ignore[no-untyped-call]
     """Leaves out what autograd runs: backwards, and forwards that they compute again."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -160,9 +163,7 @@ def _begin(begun: list[Any], mark: Callable[[], Any]) -> Callable[..., None]:
     return lambda module, args: begun.append(None if in_backward() else mark())
 
 
-def _end(
-    name: str, begun: list[Any], marks: list[tuple[str, Any, Any]], mark: Callable[[], Any]
-) -> Callable[..., None]:
+def _end(name: str, begun: list[Any], marks: list[_Mark], mark: Callable[[], Any]) -> Callable[..., None]:
     def end(module: nn.Module, args: Any, outputs: Any) -> None:
         start = begun.pop()
         if start is not None:

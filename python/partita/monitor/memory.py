@@ -15,8 +15,8 @@ KINDS = ("parameters", "masters", "optimizer states", "gradients", "staging", "g
 
 
 def model_states(parts: Sequence[ModelPart]) -> dict[str, dict[str, int]]:
-    """Bytes of this rank by the type of device ("cpu", "cuda") and kind. Memory that two kinds share is counted once, in
-    the order of `KINDS`: fp32 parameters that are their own masters are parameters.
+    """Bytes of this rank by the type of device ("cpu", "cuda") and kind. Memory that two kinds share is counted once,
+    in the order of `KINDS`: fp32 parameters that are their own masters are parameters.
 
     "gathered": full parameters that come and go. "staging": buffers that gradients of several units use in turns.
     """
@@ -52,7 +52,8 @@ def breakdown_text(step: int, states: dict[str, dict[str, int]], device: torch.d
     ]
     of = "the GPU" if device.type == "cuda" else "the process"
     now = _mb(in_use["memory_now_bytes"]) if "memory_now_bytes" in in_use else "not known"
-    return f"memory after step {step}: {'; '.join(groups)}; {of} has {now} in use, {_mb(in_use['memory_peak_bytes'])} at most"
+    peak = _mb(in_use["memory_peak_bytes"])
+    return f"memory after step {step}: {'; '.join(groups)}; {of} has {now} in use, {peak} at most"
 
 
 class _Memory:

@@ -40,8 +40,8 @@ class Span:
 
 
 class Trace:
-    """Records some steps of this rank, and writes those of all ranks. Outside of these steps it does nothing: no hook is
-    on a module, nobody listens to the communicators.
+    """Records some steps of this rank, and writes those of all ranks. Outside of these steps it does nothing: no hook
+    is on a module, nobody listens to the communicators.
 
     Args:
         steps: the first and the last one.

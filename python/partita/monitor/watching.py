@@ -28,8 +28,7 @@ class Watching:
     """Whoever watches a run as the config says. Of what it does not ask for, there is nothing.
 
     Args:
-        model: what this rank trains, or a container of it.
-        parts: of the model.
+        parts: what this rank trains.
         timers: tell of phases.
         steps: so far.
         exits: ends it.
@@ -38,10 +37,8 @@ class Watching:
         ValueError: a file of the config cannot be written; on all ranks.
     """
 
-    def __init__(
-        self, run: Run, model: nn.Module, parts: Sequence[ModelPart], timers: PhaseTimers, steps: int, exits: ExitStack
-    ) -> None:
-        config = run.config
+    def __init__(self, run: Run, parts: Sequence[ModelPart], timers: PhaseTimers, steps: int, exits: ExitStack) -> None:
+        config, model = run.config, _as_one(parts)
         self._run, self._parts = run, list(parts)
         places = self._places()
         self._comms: CommsLog | None = None
@@ -57,6 +54,7 @@ class Watching:
                 run.streams,
                 samples=run.batch.micro,
                 micro_batches=run.batch.accumulation,
+                steps=steps,
                 path=places.get("flops_profiler.output_file"),
             )
             timers.around.append(self._flops.around)
@@ -122,3 +120,10 @@ class Watching:
     def _tell_memory(self, step: int) -> None:
         if self._run.is_first:
             logger.info(breakdown_text(step, model_states(self._parts), self._run.device))
+
+
+def _as_one(parts: Sequence[ModelPart]) -> nn.Module:
+    """The module of the only part, or a container of the chunks of a pipeline."""
+    if len(parts) == 1:
+        return parts[0].module
+    return nn.ModuleDict({f"chunk {i}": part.module for i, part in enumerate(parts)})
