@@ -71,13 +71,20 @@ def open_model(source: str) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _said_in_one_line(source: str) -> Iterator[None]:
+    """Errors of opening `source`, a folder or a hub's name."""
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise JobError(f"{source} has no config.json: it is no folder of a model of transformers")
+    if not path.is_dir() and (path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise JobError(f"there is no folder {source}: give one that transformers or finetune_chat.py has written")
     try:
         yield
     except Exception as error:  # of transformers, the hub, safetensors, JSON: whatever the folder or network has
-        what = f"{source} is no folder and no model that the hub gives"
-        if Path(source).exists():
-            what = f"{source} holds no causal language model of transformers (config.json, weights, tokenizer)"
-        raise JobError(f"{what}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}") from None
+        why = (str(error).strip() or repr(error)).splitlines()[0]
+        what = (
+            "holds no causal language model of transformers" if path.is_dir() else "is no model that the hub gives now"
+        )
+        raise JobError(f"{source} {what}: {why}") from None
 
 
 def _new_model(file: Path, tokenizer: Any) -> Any:

@@ -97,9 +97,18 @@ def _uniform(seeds: Sequence[str], count: int) -> Tensor:
 
 @torch.no_grad()
 def answer_batch(
-    model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[str] | None, sampling: Sampling, ends: Ends
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[str] | None,
+    sampling: Sampling,
+    ends: Ends,
+    streamer: Any = None,
 ) -> list[Answer]:
-    """Answers to prompts of any lengths in one `generate()`: padded on the left, with the cache of keys and values."""
+    """Answers to prompts of any lengths in one `generate()`: padded on the left, with the cache of keys and values.
+
+    Args:
+        streamer: of transformers, for one prompt: gets the tokens as they come.
+    """
     device, longest = model.device, max(map(len, prompts))
     ids = torch.full((len(prompts), longest), ends.pad)
     mask = torch.zeros_like(ids)
@@ -115,7 +124,11 @@ def answer_batch(
         pad_token_id=ends.pad,
     )
     out = model.generate(
-        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy, logits_processor=[sampler]
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=greedy,
+        logits_processor=[sampler],
+        streamer=streamer,
     )
     new, likelihoods = out[:, longest:].tolist(), torch.stack(sampler.log_likelihoods, 1).tolist()
     return [_up_to_end(row, noted, ends) for row, noted in zip(new, likelihoods, strict=True)]
