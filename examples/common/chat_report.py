@@ -21,6 +21,7 @@ class Phase:
     Attributes:
         name: "before", "fine-tuning" or "round N".
         perplexity: of the assistant's held-out tokens.
+        score: mean over answers that are drawn for held-out histories, by --score: what the rounds are to raise.
         token_f1: of greedy answers to held-out histories against their references, the mean.
         loss_data, loss_generated: mean over the phase's tokens, in nats.
         kept: how many answers the round was trained on.
@@ -31,6 +32,7 @@ class Phase:
     name: str
     steps: int
     perplexity: float
+    score: float
     token_f1: float
     seconds: float
     loss_data: float | None = None
@@ -43,14 +45,15 @@ class Phase:
 
 
 COLUMNS = (  # heading, attribute, format, which way is better
-    ("held-out perplexity", "perplexity", ".2f", -1),
-    ("held-out token F1", "token_f1", ".4f", 1),
-    ("score kept", "score_kept", ".4f", 1),
-    ("score drawn", "score_drawn", ".4f", 1),
-    ("score greedy", "score_greedy", ".4f", 1),
+    ("held-out: perplexity", "perplexity", ".2f", -1),
+    ("score", "score", ".4f", 1),
+    ("greedy F1", "token_f1", ".4f", 1),
+    ("drawn to train: score", "score_drawn", ".4f", 1),
+    ("of greedy", "score_greedy", ".4f", 1),
+    ("of kept", "score_kept", ".4f", 1),
     ("kept", "kept", ",d", 0),
-    ("loss data", "loss_data", ".3f", 0),
-    ("loss gen", "loss_generated", ".3f", 0),
+    ("loss: data", "loss_data", ".3f", 0),
+    ("kept", "loss_generated", ".3f", 0),
 )
 
 
@@ -94,13 +97,16 @@ def plot_phases(phases: Sequence[Phase], title: str, file: Path) -> None:
     names = [phase.name for phase in phases]
     figure = Figure(figsize=(11, 3.8), dpi=110, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    perplexity, f1, score = figure.subplots(1, 3)
+    perplexity, held_out, score = figure.subplots(1, 3)
     perplexity.plot(names, [phase.perplexity for phase in phases], color=BLUE, marker="o")
     perplexity.set_yscale("log")
     perplexity.set_title("held-out perplexity (log scale)", fontsize=10, loc="left")
-    f1.plot(names, [phase.token_f1 for phase in phases], color=ORANGE, marker="o")
-    f1.set_title("held-out token F1 of greedy answers", fontsize=10, loc="left")
-    f1.set_ylim(bottom=0)
+    held_out.plot(names, [phase.score for phase in phases], color=BLUE, marker="o", label="score of drawn answers")
+    held_out.plot(
+        names, [phase.token_f1 for phase in phases], color=ORANGE, marker="o", label="token F1 of greedy ones"
+    )
+    held_out.set_title("answers to held-out histories", fontsize=10, loc="left")
+    held_out.legend(frameon=False, fontsize=9)
     rounds = [phase for phase in phases if phase.score_drawn is not None]
     for label, name, colour in (
         ("kept", "score_kept", GREEN),
@@ -109,20 +115,17 @@ def plot_phases(phases: Sequence[Phase], title: str, file: Path) -> None:
     ):
         values = [(phase.name, getattr(phase, name)) for phase in rounds if getattr(phase, name) is not None]
         score.plot([name for name, _ in values], [value for _, value in values], color=colour, marker="o", label=label)
-    score.set_title("mean score of answers, as a round begins", fontsize=10, loc="left")
+    score.set_title("scores of a round's answers, as it begins", fontsize=10, loc="left")
     if rounds:
         score.legend(frameon=False, fontsize=9)
-    for axes in (perplexity, f1, score):
+    for axes in (perplexity, held_out, score):
         axes.grid(color="#e3e5e8", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=GREY, labelsize=8, axis="both")
         axes.tick_params(axis="x", rotation=25)
         axes.margins(x=0.05)
-    for point in (perplexity, f1):
-        source = "perplexity" if point is perplexity else "token_f1"
-        form = ".1f" if point is perplexity else ".3f"
-        for phase in phases:
-            value = getattr(phase, source)
+    for phase in phases:
+        for point, value, form in ((perplexity, phase.perplexity, ".1f"), (held_out, phase.score, ".3f")):
             point.annotate(f"{value:{form}}", (phase.name, value), (0, 6), textcoords="offset points", fontsize=8)
     figure.savefig(file)

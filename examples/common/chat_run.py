@@ -183,7 +183,7 @@ class ChatRun:
             engine.client_state["losses"] = torch.zeros(4, dtype=torch.float64)
         losses = engine.client_state["losses"] = engine.client_state["losses"].to(engine.device)
         engine.train()
-        shown, started = engine.global_steps, time.perf_counter()
+        shown, before, started = engine.global_steps, losses.clone(), time.perf_counter()
         for step in range(engine.global_steps, last):
             number = step - first if phase >= 2 else step
             of_step = rows_of_step(self._data, generated, step, number, schedule.rows)
@@ -194,10 +194,10 @@ class ChatRun:
                 continue
             _, stop = sum_over_ranks(engine, 0.0, float(interrupts.ends_loop))
             rate = (step + 1 - shown) / (time.perf_counter() - started)
-            progress.show(step + 1, f"{schedule.phases[phase]}: {_in_a_line(losses)} {rate:.1f} steps/s")
+            progress.show(step + 1, f"{schedule.phases[phase]}: {_in_a_line(losses - before)} {rate:.1f} steps/s")
             if stop:
                 return True
-            shown, started = step + 1, time.perf_counter()
+            shown, before, started = step + 1, losses.clone(), time.perf_counter()
         return False
 
     # -- measuring
@@ -206,11 +206,20 @@ class ChatRun:
         """Measures, says it, and saves."""
         engine, schedule = self._engine, self._schedule
         with self._whole() as model:
-            perplexity, f1, self.texts = measure(model, self._material.trial, self._asking, self._arrangement)
+            found = measure(model, self._material.trial, self._drawing, self._asking, self._arrangement)
+        self.texts = found.texts
         means = _means(engine.client_state["losses"])
         numbers = {name: value for name, value in feedback.items() if name not in ("phase", "sha256")}
         result = Phase(
-            schedule.phases[phase], engine.global_steps, perplexity, f1, seconds, means[0], means[1], **numbers
+            name=schedule.phases[phase],
+            steps=engine.global_steps,
+            perplexity=found.perplexity,
+            score=found.score,
+            token_f1=found.token_f1,
+            seconds=seconds,
+            loss_data=means[0],
+            loss_generated=means[1],
+            **numbers,
         )
         if self._speaks:
             tqdm.write(line_of(result, self.phases[-1] if self.phases else None))

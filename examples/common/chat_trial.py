@@ -71,13 +71,6 @@ def perplexity(model: Any, dialogues: Sequence[Encoded], asking: Asking, arrange
     return math.exp(sum(shared_out(len(rows), 16, work)) / valid_tokens(rows))
 
 
-def measure(model: Any, trial: Trial, asking: Asking, arrangement: Arrangement) -> tuple[float, float, list[str]]:
-    """(perplexity, mean token F1 of greedy answers, these answers) on held-out dialogues. A collective."""
-    texts = [text for text, _ in asking.greedy(model, trial.prompts)]
-    scores = [token_f1(text, history.references) for text, history in zip(texts, trial.histories, strict=True)]
-    return perplexity(model, trial.dialogues, asking, arrangement), sum(scores) / len(scores), texts
-
-
 @dataclass(frozen=True)
 class Drawing:
     """How a round draws answers and which it keeps."""
@@ -100,6 +93,29 @@ class Drawn:
     score_greedy: float
 
 
+def _draw(
+    model: Any, prompts: Sequence[Sequence[int]], seed: str, how: Drawing, asking: Asking
+) -> list[list[tuple[str, float]]]:
+    """`how.candidates` answers to each prompt with their likelihoods, on all ranks. A collective."""
+    k = how.candidates
+    seeds = [f"{seed}/{i // k}/{i % k}" for i in range(k * len(prompts))]
+    drawn = asking.drawn(model, [prompts[i // k] for i in range(len(seeds))], seeds, how.temperature, how.top_p)
+    return [drawn[k * i : k * i + k] for i in range(len(prompts))]
+
+
+def _score(
+    histories: Sequence[History], answers: Sequence[Sequence[tuple[str, float]]], score: Score
+) -> list[list[Candidate]]:
+    """Candidates from answers to each history. A collective."""
+
+    def work(batch: list[int]) -> list[list[Candidate]]:
+        return [
+            [Candidate(text, score(histories[i], text, likelihood)) for text, likelihood in answers[i]] for i in batch
+        ]
+
+    return shared_out(len(histories), 16, work)
+
+
 def draw_feedback(
     model: Any, histories: Sequence[History], prompts: Sequence[Sequence[int]], seed: str, how: Drawing, asking: Asking
 ) -> Drawn:
@@ -109,25 +125,45 @@ def draw_feedback(
         prompts: of the histories.
         seed: of the round; each answer has one of its own, made from it.
     """
-    k = how.candidates
-    seeds = [f"{seed}/{i // k}/{i % k}" for i in range(k * len(prompts))]
-    drawn = asking.drawn(model, [prompts[i // k] for i in range(len(seeds))], seeds, how.temperature, how.top_p)
+    drawn = _draw(model, prompts, seed, how, asking)
     likeliest = asking.greedy(model, prompts)
-
-    def scored(batch: list[int]) -> list[list[Candidate]]:
-        return [
-            [
-                Candidate(text, how.score(histories[i], text, value))
-                for text, value in [likeliest[i], *drawn[k * i : k * i + k]]
-            ]
-            for i in batch
-        ]
-
-    all_scored = shared_out(len(histories), 16, scored)
-    greedy, candidates = [own[0] for own in all_scored], [own[1:] for own in all_scored]
+    scored = _score(histories, [[first, *others] for first, others in zip(likeliest, drawn, strict=True)], how.score)
+    greedy, candidates = [own[0] for own in scored], [own[1:] for own in scored]
     return Drawn(
         choose(histories, greedy, candidates, threshold=how.threshold, better_only=how.better_only),
         len(histories),
-        sum(candidate.score for own in candidates for candidate in own) / (k * len(histories)),
-        sum(candidate.score for candidate in greedy) / len(histories),
+        _mean([candidate.score for own in candidates for candidate in own]),
+        _mean([candidate.score for candidate in greedy]),
     )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of held-out dialogues.
+
+    Attributes:
+        token_f1: mean over the greedy answers, which are `texts`.
+        score: mean over all drawn answers, which have the same random numbers in each measurement.
+    """
+
+    perplexity: float
+    token_f1: float
+    score: float
+    texts: list[str]
+
+
+def measure(model: Any, trial: Trial, how: Drawing, asking: Asking, arrangement: Arrangement) -> Measured:
+    """How well the model does on held-out dialogues. A collective."""
+    texts = [text for text, _ in asking.greedy(model, trial.prompts)]
+    scores = [token_f1(text, history.references) for text, history in zip(texts, trial.histories, strict=True)]
+    drawn = _score(trial.histories, _draw(model, trial.prompts, "held-out", how, asking), how.score)
+    return Measured(
+        perplexity(model, trial.dialogues, asking, arrangement),
+        _mean(scores),
+        _mean([candidate.score for own in drawn for candidate in own]),
+        texts,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
