@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from partita.device import kernels
 from partita.model import ModelPart
 from partita.monitor.machine import memory_bytes
 
@@ -67,8 +68,9 @@ class _Memory:
         if tensor is None or tensor.untyped_storage().nbytes() == 0:
             return
         device = str(tensor.device)
-        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        free = end - begin
+        begin = kernels.address(tensor)
+        end = begin + tensor.nbytes
+        free = tensor.nbytes
         for where, a, b in self._taken:
             if where == device:
                 free -= max(0, min(b, end) - max(a, begin))
