@@ -58,6 +58,7 @@ ENGINE_CALLS = [
     "load_state_dict",
     "local_rank",
     "log",
+    "log_comms",
     "loss_scale",
     "micro_steps",
     "module_state_dict",

@@ -16,7 +16,7 @@ from partita.engine.keeper import Keeper
 from partita.engine.save_beside import SaveBeside
 from partita.engine.saving import KeepsState
 from partita.model import ModelPart, weight_buckets
-from partita.monitor import Waits, gather_waits
+from partita.monitor import CommsRow, Waits, Watching, gather_waits
 from partita.optim import ShardedOptimizer
 from partita.run import Run
 from partita.step import OptimizerStep
@@ -72,6 +72,7 @@ class EngineBase(KeepsState):
         self.client_state: dict[str, Any] = {}
         self._keeper = Keeper(run, step.controller, exits, self._protection)
         self.resumed_from = self._keeper.resume(self)
+        self._watching = Watching(run, parts, step.timers, self.global_steps, exits)
         self._exits = exits.pop_all()  # the last thing that may fail is done
 
     # -- what a run is asked
@@ -186,10 +187,20 @@ class EngineBase(KeepsState):
                 return
             yield bucket
 
+    def log_comms(self) -> list[CommsRow]:
+        """What this rank has sent and received so far, by operation and size; rank 0 prints a table. Concerns this rank
+        alone; on a GPU the host waits for it.
+
+        Raises:
+            RuntimeError: the config's `comms_logger` is not enabled.
+        """
+        return self._watching.log_comms()
+
     def _after_update(self) -> None:
         """What is saved, and saved on its own, goes on after each update."""
         with self._calls.inside("step()"):
             self._beside.after_update()
+        self._watching.after_update(self.global_steps)
         self._keeper.after_update(self)
 
     def log(self, values: Mapping[str, SupportsFloat]) -> None:
