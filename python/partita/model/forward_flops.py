@@ -57,13 +57,10 @@ class _Counting(TorchDispatchMode):
 
 
 def _recurrent(args: Any) -> int:
-    """Every weight matrix is multiplied with each step of each sequence. args: first the input [steps, batch, ...]."""
-    weights: list[Tensor] = []
-    for value in args[1:]:
-        weights += [w for w in (value if isinstance(value, list | tuple) else [value]) if _is_weight(w)]
+    """Every weight matrix is multiplied with each step of each sequence.
+
+    args: the input [steps, batch, ...], then a list of weights and biases, or two matrices.
+    """
     rows: int = args[0].shape[0] * args[0].shape[1]
-    return 2 * rows * sum(w.numel() for w in weights)
-
-
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 2
+    weights: list[Tensor] = args[1] if isinstance(args[1], list | tuple) else args[1:3]
+    return 2 * rows * sum(w.numel() for w in weights if w.dim() == 2)
