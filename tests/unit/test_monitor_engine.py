@@ -16,17 +16,8 @@ from recorded import JOB, everywhere, own_rows, rows, scalars, table
 from small_models import Regression, config, inputs, seeded
 from torch import Tensor, nn
 
-ALWAYS = {
-    "step",
-    "samples",
-    "time",
-    "loss",
-    "lr",
-    "grad_norm",
-    "skipped_steps",
-    "memory_now_bytes",
-    "memory_peak_bytes",
-}
+ALWAYS = {"step", "samples", "time", "loss", "lr", "grad_norm", "skipped_steps"}
+ALWAYS |= {"memory_now_bytes", "memory_peak_bytes"}
 RATES = {"step_ms", "samples_per_s", "flops_per_s"}
 LATE = pytest.mark.parametrize("late", [False, True], ids=["cpu", "as on a GPU"])
 
@@ -62,7 +53,7 @@ def test_every_step_is_recorded_once_with_its_values(tmp_path: Path, late: bool)
     assert [(row["step"], row["samples"]) for row in found] == [(1, 2), (2, 4), (3, 6), (4, 8)]
     assert [row["loss"] for row in found] == pytest.approx(losses)
     assert [row["grad_norm"] for row in found] == pytest.approx(norms)
-    assert found[-1]["lr"] == last_lr > found[0]["lr"] > 0
+    assert found[-1]["lr"] == last_lr > found[1]["lr"] > 0
     assert found[0].keys() == ALWAYS
     assert found[1].keys() == ALWAYS | RATES  # rates are those since the row before
     assert all(row["memory_peak_bytes"] >= row["memory_now_bytes"] > 1e7 for row in found)
@@ -135,18 +126,14 @@ def rate_times_seconds(row: dict[str, Any], name: str) -> float:
 
 
 @LATE
-@pytest.mark.parametrize("way", ["positional", "by name", "dict"])
+@pytest.mark.parametrize("way", ["positional", "by name"])
 def test_tokens_are_those_of_all_micro_batches_whatever_their_lengths(tmp_path: Path, way: str, late: bool):
     with on_late_streams() if late else nullcontext():
         engine = engine_of(tmp_path, Words, gradient_accumulation_steps=2)
         for _ in range(3):
             for length in (5, 8):
                 ids = torch.zeros(2, length, dtype=torch.int64)
-                if way == "positional":
-                    loss = engine(ids)
-                else:
-                    loss = engine(labels=torch.zeros(2, 3), input_ids=ids)
-                engine.backward(loss)
+                engine.backward(engine(ids) if way == "positional" else engine(labels=torch.zeros(2, 3), input_ids=ids))
                 engine.step()
             with torch.no_grad():
                 engine(torch.zeros(2, 100, dtype=torch.int64))  # an evaluation
@@ -238,8 +225,8 @@ def test_phases_are_those_of_the_step_and_nothing_later_is_waited_for(tmp_path: 
         train(engine, range(3))
         engine.destroy()
     found = rows(tmp_path)
-    assert all({"forward_ms", "backward_ms", "update_ms"} <= row.keys() for row in found[1:])
-    assert all(0 < row["forward_ms"] < row["step_ms"] for row in found[1:])
+    assert all({"forward_ms", "backward_ms", "update_ms"} <= row.keys() for row in found)
+    assert all(row["forward_ms"] > 0 for row in found)
 
 
 # -- going on

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -62,5 +61,5 @@ def _recurrent(args: Any) -> int:
     args: the input [steps, batch, ...], then a list of weights and biases, or two matrices.
     """
     rows: int = args[0].shape[0] * args[0].shape[1]
-    weights: list[Tensor] = args[1] if isinstance(args[1], list | tuple) else args[1:3]
-    return 2 * rows * sum(w.numel() for w in weights if w.dim() == 2)
+    weights: Any = args[1] if isinstance(args[1], list | tuple) else args[1:3]
+    return 2 * rows * sum(int(w.numel()) for w in weights if w.dim() == 2)
