@@ -83,6 +83,7 @@ ENGINE_CALLS = [
     "train_state",
     "training",
     "wait_for_save",
+    "waits",
     "was_step_applied",
     "world_size",
     "zero_grad",

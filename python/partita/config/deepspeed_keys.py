@@ -64,7 +64,6 @@ _TOP_LEVEL: dict[str, Rule] = {
     "autotuning": _off("set the batch sizes yourself and remove it"),
     "bfloat16": (written_as("bf16", Values("as there", lambda value: True, ({"enabled": True}, {"enabled": "auto"}))),),
     "comms_config": (noted("DeepSpeed does not read it either"),),
-    "comms_logger": (noted("it reports about DeepSpeed's communication"),),
     "compile": (noted("pass a model that torch.compile() returned; DeepSpeed too compiles in engine.compile() only"),),
     "compression_training": _off(_REMOVED, EMPTY),
     "curriculum_learning": _off(_REMOVED),
@@ -80,7 +79,6 @@ _TOP_LEVEL: dict[str, Rule] = {
     "eigenvalue": _off(_REMOVED),
     "elasticity": _off("set train_batch_size, the other sizes follow from the number of ranks; " + _REMOVED),
     "expert_parallel": _off("there is no expert parallelism; remove it to train all experts on every rank"),
-    "flops_profiler": (noted("profile with torch.profiler"),),
     "fp32_allreduce": (noted(_NOTHING, only(False, None)), written_as("communication_data_type", only(True), "fp32")),
     "fp8": _off("there is no fp8 training: use bf16, and remove it"),
     "gradient_allreduce_op": (
@@ -95,7 +93,6 @@ _TOP_LEVEL: dict[str, Rule] = {
         noted(_ALWAYS, only(True, None)),
         refused("decide with engine.set_gradient_accumulation_boundary() which steps update, and remove it"),
     ),
-    "memory_breakdown": (noted("read torch.cuda.memory_stats() in the training script"),),
     "monitor_config": (noted("DeepSpeed does not read it either"),),
     "nebula": _off(_REMOVED, EMPTY),
     "progressive_layer_drop": _off(_REMOVED),

@@ -33,6 +33,7 @@ from partita.config.monitor_keys import (
     WandbConfig,
 )
 from partita.config.pipeline_keys import PipelineConfig
+from partita.config.profile_keys import CommsLoggerConfig, FlopsProfilerConfig, TraceConfig
 
 
 class OptimizerConfig(Section):
@@ -309,6 +310,16 @@ class Config(Section):
     wall_clock_breakdown: Annotated[bool, RankLocal()] = Field(
         False, description="Time forward, backward and step, and report them."
     )
+    memory_breakdown: Annotated[bool, RankLocal()] = Field(
+        False,
+        description="Report the bytes of parameters, masters, optimizer states and gradients, and the process's "
+        "memory: at the start, after two steps, and every steps_per_print steps.",
+    )
+    flops_profiler: FlopsProfilerConfig = Field(
+        FlopsProfilerConfig(), description="See [flops_profiler](#flops_profiler)."
+    )
+    comms_logger: CommsLoggerConfig = Field(CommsLoggerConfig(), description="See [comms_logger](#comms_logger).")
+    trace: Annotated[TraceConfig | None, OwnKey()] = Field(None, description="See [trace](#trace); null: no trace.")
     sync_buffers: bool = Field(
         True,
         description="After every update, buffers that differ between ranks (BatchNorm's statistics) become rank 0's; "

@@ -16,6 +16,7 @@ from partita.engine.keeper import Keeper
 from partita.engine.save_beside import SaveBeside
 from partita.engine.saving import KeepsState
 from partita.model import ModelPart
+from partita.monitor import Waits, gather_waits
 from partita.optim import ShardedOptimizer
 from partita.run import Run
 from partita.step import OptimizerStep
@@ -135,6 +136,17 @@ class EngineBase(KeepsState):
         """The learning rate of each param group."""
         self._step.learn()
         return self._step.learning_rates()
+
+    def waits(self) -> Waits:
+        """Which rank waited how long for which other, in the last step and since the engine began; `print()` shows a
+        table. A collective.
+
+        Over shared memory a wait is put down to the rank that came last. Over torch.distributed on the CPU a rank knows
+        how long it waited, and in a collective not for whom: the rank that waits least is the slowest one. Over NCCL
+        the GPU waits, and nothing is known.
+        """
+        with self._calls.inside("waits()"):
+            return gather_waits(self._run.grid.world, self._step.controller.ledger)
 
     def _after_update(self) -> None:
         """What is saved, and saved on its own, goes on after each update."""

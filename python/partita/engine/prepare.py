@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from partita.comm import Entries
+from partita.comm import Entries, WaitsLedger
 from partita.config import ConfigSource
 from partita.data import ShardedLoader, loading_of, sharded_loader
 from partita.engine.agreement import model_entries, shared_by_ranks
@@ -104,7 +104,8 @@ def prepare(
     dtypes = {p.dtype for p in model.parameters()}
     run = begin_run(settings, device, exits, shared, dtypes, loading.batch_size, on_failure, pipe)
     loader = None if given.train_data is None else sharded_loader(loading, run)
-    controller = StepController(loss_scaler_of(run.config, run.precision), run.streams, run.world_size)
+    scaler = loss_scaler_of(run.config, run.precision)
+    controller = StepController(scaler, run.streams, run.world_size, WaitsLedger(run.grid))
     scaling = LossScaling(controller.scale if run.precision.scales_loss else None)
     gathers = ParameterGathers()
     exits.callback(gathers.close)

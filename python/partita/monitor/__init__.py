@@ -8,6 +8,7 @@ from partita.monitor.records import Record, StepReport, StepWaits
 from partita.monitor.sink import Sink
 from partita.monitor.timers import PhaseTimers
 from partita.monitor.tokens import tokens_in
+from partita.monitor.waits import Waits, WaitTable, gather_waits, step_waits
 
 __all__ = [
     "Curve",
@@ -20,9 +21,13 @@ __all__ = [
     "Sink",
     "StepReport",
     "StepWaits",
+    "WaitTable",
+    "Waits",
     "by_samples",
+    "gather_waits",
     "panels_of",
     "read_run",
     "require_libraries",
+    "step_waits",
     "tokens_in",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from partita.monitor import Monitor, PhaseTimers, StepReport
+from partita.monitor import Monitor, PhaseTimers, StepReport, step_waits
 from partita.optim import PendingOutcome
 from partita.step.schedule import WatchedSchedule
 from partita.step.skips import Finiteness, SkipGuard
@@ -75,6 +75,7 @@ class StepOutcomes:
                 loss_scale=state.scale if self._scales_loss else None,
                 skipped_steps=state.skipped_steps,
                 skipped=control.skip,
+                waits=step_waits(outcome.waits),
                 tokens=outcome.tokens or None,
                 flops=outcome.flops or None,
                 phases_ms=self._timers.take(),
