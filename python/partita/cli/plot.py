@@ -40,7 +40,9 @@ def plot(
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     except ModuleNotFoundError as error:
-        typer.echo(f"partita plot needs {error.name}: pip install 'partita[monitor]'", err=True)
+        typer.echo(
+            f"partita plot needs {(error.name or '').partition('.')[0]}: pip install 'partita[monitor]'", err=True
+        )
         raise typer.Exit(1) from None
     typer.echo(f"{output}: {', '.join(history.name for history in histories)}")
 
