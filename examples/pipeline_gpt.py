@@ -11,7 +11,7 @@ on from the last one, with any other number of ranks, schedule and --chunks.
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -21,22 +21,18 @@ from typing import Any
 import partita
 import torch
 import torch.distributed as dist
-from models import ModelConfig
-from options import JobError, Parser, number
-from partita.checkpoint import CheckpointError
+from common.arguments import Parser, number
+from common.job import JobError, process_group, run_job
+from common.models import ModelConfig
+from common.pipeline_layers import Norm, PipelineBlock, Positions, Tokens, logits, mean_loss
+from common.text import Windows, read_text, split, standard_library_text
 from partita.pipeline import LayerSpec, PipelineModule, TiedLayerSpec
-from pipeline_layers import Norm, PipelineBlock, Positions, Tokens, logits, mean_loss
-from text import TextError, Windows, read_text, split, standard_library_text
 from torch.utils.data import default_collate
-
-SPEAKER_SECONDS = 10.0  # that the other ranks give rank 0 to say what is wrong
 
 
 def parse_arguments() -> argparse.Namespace:
     """What the user asks for; a bad value is a `JobError`."""
-    parser = Parser(
-        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser((__doc__ or "").split("\n\n")[0])
     count, rate = number(int, 1), number(float, 0.0, open_end=True)
     data = parser.add_argument_group("text")
     data.add_argument("--text", type=Path, metavar="FILE", help="train on this file; None: Python's standard library")
@@ -155,23 +151,15 @@ def run(args: argparse.Namespace) -> None:
     engine.destroy()
 
 
+def job() -> bool:
+    args = parse_arguments()
+    with process_group("cpu"), contextlib.suppress(partita.Preempted):  # a signal ended it: the engine has saved
+        run(args)
+    return False
+
+
 def main() -> int:
-    try:
-        args = parse_arguments()
-        partita.init_distributed("gloo")
-        try:
-            run(args)
-        finally:
-            dist.destroy_process_group()
-    except partita.Preempted:  # asked to end by a signal: the engine has saved, and has said so
-        return 0
-    except (JobError, TextError, CheckpointError, partita.CommunicationError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"pipeline_gpt.py: error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(SPEAKER_SECONDS)  # torchrun ends all ranks when the first one exits, and rank 0 may be slower
-        return getattr(error, "code", 1)
-    return 0
+    return run_job("pipeline_gpt.py", job)
 
 
 if __name__ == "__main__":

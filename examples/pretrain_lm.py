@@ -12,37 +12,42 @@ sample.txt.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
-import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import partita
 import torch
 import torch.distributed as dist
-from models import GPT, LSTM, ModelConfig
-from options import JobError, parse_arguments
+from common.job import (
+    FAILED,
+    JobError,
+    config_from,
+    device_of_this_rank,
+    process_group,
+    run_job,
+    save_end,
+    say_where_it_begins,
+    sum_over_ranks,
+)
+from common.models import GPT, LSTM, ModelConfig
+from common.pretrain_options import parse_arguments
+from common.report import MetricsFile, Row, plot_losses
+from common.terminal import Interrupts, Progress
+from common.text import Corpus, Windows, read_text, split, standard_library_text
 from partita.checkpoint import CheckpointError
 from partita.files import file_to_write
-from report import MetricsFile, Row, plot_losses
-from terminal import Interrupts, Progress
-from text import Corpus, TextError, Windows, read_text, split, standard_library_text
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import default_collate
 
 MODELS = {"gpt": GPT, "lstm": LSTM}
 WARMUP = 0.05  # of all steps
 FILES = ("model.safetensors", "model.json", "config.json", "metrics.csv", "loss.png", "sample.txt")
-SPEAKER_SECONDS = 10.0  # that the other ranks give rank 0 to say what is wrong
-INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 
 
 # -- what is trained
@@ -77,19 +82,7 @@ def engine_config(args: argparse.Namespace) -> dict[str, Any]:
         }
     if args.precision != "fp32":
         config[args.precision] = {"enabled": True}
-    return config if args.config is None else {**config, **read_json(args.config)}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise JobError(f"cannot read the config {file}: {error.strerror}") from None
-    except ValueError as error:
-        raise JobError(f"the config {file} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise JobError(f"the config {file} holds a {type(value).__name__}, not an object")
-    return value
+    return {**config, **config_from(args.config)}
 
 
 def load_corpus(args: argparse.Namespace) -> Corpus:
@@ -103,21 +96,16 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
     return ModelConfig(context=args.context, layers=args.layers, heads=args.heads, width=args.width)
 
 
-def device_of_this_rank(kind: str) -> torch.device:
-    """A GPU of its own for each rank of a host, or the CPU."""
-    return torch.device("cpu") if kind == "cpu" else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-
 def make_engine(args: argparse.Namespace, train: Windows) -> tuple[partita.Engine, Iterator[Any]]:
     """The engine, and this rank's micro-batches without end."""
     torch.manual_seed(args.seed)
     model = MODELS[args.model](model_config(args)).to(device_of_this_rank(args.device))
     try:
         engine, _, loader, _ = partita.initialize(model, training_data=train, config=engine_config(args))
+    except CheckpointError as error:  # the folder, or what is in it, is not for this run
+        raise JobError(f"{error} (--checkpoints DIR takes another folder)", FAILED) from None
     except ValueError as error:  # a ConfigError, or what the config asks for does not fit the model or the data
         raise JobError(str(error)) from None
-    except CheckpointError as error:  # the folder, or what is in it, is not for this run
-        raise JobError(f"{error} (--checkpoints DIR takes another folder)", code=1) from None
     assert loader is not None  # there is training data
     return engine, loader.repeat()
 
@@ -158,11 +146,20 @@ def train(
         last = step == args.steps or stop > 0
         val_loss = validate(engine, held_out, args.eval_windows) if last or step % args.eval_every == 0 else None
         metrics.add(measure(engine, loss=loss_mean, val_loss=val_loss, tokens_per_s=steps * step_tokens / seconds))
-        progress.show(metrics.rows)
+        progress.show(step, in_a_line(metrics.rows))
         if stop:
             return True
         total, first, started = torch.zeros_like(total), step, time.perf_counter()
     return False
+
+
+def in_a_line(rows: list[Row]) -> str:
+    row, held_out = rows[-1], [row.val_loss for row in rows if row.val_loss is not None]
+    validation = f"{held_out[-1]:.3f}" if held_out else "-"
+    return (
+        f"loss {row.loss:.3f} val {validation} {row.tokens_per_s:,.0f} tokens/s lr {row.lr:.2g} "
+        f"norm {row.grad_norm:.2f} scale {row.loss_scale:g} skipped {row.skipped_steps}"
+    )
 
 
 def count_tokens(engine: partita.Engine, step_tokens: int) -> None:
@@ -199,16 +196,6 @@ def validate(engine: partita.Engine, held_out: Windows, count: int) -> float:
         total += loss.item() * len(batch[0])
     (total_of_ranks,) = sum_over_ranks(engine, total)
     return total_of_ranks / (len(mine) * ranks)
-
-
-def sum_over_ranks(engine: partita.Engine, *values: float) -> list[float]:
-    """A collective: all ranks call it with as many values."""
-    total = torch.tensor(values, dtype=torch.float64, device=engine.device)
-    try:
-        dist.all_reduce(total)
-    except RuntimeError as error:  # torch's, as the engine's would be a CommunicationError
-        raise JobError(f"another rank has ended: {str(error).splitlines()[0]}", code=1) from None
-    return [float(value) for value in total]
 
 
 # -- what it learned
@@ -250,35 +237,12 @@ def write_results(engine: partita.Engine, args: argparse.Namespace, rows: list[R
     )
 
 
-def say_where_it_begins(engine: partita.Engine, args: argparse.Namespace) -> bool:
-    """One line on rank 0 if the run goes on from a checkpoint; False if nothing is left to do."""
-    if engine.resumed_from is None:
-        return True
-    is_left, step = engine.global_steps < args.steps, engine.global_steps
-    if is_left:
-        text = f"goes on from {engine.resumed_from}, step {step} of {args.steps}"
-        batch, before = engine.train_batch_size(), engine.client_state.get("batch")
-        if before not in (None, batch):
-            text += (
-                f"; a step now has {batch} windows, before it had {before}: it is --batch-size x --accumulate x ranks"
-            )
-    else:
-        text = (
-            f"complete already: {engine.resumed_from} is at step {step} of {args.steps}; give more --steps to go on, "
-            "or another folder with --checkpoints DIR to begin anew"
-        )
-    if engine.global_rank == 0:
-        print(text, file=sys.stderr if is_left else sys.stdout, flush=True)
-    return is_left
-
-
-def save_end(engine: partita.Engine) -> None:
-    """Saves the last step, unless its turn to be saved has come anyway."""
-    settings = engine.config.checkpoint
-    if settings.dir is not None and not (
-        settings.interval_steps and engine.global_steps % settings.interval_steps == 0
-    ):
-        engine.save_checkpoint(settings.dir, client_state=engine.client_state)
+def batch_note(engine: partita.Engine) -> str:
+    """What to say if the checkpoint's steps had another number of windows."""
+    batch, before = engine.train_batch_size(), engine.client_state.get("batch", engine.train_batch_size())
+    if batch == before:
+        return ""
+    return f"a step now has {batch} windows, before it had {before}: it is --batch-size x --accumulate x ranks"
 
 
 def run(args: argparse.Namespace) -> bool:
@@ -289,7 +253,7 @@ def run(args: argparse.Namespace) -> bool:
         file_to_write(args.out / name)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # unless the engine takes it: after the last step it ends nothing
     engine, batches = make_engine(args, corpus.train)
-    if not say_where_it_begins(engine, args):
+    if not say_where_it_begins(engine, args.steps, batch_note(engine)):
         engine.destroy()
         return False
     speaks = engine.global_rank == 0
@@ -324,46 +288,14 @@ def save_results(engine: partita.Engine, args: argparse.Namespace, rows: list[Ro
         print(f"\n{sample}\n\n{'interrupted; ' if interrupted else ''}{summary}", flush=True)
 
 
-@contextlib.contextmanager
-def process_group(device: str) -> Iterator[None]:
-    partita.init_distributed("nccl" if device == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@record
 def job() -> bool:
-    """What torchrun reports the errors of, at the end of its output; True if Ctrl-C cut it short."""
     args = parse_arguments((__doc__ or "").split("\n\n")[0])
-    try:
-        with process_group(args.device):
-            return run(args)
-    except TextError as error:
-        raise JobError(str(error)) from None
-    except OSError as error:
-        what = f"{error.filename or args.out}: {error.strerror}" if error.strerror else str(error)
-        raise JobError(f"cannot write {what}") from None
-    except CheckpointError as error:  # not written, as the disk is full, say
-        raise JobError(str(error), code=1) from None
-    except partita.CommunicationError as error:  # another rank died, or hangs
-        raise JobError(str(error), code=1) from None
-    except FloatingPointError as error:  # the engine gave up: no step has finite gradients
-        raise JobError(str(error), code=1) from None
-    except KeyboardInterrupt:
-        return True
+    with process_group(args.device):
+        return run(args)
 
 
 def main() -> int:
-    try:
-        return INTERRUPTED if job() else 0
-    except JobError as failure:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"pretrain_lm.py: error: {failure}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(SPEAKER_SECONDS)  # torchrun ends all ranks when the first one exits, and rank 0 may be slower
-        return failure.code
+    return run_job("pretrain_lm.py", job)
 
 
 if __name__ == "__main__":

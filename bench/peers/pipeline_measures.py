@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from common.pipeline_layers import mean_loss
 from environment import Ranks
 from partita.comm import Communicator, TorchCommunicator, communicator_of
 from partita.pipeline import Costs, Schedule, Span, simulate
 from pipeline_engines import Pipeline
-from pipeline_layers import mean_loss
 from pipeline_task import PipelineTask
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile

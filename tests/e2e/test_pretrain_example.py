@@ -18,10 +18,10 @@ from typing import Any
 import pretrain_lm
 import pytest
 import torch
-from models import GPT, LSTM, ModelConfig
+from common.models import GPT, LSTM, ModelConfig
+from common.text import split, standard_library_text
 from partita.config import load_config
 from safetensors.torch import load_file
-from text import split, standard_library_text
 from warm_python import WarmPython
 
 SCRIPT = Path(pretrain_lm.__file__)

@@ -12,6 +12,7 @@ from partita.config.nearest import suggest
 from partita.config.parameters import ADAM_MODES, OPTIMIZERS
 from partita.config.rank_local import rank_local_keys
 from partita.config.save import default_config, save_config
+from partita.config.text_file import read_object
 
 if TYPE_CHECKING:
     from partita.config.models import Config
@@ -42,6 +43,7 @@ __all__ = [
     "default_config",
     "load_config",
     "rank_local_keys",
+    "read_object",
     "resolve_auto",
     "resolve_batch_sizes",
     "save_config",

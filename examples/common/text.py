@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common.job import JobError
+
 HELD_OUT = 0.05  # of the text, at its end
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
-class TextError(ValueError):
-    """The text cannot be read or is too short; the message is one line."""
+class TextError(JobError):
+    """The text cannot be read or is too short."""
 
 
 def standard_library_text(max_bytes: int) -> bytes:

@@ -10,7 +10,6 @@ import sys
 import time
 from typing import Any
 
-from report import Row
 from tqdm import tqdm  # type: ignore[import-untyped]
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
@@ -52,7 +51,7 @@ class Interrupts:
 
 
 class Progress:
-    """On a terminal a bar, elsewhere (a log, a job's output) a plain line for each row of metrics."""
+    """On a terminal a bar, elsewhere (a log, a job's output) a plain line for each `show()`."""
 
     def __init__(self, steps: int, *, done: int, speaks: bool) -> None:
         has_bar = speaks and sys.stderr.isatty()
@@ -72,13 +71,8 @@ class Progress:
     def step(self) -> None:
         self._bar.update()
 
-    def show(self, rows: list[Row]) -> None:
-        row, held_out = rows[-1], [row.val_loss for row in rows if row.val_loss is not None]
-        validation = f"{held_out[-1]:.3f}" if held_out else "-"
-        text = (
-            f"loss {row.loss:.3f} val {validation} {row.tokens_per_s:,.0f} tokens/s lr {row.lr:.2g} "
-            f"norm {row.grad_norm:.2f} scale {row.loss_scale:g} skipped {row.skipped_steps}"
-        )
+    def show(self, step: int, text: str) -> None:
+        """Numbers of the step, in a line."""
         self._bar.set_postfix_str(text)
         if self._prints:
-            print(f"step {row.step}/{self._steps} {text}", file=sys.stderr, flush=True)
+            print(f"step {step}/{self._steps} {text}", file=sys.stderr, flush=True)

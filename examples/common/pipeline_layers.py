@@ -6,8 +6,9 @@ Every layer makes its own initial weights, so that it can be built by itself, wh
 from __future__ import annotations
 
 import torch.nn.functional as F
-from models import Block, ModelConfig
 from torch import Tensor, nn
+
+from common.models import Block, ModelConfig
 
 STD = 0.02  # of initial weights
 
