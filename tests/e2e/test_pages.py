@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -14,11 +15,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 from pages import ROOT, Reader, blocks, pages
+from partita.config import load_config
+from partita.config.models import Config
 
 sys.path.insert(0, str(ROOT / "bench"))
 from front_page import front_ratios
 
-SLOW = {"docs/how-to/huggingface.md"}  # pages that take longer than a few seconds
+SLOW = {f"docs/{name}.md" for name in ("quick-start", "migration", "how-to/data", "how-to/huggingface")}  # many runs
+INLINE = re.compile(r'`("(\w+)": [^`]+)`')
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 NAMED = re.compile(r"`((?:bench|cpp|cuda|docs|examples|python|tests|\.ci)/[\w./-]*\w)`")
 
@@ -44,6 +48,20 @@ def read(tmp_path_factory: pytest.TempPathFactory, python) -> Callable[[str], Re
 @pytest.mark.parametrize("page", of_pages([page for page in pages() if blocks(page)]))
 def test_what_a_page_says_can_be_done(read, page):
     read(page)
+
+
+@pytest.mark.parametrize("page", pages())
+def test_its_programs_are_python_and_its_configs_are_right(page):
+    """Those in the text too: what stands between backquotes and begins with a key of the config."""
+    for block in blocks(page):
+        if block.language == "python":
+            compile(block.text, f"{page}:{block.line}", "exec", dont_inherit=True)
+    zero = Config.model_fields["zero_optimization"].annotation
+    for text, key in INLINE.findall((ROOT / page).read_text()):
+        if key in Config.model_fields:
+            load_config(json.loads("{" + text + "}"))
+        elif key in zero.model_fields:
+            load_config({"zero_optimization": {"stage": 3, **json.loads("{" + text + "}")}})
 
 
 def test_the_quick_start_learns_and_goes_on_with_more_ranks(read):
