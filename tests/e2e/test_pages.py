@@ -19,7 +19,7 @@ from partita.config import load_config
 from partita.config.models import Config
 
 sys.path.insert(0, str(ROOT / "bench"))
-from front_page import front_ratios
+from front_page import PICTURE, draw, front_ratios
 
 SLOW = {f"docs/{name}.md" for name in ("quick-start", "migration", "how-to/data", "how-to/huggingface")}  # many runs
 INLINE = re.compile(r'`("(\w+)": [^`]+)`')
@@ -74,7 +74,7 @@ def test_the_quick_start_learns_and_goes_on_with_more_ranks(read):
 
 def test_stage_3_gives_whole_parameters_on_any_number_of_ranks(read):
     page = read("docs/concepts/stages.md")
-    assert [output.count("gradient of shape (64, 64)") for output in page.outputs] == [1, 2]
+    assert [output.count("gradient of shape (64, 64)") for output in page.outputs[:2]] == [1, 2]
     weights = safetensors.torch.load_file(page.folder / "model.safetensors")
     assert len(weights) == 8 and not weights["3.0.bias"].any() and weights["3.0.weight"].any()
 
@@ -98,6 +98,14 @@ def test_the_pipeline_learns(read):
 def test_the_first_table_has_the_measured_ratios():
     said = re.findall(r"\*\*([\d.]+)x\*\*", (ROOT / "README.md").read_text())
     assert said == [f"{value:.2f}" for value in front_ratios().values()]
+
+
+def test_the_picture_is_drawn_from_the_results(tmp_path):
+    """Its texts, which matplotlib writes into comments too: the step times among them."""
+    draw(tmp_path / "front.svg")
+    texts = [re.findall("<!-- (.*?) -->", path.read_text()) for path in (tmp_path / "front.svg", PICTURE)]
+    assert texts[0] == texts[1] and "DeepSpeed 3" in texts[0]
+    assert PICTURE.stat().st_size < 150_000
 
 
 def test_every_make_command_exists():
