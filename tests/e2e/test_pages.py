@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-from pages import ROOT, Reader, blocks, pages
+from pages import ROOT, SHELL, Reader, blocks, commands, pages
 from partita.config import load_config
 from partita.config.models import Config
 
@@ -106,6 +106,22 @@ def test_the_picture_is_drawn_from_the_results(tmp_path):
     texts = [re.findall("<!-- (.*?) -->", path.read_text()) for path in (tmp_path / "front.svg", PICTURE)]
     assert texts[0] == texts[1] and "DeepSpeed 3" in texts[0]
     assert PICTURE.stat().st_size < 150_000
+
+
+def test_programs_of_the_examples_have_the_options_that_pages_give_them(python):
+    given: dict[str, set[str]] = {}
+    for block in (block for page in pages() for block in blocks(page) if block.language in SHELL):
+        for words in commands(block):
+            scripts = [i for i, word in enumerate(words) if word.startswith("examples/") and "launch" not in word]
+            for place in scripts[:1]:
+                options = {word.partition("=")[0] for word in words[place:] if word.startswith("--")}
+                given.setdefault(words[place], set()).update(options)
+    for script, options in given.items():
+        done = subprocess.run(
+            [*python.command, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        missing = options - set(re.findall(r"--[\w-]+", done.stdout))
+        assert done.returncode == 0 and not missing, f"{script} has no {missing}\n{done.stdout}{done.stderr}"
 
 
 def test_every_make_command_exists():

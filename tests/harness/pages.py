@@ -29,6 +29,7 @@ FENCE = re.compile(
     re.DOTALL | re.M,
 )
 NUMBER = re.compile(r"\d[\d.,]*(?:e[-+]?\d+)?")
+SHELL = ("sh", "bash")
 ELSEWHERE = {"bash", "cd", "cmake", "export", "git", "jupyter", "make", "mkdir", "pip", "pytest", "sbatch", "squeue"}
 ELSEWHERE |= {"srun", "ssh", "tensorboard"}
 
@@ -89,7 +90,7 @@ class Reader:
                 self._compare(block)
             elif block.language == "python":
                 self._take_program(block)
-            elif block.language == "sh":
+            elif block.language in SHELL:
                 self._take_commands(block)
             elif block.language in ("json", "yaml"):
                 self._take_config(block)
