@@ -81,7 +81,7 @@ format: .venv/installed
 
 # The site, and what its reference is made of, need no network once that is installed.
 site: .venv/installed
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
 docs: .venv/installed
