@@ -32,7 +32,7 @@ TINY = [
     *("--steps", STEPS, "--batch-size", 8, "--lr", 1e-2, "--megabytes", MEGABYTES),
     *("--log-every", 2, "--eval-every", 10, "--eval-windows", EVAL_WINDOWS, "--sample-length", 20, "--no-checkpoints"),
 ]
-FILES = {"model.safetensors", "model.json", "config.json", "metrics.csv", "loss.png", "sample.txt"}
+FILES = {"model.safetensors", "model.json", "config.json", "metrics.csv", "metrics.jsonl", "loss.png", "sample.txt"}
 RUNS = {"gpt-0": ("gpt", 0), "gpt-1": ("gpt", 1), "gpt-2": ("gpt", 2), "gpt-3": ("gpt", 3), "lstm-3": ("lstm", 3)}
 
 
