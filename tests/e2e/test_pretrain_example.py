@@ -69,6 +69,9 @@ def test_writes_its_results(runs, name):
     summary = output.strip().splitlines()[-1]
     assert f"2 ranks: {STEPS} steps" in summary
     assert f"validation {metrics(folder)[-1]['val_loss']:.3f} nats" in summary
+    baseline = float(re.search(r"beats? the unigram entropy \(([\d.]+) nats", summary)[1])
+    assert 2.5 < baseline < 3.5  # of a text's bytes
+    assert ("does not beat" in summary) == (metrics(folder)[-1]["val_loss"] > baseline)
 
 
 @pytest.mark.parametrize("name", RUNS)
