@@ -145,7 +145,8 @@ class Pretraining:
         rows = autoencoder.Rows(autoencoder.neighbour_rows(self.corpus.train.data, self.sizes.vocabulary))
         model = autoencoder.Autoencoder(rows.values.shape[1], self.sizes.embedding_width)
         steps = args.autoencoder_steps
-        config = autoencoder.config(beside(self.config, "embedding"), steps, args.autoencoder_lr)
+        own = len(rows) // dist.get_world_size()
+        config = autoencoder.config(beside(self.config, "embedding"), steps, args.autoencoder_lr, rows_of_rank=own)
         engine, batches = make_engine(model.to(device_of_this_rank(args.device)), rows, config)
         phase = Phase(
             name="autoencoder",
