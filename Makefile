@@ -12,11 +12,14 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: help setup data train test test-python test-cpp test-all lint format docs site bench bench-quick clean
+.PHONY: help setup data train train-two-phase evaluate notebook test test-python test-cpp test-all lint format docs site bench bench-quick clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train      train a language model on $(RANKS) ranks (ARGS='--help' lists its options)"
+	@echo "make train-two-phase   the same from an autoencoder's embedding, compared with a cold start"
+	@echo "make evaluate   what a trained model is worth (ARGS=PATH: results, a checkpoint or a model's folder)"
+	@echo "make notebook   runs examples/notebook.ipynb into runs/notebook.ipynb"
 	@echo "make data       brings the data of the examples into data/ (text, news, mails, dialogues, a pretrained BERT)"
 	@echo "make test       all tests of a change; make test-all adds the long ones"
 	@echo "make lint       ruff, mypy --strict, clang-format; make format repairs what can be"
@@ -35,6 +38,24 @@ setup: .venv/installed
 
 train: .venv/installed
 	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/pretrain_lm.py $(ARGS)
+
+# A language model over a learned vocabulary, from an autoencoder's embedding and from a cold start.
+TWO_PHASE := --text data/brown.txt --tokenizer bpe --vocabulary 4000 --model lstm --layers 1 --embedding 128 --hidden 256
+TWO_PHASE += --context 64 --steps 300 --eval-every 50 --lr 4e-3 --autoencoder --compare
+TWO_PHASE += --out runs/two-phase --checkpoints checkpoints/two-phase
+
+train-two-phase: .venv/installed data/brown.txt
+	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/pretrain_lm.py $(TWO_PHASE) $(ARGS)
+
+data/brown.txt: | .venv/installed
+	@$(BIN)/python examples/get_data.py brown
+
+evaluate: .venv/installed
+	@$(BIN)/python examples/evaluate.py $(if $(ARGS),$(ARGS),runs/pretrain)
+
+notebook: .venv/installed
+	@mkdir -p runs
+	@$(BIN)/jupyter-execute examples/notebook.ipynb --output=../runs/notebook.ipynb
 
 data: .venv/installed
 	@$(BIN)/python examples/get_data.py $(ARGS)
