@@ -223,7 +223,8 @@ class PipelineEngine(EngineBase):
         """The micro-batches of a step; all ranks learn their classes, or that a rank has none."""
         pairs: list[tuple[Any, Any]] = []
         error: Exception | None = None
-        told = torch.zeros(count + 3, dtype=torch.float64, device=self.device)
+        tied = self._here.ties.trained_here()
+        told = torch.tensor([0.0] * (count + 3) + tied, dtype=torch.float64, device=self.device)
         inputs: list[Any] = []
         labels: list[Any] = []
         try:
@@ -247,15 +248,16 @@ class PipelineEngine(EngineBase):
             error = failure
             told[0] = 1
         self._run.grid.pipe.all_reduce(told, Reduction.max).wait()
-        failed, first, last, *classes = told.tolist()
+        failed, first, last, *rest = told.tolist()
         if not failed:
             try:
                 require_same_labels(first, last)
+                self._here.ties.require_all_trained_or_none(rest[count:])
             except ValueError as difference:
                 error = difference
         if any_rank(self._run.grid.world, bool(failed) or error is not None):  # copies that have data would wait
             raise_together(self._run.grid.world, error, f"{call}():")
-        return Batches(inputs, labels, [int(number) for number in classes])
+        return Batches(inputs, labels, [int(number) for number in rest[:count]])
 
     def _forward_plan(self, count: int) -> RankPlan:
         if count not in self._forward_plans:

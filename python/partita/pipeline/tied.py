@@ -32,7 +32,8 @@ class TiedWeights:
     ) -> None:
         self._stage_ranks = stage_ranks
         self._pipe = pipe
-        self._rows = [row for tie in ties for row in _rows(tie) if any(stage in parts for stage in row)]
+        self._all_rows = [row for tie in ties for row in _rows(tie)]
+        self._rows = [row for row in self._all_rows if any(stage in parts for stage in row)]
         self._places = {
             stage: {s.name: (unit, s) for unit in part.units for s in unit.layout.slots}
             for stage, part in parts.items()
@@ -60,6 +61,31 @@ class TiedWeights:
                 raise ValueError(
                     f"the copies of a tied parameter are in different optimizer groups ({said}), and would not stay "
                     "equal: put them into the same one"
+                )
+
+    def trained_here(self) -> list[float]:
+        """For each tied parameter of the model two numbers: 1 if a copy on this rank is frozen now, else 0; and 1 if a
+        copy on this rank is trained, else 0."""
+        numbers = []
+        for row in self._all_rows:
+            places = [self._places[stage][name] for stage, name in row.items() if name in self._places.get(stage, {})]
+            are_frozen = {slot in unit.frozen_slots() for unit, slot in places}
+            numbers += [float(True in are_frozen), float(False in are_frozen)]
+        return numbers
+
+    def require_all_trained_or_none(self, numbers: Sequence[float]) -> None:
+        """Args:
+            numbers: the greatest of what the ranks of the pipeline have as `trained_here()`.
+
+        Raises:
+            ValueError: some copies of a parameter are frozen and others are not, and would not stay equal; names them.
+        """
+        for row, is_frozen, is_trained in zip(self._all_rows, numbers[::2], numbers[1::2], strict=True):
+            if is_frozen and is_trained:
+                said = ", ".join(f"'{name}' in stage {stage}" for stage, name in row.items())
+                raise ValueError(
+                    f"some copies of a tied parameter are frozen and others are trained ({said}), and would not stay "
+                    "equal: call requires_grad_() alike on the ranks of all its stages"
                 )
 
     def sum_gradients(self) -> None:

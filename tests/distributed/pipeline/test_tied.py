@@ -109,3 +109,23 @@ def _grouped() -> None:
 def test_copies_are_in_one_param_group(ranks):
     with pytest.raises(RankError, match=f"'{FIRST}' in group 0, '{LAST}' in group 1.*same one"):
         ranks(2).run(_grouped)
+
+
+def _frozen(ranks_that_freeze: set[int]) -> list[float]:
+    engine, *_ = partita.initialize(model=Shape(tied=True).module(2), config=config_for(2))
+    before = {name: value.clone() for name, value in engine.module_state_dict().items()}
+    if engine.global_rank in ranks_that_freeze:
+        for name, parameter in engine.module.named_parameters():
+            parameter.requires_grad_(name not in (FIRST, LAST))
+    engine.train_batch(iter([micro_batch(0, m) for m in range(2)]))
+    after = engine.module_state_dict()
+    moved = [float(not torch.equal(before[name], after[name])) for name in before if name in (FIRST, LAST)]
+    engine.destroy()
+    return moved
+
+
+def test_copies_are_frozen_together(ranks):
+    assert ranks(2).run(_frozen, {0, 1}) == [[0.0], [0.0]]
+    assert ranks(2).run(_frozen, set()) == [[1.0], [1.0]]
+    with pytest.raises(RankError, match=rf"copies of a tied.*'{FIRST}' in stage 0, '{LAST}' in stage 1.*requires_grad"):
+        ranks(2).run(_frozen, {1})
