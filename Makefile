@@ -12,11 +12,12 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: help setup data train test test-python test-cpp test-all lint format docs bench bench-quick clean
+.PHONY: help setup classify data train test test-python test-cpp test-all lint format docs bench bench-quick clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train      train a language model on $(RANKS) ranks (ARGS='--help' lists its options)"
+	@echo "make classify   fine-tune a pretrained BERT on news of the BBC on $(RANKS) ranks"
 	@echo "make data       brings the data of the examples into data/ (text, news, mails, dialogues, a pretrained BERT)"
 	@echo "make test       all tests of a change; make test-all adds the long ones"
 	@echo "make lint       ruff, mypy --strict, clang-format; make format repairs what can be"
@@ -34,6 +35,11 @@ setup: .venv/installed
 
 train: .venv/installed
 	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/pretrain_lm.py $(ARGS)
+
+classify: .venv/installed
+	@$(BIN)/python examples/get_data.py bbc minilm
+	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/classify.py \
+	  --config examples/configs/classify.json --model data/all-minilm-l6-v2 --steps 40 $(ARGS)
 
 data: .venv/installed
 	@$(BIN)/python examples/get_data.py $(ARGS)

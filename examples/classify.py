@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import partita
@@ -123,9 +124,7 @@ def make_task(args: argparse.Namespace) -> tuple[Task, Any]:
     def encoded(part: Labelled) -> Encoded:
         return Encoded(tokenizer, part.texts(), part.classes(), args.length)
 
-    task = Task(
-        train, held_out, encoded(train), encoded(held_out), (few, encoded(few)), tokenizer, Collate(tokenizer)
-    )
+    task = Task(train, held_out, encoded(train), encoded(held_out), (few, encoded(few)), tokenizer, Collate(tokenizer))
     if dist.get_rank() == 0:
         repeated = f" ({data.repeated:,} more repeat another)" if data.repeated else ""
         what = f"{len(train):,} texts to train on and {len(held_out):,} held out{repeated}"
@@ -149,7 +148,9 @@ def make_engine(args: argparse.Namespace, task: Task, config: Any) -> tuple[part
     state = {"labels": list(task.train.labels), "vocabulary": digest_of(task.tokenizer)}
     for name, value in state.items():
         if engine.client_state.get(name, value) != value:
-            raise JobError(f"the checkpoints in {args.checkpoints} are of other {name}: --checkpoints DIR takes another")
+            raise JobError(
+                f"the checkpoints in {args.checkpoints} are of other {name}: --checkpoints DIR takes another"
+            )
     engine.client_state = state
     return engine, loader.repeat()
 
@@ -180,8 +181,8 @@ def train(
         loss = sum_of_ranks / (micro_steps * engine.world_size)
         if step % args.eval_every == 0 and step != args.steps:
             part, encoded = task.some
-            scores = score(predict(engine, encoded, task), part)
-            quality = f" accuracy {scores.accuracy:.1%} of {scores.samples}"
+            right = predict(engine, encoded, task).argmax(1) == part.classes()
+            quality = f" accuracy {right.mean():.1%} of {len(part)}"
         progress.show(step, f"loss {loss:.3f}{quality} lr {engine.get_lr()[0]:.2g}")
         if stop:
             return True
@@ -209,12 +210,13 @@ def save_results(engine: partita.Engine, task: Task, args: argparse.Namespace, *
     probability = predict(engine, task.encoded_held_out, task)
     if engine.global_rank != 0:
         return
+    engine.module.config.architectures = [type(engine.module).__name__]  # by which one sees what the folder holds
     engine.module.config.save_pretrained(folder)
     task.tokenizer.save_pretrained(folder)
     scores = score(probability, task.held_out)
     label, baseline = majority(task.train, task.held_out)
     millions = sum(parameter.numel() for parameter in engine.module.parameters()) / 1e6
-    source = args.model or f"config {args.from_config}"
+    source = f"{Path(args.model).name}, pretrained" if args.model else f"{Path(args.from_config).name}, random weights"
     title = f"{source}, {millions:.1f} M parameters, {engine.global_steps} steps: {scores.accuracy:.1%} right"
     plot_confusion(scores, task.held_out.labels, title, args.out / "confusion.png")
     write_predictions(args.out / "predictions.csv", probability, task.held_out)

@@ -8,6 +8,7 @@ from pathlib import Path
 from common.arguments import Parser, add_checkpoint_arguments, add_engine_arguments, number
 
 KEPT_IN_OUT = "OUT/checkpoints"
+PRETRAINED_LR, RANDOM_LR = 2e-4, 2e-3
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
@@ -28,10 +29,11 @@ def parse_arguments(description: str) -> argparse.Namespace:
     source.add_argument("--from-config", metavar="CONFIG", default="bert-tiny", help=what)
     model.add_argument("--length", type=number(int, 8), default=96, help="tokens of a text that are read at the most")
     run = parser.add_argument_group("training")
-    run.add_argument("--steps", type=count, default=100, help="optimizer steps")
+    run.add_argument("--steps", type=count, default=300, help="optimizer steps")
     run.add_argument("--batch-size", type=count, default=8, help="texts in a micro-batch of one rank")
     run.add_argument("--accumulate", type=count, default=1, help="micro-batches of each rank in one optimizer step")
-    run.add_argument("--lr", type=rate, default=2e-4, help="highest learning rate of AdamW")
+    what = "highest learning rate of AdamW; None: 2e-4 with pretrained weights, 2e-3 with random ones"
+    run.add_argument("--lr", type=rate, help=what)
     add_engine_arguments(run)
     report = parser.add_argument_group("reports")
     report.add_argument("--log-every", type=count, default=10, help="steps between two lines")
@@ -42,6 +44,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
     args = parser.parse_args()
     if args.held_out >= 1:
         parser.error(f"--held-out {args.held_out:g} leaves nothing to train on: it is a share below 1")
+    if args.lr is None:
+        args.lr = PRETRAINED_LR if args.model else RANDOM_LR
     if args.checkpoints == KEPT_IN_OUT:
         args.checkpoints = str(args.out / "checkpoints")
     return args

@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score  # type: ignore[import-untyped]
 from torch import Tensor
 
-from common.classifier import Collate, Encoded, Encoding, make_model, make_tokenizer, read_config
+from common.classifier import Collate, Encoded, Encoding, open_classifier
 from common.job import JobError
 from common.labelled import Labelled, majority, read_labelled
 
@@ -51,8 +49,8 @@ class Scores:
 def probabilities(logits: Logits, data: Encoded, collate: Collate, size: int) -> np.ndarray[Any, Any]:
     """Of each label for each sample, [samples, labels] float32; the ranks share the work, and all have the result.
 
-    Every rank runs as many micro-batches of `size`, for in stage 3 a forward is a collective: one that has fewer samples
-    than another repeats one, and its answer is not used.
+    Every rank runs as many micro-batches of `size`, for in stage 3 a forward is a collective: a rank that has fewer
+    samples repeats one, and its answer is not used.
     """
     ranks, rank = dist.get_world_size(), dist.get_rank()
     by_length = sorted(range(len(data)), key=lambda place: len(data.ids[place]))  # so that little is padded
@@ -73,6 +71,9 @@ def probabilities(logits: Logits, data: Encoded, collate: Collate, size: int) ->
 
 def score(probability: np.ndarray[Any, Any], data: Labelled) -> Scores:
     """Of the likeliest labels."""
+    # Imported here, as rank 0 alone needs it, and a start of many ranks is slow enough.
+    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score  # type: ignore[import-untyped]
+
     said, true, numbers = probability.argmax(1), data.classes(), list(range(len(data.labels)))
     each = f1_score(true, said, labels=numbers, average=None, zero_division=0)
     return Scores(
@@ -104,6 +105,8 @@ def write_predictions(file: Path, probability: np.ndarray[Any, Any], data: Label
 
 def plot_confusion(scores: Scores, labels: Sequence[str], title: str, file: Path) -> None:
     """The matrix as a picture: samples in numbers, the share of the label as the colour."""
+    from matplotlib.figure import Figure
+
     counts = np.array(scores.confusion)
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
     side = 2.4 + 0.85 * len(labels)
@@ -150,12 +153,11 @@ def evaluate_folder(
         JobError: it cannot be opened, or the data have a label that the model does not know.
     """
     given = read_labelled(data, text=text, label=label)
-    model = make_model(read_config(str(folder), "", given.labels).__class__.from_pretrained(folder), str(folder)).eval()
+    model, tokenizer = open_classifier(folder)
     known = [name for _, name in sorted(model.config.id2label.items())]
     if strange := set(given.labels) - set(known):
         raise JobError(f"{folder} does not know the label {min(strange)!r}: it knows {', '.join(known)}")
     samples = Labelled(given.samples, tuple(known), given.repeated)
-    tokenizer = make_tokenizer(str(folder), (), 0)
     encoded = Encoded(tokenizer, samples.texts(), samples.classes(), length)
 
     @torch.no_grad()

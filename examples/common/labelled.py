@@ -132,16 +132,20 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
 
 
 def _checked(samples: list[Sample], source: Path) -> Labelled:
-    distinct = {" ".join(sample.text.split()): sample for sample in reversed(samples)}
+    distinct: dict[str, Sample] = {}
+    for sample in samples:
+        distinct.setdefault(" ".join(sample.text.split()), sample)
     distinct.pop("", None)
-    kept = list(reversed(distinct.values()))
+    kept = list(distinct.values())
     counts = collections.Counter(sample.label for sample in kept)
     if len(counts) < 2:
         what = f"a single label, {next(iter(counts))!r}" if counts else "no text"
         raise JobError(f"{source} has {what}: there must be two labels or more to tell apart")
     label, count = min(counts.items(), key=lambda item: (item[1], item[0]))
     if count < LEAST_PER_LABEL:
-        raise JobError(f"{source} has one distinct text with the label {label!r}: at least {LEAST_PER_LABEL} are needed")
+        raise JobError(
+            f"{source} has one distinct text with the label {label!r}: at least {LEAST_PER_LABEL} are needed"
+        )
     return Labelled(tuple(kept), tuple(sorted(counts)), repeated=len(samples) - len(kept))
 
 
