@@ -12,7 +12,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: help setup classify data train test test-python test-cpp test-all lint format docs bench bench-quick clean
+.PHONY: help setup classify data train test test-python test-cpp test-all lint format docs site bench bench-quick clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make bench      speed against the floors and the peers, with DeepSpeed installed for it;"
 	@echo "                make bench-quick does a part of it in about five minutes"
 	@echo "make docs       rewrites docs/config.md and docs/config.schema.json"
+	@echo "make site       builds the pages of docs/ and a reference of all calls into build/site"
 
 setup: .venv/installed
 
@@ -83,6 +84,11 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The site, and what its reference is made of, need no network once that is installed.
+site: .venv/installed
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 docs: .venv/installed
 	$(BIN)/python -m partita.config.document docs

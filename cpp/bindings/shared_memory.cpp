@@ -122,6 +122,7 @@ void register_group(py::module_& m) {
                 return Pending<Transfer>{g, g->receive(pointer<void>(address), element, numel, from)};
             },
             py::arg("address"), py::arg("numel"), py::arg("element"), py::arg("source"), release())
+        .def("waited_ns", &Group::waited_ns)
         .def("barrier", &Group::barrier, py::arg("call") = "", release())
         .def("close", &Group::close, py::arg("reason") = "", release());
 }

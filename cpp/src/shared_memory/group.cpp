@@ -80,6 +80,7 @@ std::shared_ptr<Operation> Group::State::launch(const Request& request, void* da
     auto operation = std::make_shared<Operation>(request, launched_, static_cast<char*>(data), std::move(call));
     {
         std::unique_lock lock(mutex_);
+        const Waits::HeldUp held_up(peers_.waits(), queue_.size() >= slots_per_rank);
         while (queue_.size() >= slots_per_rank) run_or_wait(lock, *operation);  // the slot is still needed here
     }
     collectives_.await_slot(*operation);
@@ -120,6 +121,7 @@ void Group::State::wait(Operation& operation) {
     peers_.require_member();
     {
         std::unique_lock lock(mutex_);
+        const Waits::HeldUp held_up(peers_.waits(), !operation.executed);
         while (!operation.executed) run_or_wait(lock, operation);
     }
     if (!operation.error.empty()) throw CommunicationError(operation.error);
@@ -184,6 +186,7 @@ void Group::State::run_next(std::unique_lock<std::mutex>& lock) {
 }
 
 void Group::State::communicate() {
+    peers_.waits().belong_to_this_thread();
     std::unique_lock lock(mutex_);
     while (!closing_) {
         if (!executing_ && queued_for_thread_ > 0) {
@@ -277,6 +280,8 @@ std::shared_ptr<Transfer> Group::receive(void* data, Element element, std::int64
     return state_->channels().receive(data, element, numel, from);
 }
 void Group::wait(Transfer& transfer) { state_->channels().wait(transfer); }
+
+std::vector<std::int64_t> Group::waited_ns() const { return state_->peers().waits().nanoseconds(); }
 
 void Group::close(const std::string& reason) { state_->close(reason); }
 

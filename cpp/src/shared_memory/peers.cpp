@@ -18,7 +18,7 @@
 namespace partita {
 namespace {
 
-using Clock = std::chrono::steady_clock;
+using Clock = Waits::Clock;
 
 constexpr auto spin_time = std::chrono::microseconds(20);
 constexpr auto own_interruption_within = std::chrono::milliseconds(200);
@@ -29,15 +29,17 @@ void relax() {
 #endif
 }
 
-template <class Reached>
-bool spin(const Reached& reached) {
-    const auto end = Clock::now() + spin_time;
+// How a wait begins. `missing` says who has not come yet, by a number of 0 and more; the last such answer is in `last`.
+template <class Missing>
+bool spin(const Missing& missing, Clock::time_point begin, int& last) {
     do {
         for (int i = 0; i < 16; ++i) {
-            if (reached()) return true;
+            const int rank = missing();
+            if (rank < 0) return true;
+            last = rank;
             relax();
         }
-    } while (Clock::now() < end);
+    } while (Clock::now() < begin + spin_time);
     return false;
 }
 
@@ -53,6 +55,7 @@ std::string seconds(std::chrono::milliseconds duration) {
 Peers::Peers(Control control, int rank, const std::vector<Member>& members, std::chrono::milliseconds timeout,
              IsInterrupted is_interrupted)
     : control_(control),
+      waits_(control.world_size()),
       rank_(rank),
       timeout_(timeout),
       is_interrupted_(std::move(is_interrupted)),
@@ -64,26 +67,36 @@ Peers::Peers(Control control, int rank, const std::vector<Member>& members, std:
     }
 }
 
-bool Peers::all_reached(Signal RankState::* signal, std::uint32_t target) const {
+int Peers::first_missing(Signal RankState::* signal, std::uint32_t target) const {
     for (int r = 0; r < world_size(); ++r) {
-        if (!(control_.state(r).*signal).reached(target)) return false;
+        if (!(control_.state(r).*signal).reached(target)) return r;
     }
-    return true;
+    return nobody;
 }
 
 void Peers::await_all(Signal RankState::* signal, std::uint32_t target, const Describe& describe) {
-    if (spin([&] { return all_reached(signal, target); })) return;
-    std::vector<Awaited> missing;
-    for (int r = 0; r < world_size(); ++r) missing.push_back({r, &(control_.state(r).*signal)});
-    await(std::move(missing), target, describe);
+    int last = first_missing(signal, target);
+    if (last == nobody) return;
+    const auto begin = Clock::now();
+    if (!spin([&] { return first_missing(signal, target); }, begin, last)) {
+        std::vector<Awaited> missing;
+        for (int r = 0; r < world_size(); ++r) missing.push_back({r, &(control_.state(r).*signal)});
+        sleep(std::move(missing), target, describe, last);
+    }
+    waits_.add(last, begin, Clock::now());
 }
 
 void Peers::await(int rank, Signal& signal, std::uint32_t target, const Describe& describe) {
-    if (spin([&] { return signal.reached(target); })) return;
-    await({{rank, &signal}}, target, describe);
+    if (signal.reached(target)) return;
+    const auto begin = Clock::now();
+    int last = rank;
+    if (!spin([&] { return signal.reached(target) ? nobody : rank; }, begin, last)) {
+        sleep({{rank, &signal}}, target, describe, last);
+    }
+    waits_.add(rank, begin, Clock::now());
 }
 
-void Peers::await(std::vector<Awaited> missing, std::uint32_t target, const Describe& describe) {
+void Peers::sleep(std::vector<Awaited> missing, std::uint32_t target, const Describe& describe, int& last) {
     const auto deadline = Clock::now() + timeout_;
     for (;;) {
         require_usable();
@@ -101,6 +114,7 @@ void Peers::await(std::vector<Awaited> missing, std::uint32_t target, const Desc
             }
         }
         if (missing.empty()) return;
+        last = missing.front().rank;  // whose signal wakes this rank: who comes later is still missing then
         const auto reason = std::find_if(reasons.begin(), reasons.end(), [](const auto& r) { return !r.empty(); });
         if (reason != reasons.end()) {
             if (interrupted) await_own_interruption(describe);

@@ -21,6 +21,7 @@
 #include "partita/interruption.h"
 #include "partita/shared_memory/membership.h"
 #include "shared_memory/control.h"
+#include "shared_memory/waits.h"
 
 namespace partita {
 
@@ -35,8 +36,12 @@ class Peers {
     int world_size() const { return control_.world_size(); }
     const Control& control() const { return control_; }
     RankState& own() const { return control_.state(rank_); }
+    // What the waits of this rank have come to.
+    Waits& waits() { return waits_; }
 
-    bool all_reached(Signal RankState::* signal, std::uint32_t target) const;
+    bool all_reached(Signal RankState::* signal, std::uint32_t target) const {
+        return first_missing(signal, target) == nobody;
+    }
     // Returns when all ranks have raised the signal that far; throws CommunicationError when one will not.
     void await_all(Signal RankState::* signal, std::uint32_t target, const Describe& describe);
     // The same for one signal, which belongs to `rank`.
@@ -58,12 +63,16 @@ class Peers {
     bool forked() const { return getpid() != process_; }
 
   private:
+    static constexpr int nobody = -1;
+
     struct Awaited {
         int rank;
         Signal* signal;
     };
 
-    void await(std::vector<Awaited> missing, std::uint32_t target, const Describe& describe);
+    // `last`: a rank that has not come; becomes the one that came last.
+    void sleep(std::vector<Awaited> missing, std::uint32_t target, const Describe& describe, int& last);
+    int first_missing(Signal RankState::* signal, std::uint32_t target) const;  // or `nobody`
     std::string why_missing(int rank, bool timed_out);
     bool is_standing(int rank, Standing standing) const { return control_.state(rank).standing.load() == standing; }
     void give_up(const std::string& reason, Standing standing);
@@ -73,6 +82,7 @@ class Peers {
     void wake_waiting_peers();
 
     Control control_;
+    Waits waits_;
     int rank_;
     std::chrono::milliseconds timeout_;
     IsInterrupted is_interrupted_;

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from partita.cli import audit, checkpoints, schedule
+from partita.cli import audit, checkpoints, plot, schedule
 from partita.config import Answer, ConfigError, Finding, answers_to, clean_form, load_config
 from partita.files import file_to_write
 from partita.optim import require_buildable
@@ -23,6 +23,7 @@ app.add_typer(config, name="config")
 app.add_typer(checkpoints.app, name="checkpoint")
 app.add_typer(audit.app, name="audit")
 app.command("schedule")(schedule.schedule)
+app.command("plot")(plot.plot)
 
 _COLOURS = {Answer.WORKS: "green", Answer.NOTED: "yellow", Answer.REFUSED: "red"}
 _PLAIN_WIDTH = 160  # of what is written into a file or a pipe

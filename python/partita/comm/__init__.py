@@ -5,6 +5,7 @@ from partita.comm.agree import (
     any_rank,
     any_rank_each,
     by_rank,
+    numbers_by_rank,
     raise_together,
     ranks_that_differ,
     text_by_rank,
@@ -18,6 +19,8 @@ from partita.comm.same import Entries, digest_number, require_same
 from partita.comm.setup import communicator_of, require_same_on_all_ranks, world_communicator
 from partita.comm.shared_memory import SharedMemoryCommunicator
 from partita.comm.torch_transport import TorchCommunicator
+from partita.comm.waited import Waited
+from partita.comm.waits import WaitRow, WaitsLedger
 
 __all__ = [
     "CommunicationError",
@@ -34,6 +37,9 @@ __all__ = [
     "SharedMemoryCommunicator",
     "SingleProcess",
     "TorchCommunicator",
+    "WaitRow",
+    "Waited",
+    "WaitsLedger",
     "any_rank",
     "any_rank_each",
     "backend_for",
@@ -44,6 +50,7 @@ __all__ = [
     "is_joined",
     "leave_job",
     "note_rank",
+    "numbers_by_rank",
     "place_in_job",
     "raise_together",
     "ranks_that_differ",

@@ -40,6 +40,14 @@ def by_rank(communicator: Communicator, value: float) -> list[float]:
     return [float(v) for v in values.tolist()]
 
 
+def numbers_by_rank(communicator: Communicator, numbers: Sequence[float]) -> list[list[float]]:
+    """Every rank's numbers, by rank. All ranks give equally many."""
+    values = torch.zeros((communicator.world_size, len(numbers)), dtype=torch.float64, device=communicator.device)
+    values[communicator.rank] = torch.tensor(numbers, dtype=torch.float64, device=communicator.device)
+    communicator.all_gather(values.view(-1)).wait()
+    return [[float(each) for each in row] for row in values.tolist()]
+
+
 def text_by_rank(communicator: Communicator, text: str) -> list[str]:
     """Every rank's text, by rank. Texts may be empty and of different lengths."""
     data = text.encode(errors="surrogatepass")  # names of files may hold bytes that are no UTF-8

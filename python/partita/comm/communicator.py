@@ -12,6 +12,7 @@ from torch import Tensor
 
 from partita._core import Reduction
 from partita.comm.calls import Calls
+from partita.comm.waited import Waited
 from partita.device.memory import HOST, flat_buffer
 
 
@@ -154,6 +155,11 @@ class Communicator(ABC):
     def barrier(self) -> None:
         """Returns when all ranks have called it."""
 
+    def waited(self) -> Waited | None:
+        """How long this rank's program has been held up by the others so far. None: the host does not know, as the wait
+        is the GPU's."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Leaves the group: nothing can be called any more. Buffers stay valid, mapped ones too."""
@@ -193,6 +199,9 @@ class SingleProcess(Communicator):
 
     def barrier(self) -> None:
         return
+
+    def waited(self) -> Waited:
+        return Waited.none(1)
 
     def close(self) -> None:
         return

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 from partita.comm.calls import Calls
 from partita.comm.communicator import Communicator, SingleProcess
+from partita.comm.waited import Waited
 
 
 class Coordinates(NamedTuple):
@@ -150,6 +151,19 @@ class ProcessGrid:
         self._exits.callback(made.close)
         made.calls = self.calls
         return made
+
+    def waited(self) -> Waited | None:
+        """How long this rank's program has been held up so far, by rank of the world. None: the world's communicator
+        does not know."""
+        total = self.world.waited()
+        if total is None or self.data is self.world:
+            return total
+        groups = ((self.data, self.shape.data_groups), (self.pipe, self.shape.pipe_groups))
+        for axis, parts in groups:
+            ranks = next(part for part in parts if self.world.rank in part)
+            if (waited := axis.waited()) is not None:
+                total += waited.in_group(ranks, self.world.world_size)
+        return total
 
     def close(self) -> None:
         """Closes every communicator, the last one first; a second call does nothing. No collective."""

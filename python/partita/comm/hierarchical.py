@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -11,22 +12,29 @@ from torch import Tensor
 
 from partita._core import Reduction
 from partita.comm.communicator import Communicator, Handle
+from partita.comm.waited import Waited
 
 
-class FutureHandle:
-    """A collective on the communication thread."""
+class _Timed:
+    """Waits of the program, and how long they held it up.
 
-    def __init__(self, future: Future[None], leave: Callable[[], None]) -> None:
-        self._future = future
-        self._leave = leave
+    Args:
+        wait: returns when what is waited for is done.
+        held_up: is told the seconds of the first call.
+    """
+
+    def __init__(self, wait: Callable[[], object], held_up: Callable[[float], None]) -> None:
+        self._wait: Callable[[], object] | None = wait
+        self._held_up = held_up
 
     def wait(self) -> None:
         """Returns when it is done; raises what it raised."""
-        try:
-            self._future.result()
-        except KeyboardInterrupt:
-            self._leave()  # the thread would wait on, and the program for the thread
-            raise
+        if self._wait is None:
+            return
+        began = time.perf_counter()
+        self._wait()
+        self._wait = None
+        self._held_up(time.perf_counter() - began)
 
 
 class HierarchicalCommunicator(Communicator):
@@ -62,6 +70,9 @@ class HierarchicalCommunicator(Communicator):
         in_order = [r for ranks in hosts for r in ranks] == list(range(self.world_size))
         # The slices of a host's ranks lie together, in equal sections of a buffer.
         self._has_sections = in_order and all(len(ranks) == per_host for ranks in hosts)
+        # Of the program; then what of it `waited()` has put down to ranks, and the waits of all threads until then.
+        self._held_up_s = self._counted_s = 0.0
+        self._counted = self._seen = Waited.none(self.world_size)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="partita-hosts")
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
@@ -84,16 +95,41 @@ class HierarchicalCommunicator(Communicator):
 
     def send(self, tensor: Tensor, destination: int) -> Handle:
         if destination in self._hosts[self._host]:
-            return self._inside.send(tensor, self._hosts[self._host].index(destination))
-        return self._everyone.send(tensor, destination)
+            handle = self._inside.send(tensor, self._hosts[self._host].index(destination))
+        else:
+            handle = self._everyone.send(tensor, destination)
+        return _Timed(handle.wait, self._add_held_up)
 
     def recv(self, tensor: Tensor, source: int) -> Handle:
         if source in self._hosts[self._host]:
-            return self._inside.recv(tensor, self._hosts[self._host].index(source))
-        return self._everyone.recv(tensor, source)
+            handle = self._inside.recv(tensor, self._hosts[self._host].index(source))
+        else:
+            handle = self._everyone.recv(tensor, source)
+        return _Timed(handle.wait, self._add_held_up)
 
     def barrier(self) -> None:
         self._run(self._barrier).wait()
+
+    def waited(self) -> Waited | None:
+        """What the program lost is known, and whom the communication thread waited for: since the last call, the first
+        is divided as the second is. A rank that waits for its leader cannot know that the leader waits for another
+        host."""
+        inside = self._inside.waited() or Waited.none(self._inside.world_size)
+        total = inside.in_group(self._hosts[self._host], self.world_size)
+        parts = [(self._everyone, list(range(self.world_size)))]
+        if self._between is not None:
+            parts.append((self._between, [ranks[0] for ranks in self._hosts]))
+        for communicator, ranks in parts:
+            if (waited := communicator.waited()) is not None:
+                total += waited.in_group(ranks, self.world_size)
+        new, held_up = total - self._seen, self._held_up_s - self._counted_s
+        if new.total_s > 0:
+            self._counted += new.times(min(1.0, held_up / new.total_s))
+        self._seen, self._counted_s = total, self._held_up_s
+        return self._counted
+
+    def _add_held_up(self, seconds: float) -> None:
+        self._held_up_s += seconds
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -102,7 +138,14 @@ class HierarchicalCommunicator(Communicator):
 
     def _run(self, function: Callable[..., None], *args: object) -> Handle:
         run = partial(self._run_or_leave, function, self.calls.name, *args)
-        return FutureHandle(self._thread.submit(run), self.close)
+        return _Timed(partial(self._wait, self._thread.submit(run)), self._add_held_up)
+
+    def _wait(self, future: Future[None]) -> None:
+        try:
+            future.result()
+        except KeyboardInterrupt:
+            self.close()  # the thread would wait on, and the program for the thread
+            raise
 
     def _run_or_leave(self, function: Callable[..., None], call: str, *args: object) -> None:
         """What follows a failure would meet other collectives on other ranks: this rank takes no part any more."""

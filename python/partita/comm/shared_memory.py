@@ -11,6 +11,7 @@ from torch import Tensor
 from partita._core import Collective, CommunicationError, Element, Operation, Reduction, SharedMemoryGroup, Transfer
 from partita.comm.calls import why_ending, why_leaving
 from partita.comm.communicator import Communicator, Handle
+from partita.comm.waited import Waited
 from partita.device import kernels
 
 ELEMENTS = {
@@ -113,6 +114,9 @@ class SharedMemoryCommunicator(Communicator):
 
     def barrier(self) -> None:
         self._group.barrier(self.calls.name)
+
+    def waited(self) -> Waited:
+        return Waited(tuple(ns * 1e-9 for ns in self._group.waited_ns()))
 
     def close(self) -> None:
         self.leave(why_leaving())

@@ -23,6 +23,7 @@ from partita.comm.communicator import Communicator, Handle
 from partita.comm.groups import GROUP_TIMEOUT, OwnGroups
 from partita.comm.lookout import LONG_WAIT_S, Lookout
 from partita.comm.patience import MessageWaits, wait_for_collective
+from partita.comm.waited import Waited
 from partita.device import kernels
 from partita.device.memory import HOST, flat_buffer
 
@@ -112,6 +113,7 @@ class TorchCommunicator(Communicator):
         self._lent_so_far = count()
         self._lent: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # to threads of gloo
         self._messages = MessageWaits()
+        self._waited_s, self._unknown_waited_s = [0.0] * self.world_size, 0.0
         find = weakref.ref(self)
         self._lookout = Lookout(
             str(group.group_name), self.rank, self.world_size, lambda: _calls_of(find()), GROUP_TIMEOUT.total_seconds()
@@ -151,10 +153,12 @@ class TorchCommunicator(Communicator):
         return self._launch("broadcast", tensor, [self._broadcast(_raw(tensor), root)])
 
     def send(self, tensor: Tensor, destination: int) -> Handle:
-        return self._launch("send", tensor, [self._send(_raw(tensor), destination, SEND_TAG)], messages=True)
+        start = self._send(_raw(tensor), destination, SEND_TAG)
+        return self._launch("send", tensor, [start], messages=True, peer=destination)
 
     def recv(self, tensor: Tensor, source: int) -> Handle:
-        return self._launch("receive", tensor, [self._receive(_raw(tensor), source, SEND_TAG)], messages=True)
+        start = self._receive(_raw(tensor), source, SEND_TAG)
+        return self._launch("receive", tensor, [start], messages=True, peer=source)
 
     def barrier(self) -> None:
         on_gpu = self.device.type == "cuda"
@@ -164,6 +168,9 @@ class TorchCommunicator(Communicator):
             torch.empty(0, dtype=torch.uint8, device=HOST),
             [self._asynchronous(dist.barrier, device_ids=ids)],
         ).wait()
+
+    def waited(self) -> Waited | None:
+        return Waited(tuple(self._waited_s), self._unknown_waited_s) if self._gloo else None
 
     def close(self) -> None:
         """Ends the process groups that were made for this communicator."""
@@ -184,31 +191,44 @@ class TorchCommunicator(Communicator):
         return partial(dist.irecv, tensor, group=self._group, tag=tag, group_src=source)
 
     def _launch(
-        self, name: str, tensor: Tensor, starts: list[Start], finish: Finish = None, *, messages: bool = False
+        self,
+        name: str,
+        tensor: Tensor,
+        starts: list[Start],
+        finish: Finish = None,
+        *,
+        messages: bool = False,
+        peer: int | None = None,
     ) -> WorkHandle:
-        """Args: messages: the works are sends and receives. Those of one rank to another have no number."""
+        """Args: messages: the works are sends and receives, which have no number. peer: of all of them."""
         dtype = "" if name == "barrier" else str(tensor.dtype)
         launches, counted = self._lookout.launches, name not in ("send", "receive")
         number = launches.add(self.calls.name, name, tensor.numel(), dtype) if counted else launches.count
         where = name if not dtype else f"{name} of {tensor.numel()} {dtype.removeprefix('torch.')}"
         with self._naming(where, number):
             works = [start() for start in starts]
-        wait = partial(self._wait, where=where, number=number, messages=messages)
+        wait = partial(self._wait, where=where, number=number, messages=messages, peer=peer)
         return WorkHandle([work for work in works if work is not None], tensor, wait, finish)
 
-    def _wait(self, works: list[dist.Work], *, where: str, number: int, messages: bool) -> None:
+    def _wait(self, works: list[dist.Work], *, where: str, number: int, messages: bool, peer: int | None) -> None:
         with self._naming(where, number):
             if not self._gloo:  # the stream waits, and not this thread
                 for work in works:
                     work.wait()
                 return
             watch = _Watch(self._lookout, number)
+            began = time.perf_counter()
             if messages:
                 self._messages.wait(works, watch)
             else:
                 for work in works:
                     wait_for_collective(work, watch)
             watch.close()
+            waited = time.perf_counter() - began
+            if peer is None:
+                self._unknown_waited_s += waited
+            else:
+                self._waited_s[peer] += waited
 
     @contextmanager
     def _naming(self, what: str, number: int) -> Iterator[None]:

@@ -20,7 +20,6 @@ _NOTHING = "asks for nothing"
 _ALWAYS = "what Partita does anyway"
 _REMOVED = "DeepSpeed 0.19 has removed it too; remove it"
 _FP32 = "master weights, gradients of them and moments are fp32 here: remove it"
-_MONITOR = "metrics are not written yet: write the loss and engine.get_lr() yourself, and set enabled to false"
 _TENSOR_PARALLEL = "it divides activations over tensor-parallel ranks, which are not there"
 _CHECKPOINTED = "activation_checkpointing.enabled chooses the layers and what they keep"
 
@@ -64,12 +63,9 @@ _TOP_LEVEL: dict[str, Rule] = {
     ),
     "autotuning": _off("set the batch sizes yourself and remove it"),
     "bfloat16": (written_as("bf16", Values("as there", lambda value: True, ({"enabled": True}, {"enabled": "auto"}))),),
-    "comet": _off(_MONITOR),
     "comms_config": (noted("DeepSpeed does not read it either"),),
-    "comms_logger": (noted("it reports about DeepSpeed's communication"),),
     "compile": (noted("pass a model that torch.compile() returned; DeepSpeed too compiles in engine.compile() only"),),
     "compression_training": _off(_REMOVED, EMPTY),
-    "csv_monitor": _off(_MONITOR),
     "curriculum_learning": _off(_REMOVED),
     "data_efficiency": _off("order, select or crop the samples in the training script, and remove it"),
     "dataloader_drop_last": (
@@ -83,7 +79,6 @@ _TOP_LEVEL: dict[str, Rule] = {
     "eigenvalue": _off(_REMOVED),
     "elasticity": _off("set train_batch_size, the other sizes follow from the number of ranks; " + _REMOVED),
     "expert_parallel": _off("there is no expert parallelism; remove it to train all experts on every rank"),
-    "flops_profiler": (noted("profile with torch.profiler"),),
     "fp32_allreduce": (noted(_NOTHING, only(False, None)), written_as("communication_data_type", only(True), "fp32")),
     "fp8": _off("there is no fp8 training: use bf16, and remove it"),
     "gradient_allreduce_op": (
@@ -98,7 +93,6 @@ _TOP_LEVEL: dict[str, Rule] = {
         noted(_ALWAYS, only(True, None)),
         refused("decide with engine.set_gradient_accumulation_boundary() which steps update, and remove it"),
     ),
-    "memory_breakdown": (noted("read torch.cuda.memory_stats() in the training script"),),
     "monitor_config": (noted("DeepSpeed does not read it either"),),
     "nebula": _off(_REMOVED, EMPTY),
     "progressive_layer_drop": _off(_REMOVED),
@@ -114,11 +108,9 @@ _TOP_LEVEL: dict[str, Rule] = {
         noted(_NOTHING, _ONE_WAY),
         refused("there is no tensor parallelism: set autotp_size to 1, and let stage 3 divide the parameters"),
     ),
-    "tensorboard": _off(_MONITOR),
     "timers": (noted("use wall_clock_breakdown"),),
     "use_data_before_expert_parallelism": (noted("there is no expert parallelism that would use it"),),
     "vocabulary_size": (noted("it only serves a warning in DeepSpeed"),),
-    "wandb": _off(_MONITOR),
     "weight_quantization": _off("weights are not quantized: remove it", EMPTY),
     "zero_allow_untested_optimizer": (noted("an optimizer that cannot be sharded is refused by name"),),
     "zero_force_ds_cpu_optimizer": (noted("any element-wise optimizer runs on the host"),),

@@ -25,7 +25,15 @@ from partita.config.fields import (
     Section,
     TransportName,
 )
+from partita.config.monitor_keys import (
+    CometConfig,
+    CsvMonitorConfig,
+    MonitorConfig,
+    TensorBoardConfig,
+    WandbConfig,
+)
 from partita.config.pipeline_keys import PipelineConfig
+from partita.config.profile_keys import CommsLoggerConfig, FlopsProfilerConfig, TraceConfig
 
 
 class OptimizerConfig(Section):
@@ -277,6 +285,11 @@ class Config(Section):
     )
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="See [checkpoint](#checkpoint).")
     pipeline: PipelineConfig = Field(PipelineConfig(), description="See [pipeline](#pipeline).")
+    monitor: Annotated[MonitorConfig, OwnKey()] = Field(MonitorConfig(), description="See [monitor](#monitor).")
+    tensorboard: TensorBoardConfig = Field(TensorBoardConfig(), description="See [tensorboard](#tensorboard).")
+    csv_monitor: CsvMonitorConfig = Field(CsvMonitorConfig(), description="See [csv_monitor](#csv_monitor).")
+    wandb: WandbConfig = Field(WandbConfig(), description="See [wandb](#wandb).")
+    comet: CometConfig = Field(CometConfig(), description="See [comet](#comet).")
     gradient_clipping: Annotated[float, Field(ge=0), DeepSpeedDefault("1.0")] = Field(
         0.0, description="Largest norm of all gradients together; 0 does not clip."
     )
@@ -297,6 +310,16 @@ class Config(Section):
     wall_clock_breakdown: Annotated[bool, RankLocal()] = Field(
         False, description="Time forward, backward and step, and report them."
     )
+    memory_breakdown: Annotated[bool, RankLocal()] = Field(
+        False,
+        description="Report the bytes of parameters, masters, optimizer states and gradients, and the process's "
+        "memory: at the start, after two steps, and every steps_per_print steps.",
+    )
+    flops_profiler: FlopsProfilerConfig = Field(
+        FlopsProfilerConfig(), description="See [flops_profiler](#flops_profiler)."
+    )
+    comms_logger: CommsLoggerConfig = Field(CommsLoggerConfig(), description="See [comms_logger](#comms_logger).")
+    trace: Annotated[TraceConfig | None, OwnKey()] = Field(None, description="See [trace](#trace); null: no trace.")
     sync_buffers: bool = Field(
         True,
         description="After every update, buffers that differ between ranks (BatchNorm's statistics) become rank 0's; "
@@ -307,6 +330,17 @@ class Config(Section):
     max_consecutive_skipped_steps: Annotated[PositiveInt, OwnKey()] = Field(
         100, description="After this many skipped steps in a row training stops with an error."
     )
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether what is known of each step is written somewhere."""
+        others = (self.tensorboard, self.csv_monitor, self.wandb, self.comet)
+        return self.monitor.dir is not None or any(other.enabled for other in others)
+
+    @property
+    def counts_flops(self) -> bool:
+        """Whether the operations of a forward are counted."""
+        return self.monitor.flops and (self.records_steps or self.monitor.peak_tflops is not None)
 
     @model_validator(mode="after")
     def _one_precision(self) -> Self:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from partita.engine.keeper import Keeper
 from partita.engine.save_beside import SaveBeside
 from partita.engine.saving import KeepsState
 from partita.model import ModelPart
+from partita.monitor import Waits, gather_waits
 from partita.optim import ShardedOptimizer
 from partita.run import Run
 from partita.step import OptimizerStep
@@ -136,11 +137,33 @@ class EngineBase(KeepsState):
         self._step.learn()
         return self._step.learning_rates()
 
+    def waits(self) -> Waits:
+        """Which rank waited how long for which other, in the last step and since the engine began; `print()` shows a
+        table. A collective.
+
+        Over shared memory a wait is put down to the rank that came last. Over torch.distributed on the CPU a rank knows
+        how long it waited, and in a collective not for whom: the rank that waits least is the slowest one. Over NCCL
+        the GPU waits, and nothing is known.
+        """
+        with self._calls.inside("waits()"):
+            return gather_waits(self._run.grid.world, self._step.controller.ledger)
+
     def _after_update(self) -> None:
         """What is saved, and saved on its own, goes on after each update."""
         with self._calls.inside("step()"):
             self._beside.after_update()
         self._keeper.after_update(self)
+
+    def log(self, values: Mapping[str, SupportsFloat]) -> None:
+        """Records numbers of the program, such as a validation loss, at the present step (`global_steps`).
+
+        They go where the config's `monitor`, `tensorboard`, `csv_monitor`, `wandb` and `comet` say. Rank 0 alone
+        writes its own; all ranks may call this. A tensor on a GPU is waited for.
+
+        Raises:
+            TypeError, ValueError: a name is empty or taken, or a value is not one number; names it.
+        """
+        self._step.monitor.log(self.global_steps, values)
 
     # -- the end
 

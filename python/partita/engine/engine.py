@@ -106,6 +106,7 @@ class Engine(EngineBase):
                 raise
         if torch.is_grad_enabled():
             self._has_forward = True
+            self._step.add_work(args, kwargs)
         return outputs
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -251,7 +252,7 @@ class Engine(EngineBase):
             self._warn_of_restart()
         for part in self._parts:
             part.give_up()
-        self._step.controller.forget_losses()
+        self._step.controller.forget_told()
         self._accumulation.restart()
         self._begin_micro_batch()
 

@@ -142,6 +142,8 @@ class PipelineEngine(EngineBase):
             step = PipelineStep(self._here, self._plan, batches)
             with self._step.timers.phase("pipeline"), self._left_on_error((BaseException,)):
                 step.train()
+            for m in range(self._run.batch.accumulation):
+                self._step.add_work(batches.inputs[m : m + 1])
             self._timeline = tuple(step.spans)
             self._beside.before_update()
             self._step.update()

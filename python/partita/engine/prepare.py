@@ -10,12 +10,13 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from partita.comm import Entries
+from partita.comm import Entries, WaitsLedger
 from partita.config import ConfigSource
 from partita.data import ShardedLoader, loading_of, sharded_loader
 from partita.engine.agreement import model_entries, shared_by_ranks
 from partita.engine.arguments import check_arguments
 from partita.model import LossScaling, device_of, require_only_parameters_of
+from partita.monitor import require_libraries
 from partita.optim import (
     OptimizerSource,
     SchedulerSource,
@@ -90,6 +91,7 @@ def prepare(
     loading = loading_of(given.train_data, given.collate_fn)
     decided = decided_config(given.config, model, given.optimizer, given.lr_scheduler, loading.batch_size)
     settings, device = checked_config(decided, loading.batch_size, pipe), device_of(model)
+    require_libraries(settings)
     inner = choose_optimizer(given.optimizer, model, given.model_parameters, settings)
     if inner is not None:
         require_only_parameters_of(model, inner)
@@ -102,7 +104,8 @@ def prepare(
     dtypes = {p.dtype for p in model.parameters()}
     run = begin_run(settings, device, exits, shared, dtypes, loading.batch_size, on_failure, pipe)
     loader = None if given.train_data is None else sharded_loader(loading, run)
-    controller = StepController(loss_scaler_of(run.config, run.precision), run.streams, run.world_size)
+    scaler = loss_scaler_of(run.config, run.precision)
+    controller = StepController(scaler, run.streams, run.world_size, WaitsLedger(run.grid))
     scaling = LossScaling(controller.scale if run.precision.scales_loss else None)
     gathers = ParameterGathers()
     exits.callback(gathers.close)

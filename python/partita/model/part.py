@@ -17,6 +17,7 @@ from partita.model.accumulation import Accumulation
 from partita.model.backward import Backward
 from partita.model.buffers import SharedBuffers
 from partita.model.changes import ModelGuard
+from partita.model.forward_flops import BACKWARD, ForwardFlops
 from partita.model.loss_scaling import LossScaling
 from partita.model.recompute import ActivationCheckpoints
 from partita.model.take import take_model
@@ -67,6 +68,7 @@ class ModelPart:
         self.gathers = gathers
         self.accumulation = accumulation
         self._run = run
+        self._flops = ForwardFlops(run.config.counts_flops)
         checkpointing = run.config.activation_checkpointing
         if checkpointing.enabled:
             on_host = checkpointing.cpu_checkpointing
@@ -92,6 +94,11 @@ class ModelPart:
         return self._backward.reducer
 
     @property
+    def flops(self) -> float:
+        """Floating-point operations of a forward and its backward, without what is computed twice; 0: not known."""
+        return (1 + BACKWARD) * (self._flops.count or 0)
+
+    @property
     def ended_backwards(self) -> int:
         """Backwards of this part so far."""
         return self._backward.ended_count
@@ -109,7 +116,7 @@ class ModelPart:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module. With gradients enabled a backward may follow."""
-        with self._autocast():
+        with self._autocast(), self._flops.counting():
             try:
                 outputs = self.module(*args, **kwargs)
             except BaseException:

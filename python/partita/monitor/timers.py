@@ -17,7 +17,8 @@ class PhaseTimers:
     def __init__(self, enabled: bool, streams: Streams) -> None:
         self._enabled = enabled
         self._streams = streams
-        self._marks: list[tuple[str, Any, Any]] = []
+        self._marks: list[tuple[str, Any, Any]] = []  # of the step under way
+        self._ended: list[tuple[str, Any, Any]] = []  # of steps that are over
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Adds the time of the block to `name`."""
@@ -31,10 +32,18 @@ class PhaseTimers:
         finally:
             self._marks.append((name, start, self._streams.mark()))
 
-    def take(self) -> dict[str, float]:
-        """Milliseconds per phase since the last call; waits until they are over."""
-        result: dict[str, float] = {}
-        for name, start, end in self._marks:
-            result[name] = result.get(name, 0.0) + self._streams.milliseconds(start, end)
+    def end_step(self) -> None:
+        """What comes next belongs to another step."""
+        self._ended += self._marks
         self._marks.clear()
+
+    def take(self) -> dict[str, float]:
+        """Milliseconds per phase of the steps that have ended since the last call.
+
+        Once the outcome of the last of them is known, that takes no wait: no mark comes after it.
+        """
+        result: dict[str, float] = {}
+        for name, start, end in self._ended:
+            result[name] = result.get(name, 0.0) + self._streams.milliseconds(start, end)
+        self._ended.clear()
         return result

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from partita import _core
+from partita.comm import WaitsLedger
 from partita.device import kernels
 from partita.device.memory import HOST
 from partita.device.streams import HostCopy, Streams
@@ -25,7 +26,7 @@ LOSS_SCALE_FIELDS = (
 )
 STEP_FIELDS = ("applied_steps", "skipped_steps")  # of these
 SUMS_BEGIN = _core.StepControl.nbytes + _core.LossScaleState.nbytes  # a multiple of 8
-SUMS = 7
+SUMS = 9
 CONTROL_FIELDS = ("grad_norm", "grad_scale", "skip", "step")
 
 
@@ -46,6 +47,9 @@ class StepOutcome:
     loss: float | None  # mean over the micro-batches and ranks that told theirs; None: nobody did
     digests_agree: bool  # whether all ranks took the step with the same hyper-parameters, see `StepController.sums`
     wishes: Wishes  # of all ranks together
+    waits: tuple[float, ...]  # the sum of what ranks lost to waiting, see `WaitsLedger.take`; may be empty
+    tokens: int  # of all ranks, as far as they have told theirs
+    flops: float  # of the model on all ranks, as far as they have told theirs
 
 
 class PendingOutcome:
@@ -64,7 +68,8 @@ class PendingOutcome:
 
     def _read(self) -> StepOutcome:
         memory = self._memory.wait()
-        _, loss, count, total, squares, save, end = memory.view(torch.float64).tolist()[-SUMS:]
+        sums = memory[SUMS_BEGIN:].view(torch.float64).tolist()
+        _, loss, count, total, squares, save, end, tokens, flops = sums[:SUMS]
         control = kernels.address(memory)
         return StepOutcome(
             _core.StepControl.read(control),
@@ -72,6 +77,9 @@ class PendingOutcome:
             loss / count if count else None,
             digests_agree=self._world_size * int(squares) == int(total) ** 2,  # Cauchy, Schwarz: if all are
             wishes=Wishes(save=bool(save), end=bool(end)),
+            waits=tuple(sums[SUMS:]),
+            tokens=int(tokens),
+            flops=flops,
         )
 
 
@@ -82,19 +90,25 @@ class StepController:
 
     Args:
         world_size: number of ranks that decide together.
+        ledger: what this rank loses to waiting in each step; None: it is not told.
 
     Attributes:
         sums: over the ranks, added up by one all-reduce: the squares of the gradients, the losses, their number, a
-            digest of what the ranks take the step with, its square, and the wishes of ranks. So ranks find out that
-            they differ, and what one of them wants, without a collective or a wait of their own: the outcome brings it
-            to the host.
+            digest of what the ranks take the step with, its square, the wishes of ranks, their tokens and operations,
+            and what they lost to waiting.
+            So ranks find out that they differ, and what one of them wants, without a collective or a wait of their own:
+            the outcome brings it to the host.
         sum_of_squares: the first of them.
         wishes: asked for this rank's in every step.
     """
 
-    def __init__(self, scaler: _core.LossScaler, streams: Streams, world_size: int = 1) -> None:
+    def __init__(
+        self, scaler: _core.LossScaler, streams: Streams, world_size: int = 1, ledger: WaitsLedger | None = None
+    ) -> None:
         self.scaler = scaler
-        memory = torch.zeros(SUMS_BEGIN + SUMS * torch.float64.itemsize, dtype=torch.uint8, device=HOST)
+        self.ledger = ledger
+        count = SUMS + (0 if ledger is None else ledger.slots)
+        memory = torch.zeros(SUMS_BEGIN + count * torch.float64.itemsize, dtype=torch.uint8, device=HOST)
         scaler.initial().write(kernels.address(memory[_core.StepControl.nbytes :]))
         self._memory = memory.to(streams.device)  # together, so that one copy brings both to the host
         self.control: Tensor = self._memory[: _core.StepControl.nbytes]
@@ -102,11 +116,15 @@ class StepController:
         self.sums: Tensor = self._memory[SUMS_BEGIN:].view(torch.float64)
         self.sum_of_squares: Tensor = self.sums[:1]
         # What this rank adds to `sums`. The host knows what is there: losses told since the last step, and the digest.
-        self._own = torch.zeros(SUMS, dtype=torch.float64, device=streams.device)
-        self._loss, self._own_count, *digest, self._own_save, self._own_end = self._own[1:].unbind()
+        self._own = torch.zeros(count, dtype=torch.float64, device=streams.device)
+        self._loss, self._own_count, *digest, self._own_save, self._own_end = self._own[1 : SUMS - 2].unbind()
+        self._own_work = self._own[SUMS - 2 : SUMS].unbind()
+        self._own_waits = self._own[SUMS:]
         self._own_digest = digest
         self._losses = self._count = self._digest = 0
         self._wished = Wishes()
+        self._work: tuple[float, float] = (0, 0)  # tokens and operations since the last step
+        self._told_work: tuple[float, float] = (0, 0)  # as `_own` has them
         self.wishes: Callable[[], Wishes] = Wishes
         self._streams = streams
         self._world_size = world_size
@@ -129,9 +147,14 @@ class StepController:
         nobody has. It is there once the step was decided."""
         return (self.sums[1] / self.sums[2]).float()
 
-    def forget_losses(self) -> None:
-        """The next step begins."""
+    def add_work(self, tokens: int, flops: float) -> None:
+        """What a micro-batch has on this rank; 0: not known."""
+        self._work = (self._work[0] + tokens, self._work[1] + flops)
+
+    def forget_told(self) -> None:
+        """The next step begins: losses and work are those of micro-batches to come."""
         self._losses = 0
+        self._work = (0, 0)
 
     def begin(self, digest: int) -> Tensor:
         """`sum_of_squares` is zero, and the other `sums` are this rank's.
@@ -152,6 +175,12 @@ class StepController:
             self._wished = wished
             self._own_save.fill_(float(wished.save))
             self._own_end.fill_(float(wished.end))
+        if self._work != self._told_work:
+            self._told_work = self._work
+            for place, told in zip(self._own_work, self._work, strict=True):
+                place.fill_(told)
+        if self.ledger is not None and self.ledger.slots:  # then all is in memory of the host
+            self._own_waits.copy_(torch.tensor(self.ledger.take(), dtype=torch.float64, device=HOST))
         self.sums.copy_(self._own)
         return self.sum_of_squares
 

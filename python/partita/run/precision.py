@@ -38,6 +38,11 @@ class Precision:
         return torch.float16 in (self.compute, self.autocast, *self.given)
 
     @property
+    def is_half(self) -> bool:
+        """Whether products are computed in 16 bits."""
+        return self.compute is not None or self.autocast is not None or bool(self.given)
+
+    @property
     def name(self) -> str:
         """For people."""
         if self.autocast is not None:

@@ -26,6 +26,7 @@ from partita.comm import (
 )
 from partita.config import BatchSizes, ConfigError, ConfigSource, load_config, resolve_batch_sizes
 from partita.device import Streams, streams_of
+from partita.run.console import ConsoleHandler
 from partita.run.precision import Precision, precision_of, short_name
 from partita.units import StagePolicy, stage_policy
 
@@ -221,7 +222,7 @@ def _batch_sizes(config: Config, world_size: int, loader_batch_size: int | None)
 def _show_log_on(rank: int) -> None:
     """Prints the library's messages on rank 0, unless the program set up logging itself."""
     if rank == 0 and not logger.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler()
+        handler = ConsoleHandler()
         handler.setFormatter(logging.Formatter("[partita] %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

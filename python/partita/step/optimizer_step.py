@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from partita.comm import CommunicationError, require_same
 from partita.model import ModelPart
-from partita.monitor import PhaseTimers, StepReporter
+from partita.monitor import Monitor, PhaseTimers, tokens_in
 from partita.optim import ShardedOptimizer, ShardedStep, StepController, group_entries
 from partita.run import Run
 from partita.step.outcomes import StepOutcomes
@@ -31,6 +31,7 @@ class OptimizerStep:
 
     _micro_steps = 0  # of all parts, at the last update
     _micro_batches = 0  # of the last update
+    _tokens_then = 0  # in the micro-batch whose operations were counted
 
     def __init__(
         self,
@@ -48,10 +49,8 @@ class OptimizerStep:
         self._run = run
         self._parts = list(parts)
         self._optimizer, self._gathers = optimizer, gathers
-        prints = run.config.steps_per_print or 0
-        timed = run.config.wall_clock_breakdown and run.is_first and prints > 0
-        self.timers = PhaseTimers(timed, run.streams)
-        reporter = StepReporter(run.grid.world.rank, prints, run.batch.train, self.timers)
+        self.monitor = Monitor(run, exits)
+        self.timers = PhaseTimers(self.monitor.times_phases, run.streams)
         self._reducers = [part.reducer for part in parts]
         self._skips = SkipGuard(
             controller.scaler,
@@ -65,7 +64,8 @@ class OptimizerStep:
         self._outcomes = StepOutcomes(
             self.schedule,
             self.learning_rates,
-            reporter,
+            self.monitor,
+            self.timers,
             self._skips,
             scales_loss=run.precision.scales_loss,
             refuse_difference=self._refuse_difference,
@@ -119,11 +119,25 @@ class OptimizerStep:
         """The step is counted, and its gradients are done with."""
         self.global_steps += 1
         self.global_samples += self._run.batch.train
+        self.timers.end_step()
         finiteness = [seen for part in self._parts for seen in part.reducer.packing.take_finiteness()]
         self._outcomes.enter(self.global_steps, self.controller.outcome(), finiteness)
         if not self._run.streams.is_asynchronous:
             self._settle()
         self._drop_gradients()
+
+    def add_work(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> None:
+        """A micro-batch with these inputs was or will be trained; none: this rank does not have them."""
+        each = self._run.config.monitor.tokens_per_sample
+        if each is not None:
+            tokens = each * self._run.batch.micro if args or kwargs else 0
+        else:
+            tokens = tokens_in(args, kwargs or {})
+        flops = sum(part.flops for part in self._parts)
+        if tokens and flops:  # counted with the first micro-batch
+            self._tokens_then = self._tokens_then or tokens
+            flops *= tokens / self._tokens_then
+        self.controller.add_work(tokens, flops)
 
     def learn(self) -> None:
         """The learning rate and the reports are those of the last step. On a GPU the host waits for it."""
@@ -152,6 +166,7 @@ class OptimizerStep:
         self.global_steps, self.global_samples = state["global_steps"], state["global_samples"]
         self.controller.load_state_dict(state)
         self._outcomes.forget()
+        self.monitor.go_on_from(self.global_steps, self.global_samples)
         self._skips.look_ahead(self.controller.loss_scale)
 
     def _settle(self) -> None:
@@ -190,7 +205,7 @@ class OptimizerStep:
         )
 
     def _drop_gradients(self) -> None:
-        self.controller.forget_losses()
+        self.controller.forget_told()
         for part in self._parts:
             part.drop_gradients()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from partita.monitor import StepReport, StepReporter
+from partita.monitor import Monitor, PhaseTimers, StepReport, step_waits
 from partita.optim import PendingOutcome
 from partita.step.schedule import WatchedSchedule
 from partita.step.skips import Finiteness, SkipGuard
@@ -37,7 +37,8 @@ class StepOutcomes:
         self,
         schedule: WatchedSchedule | None,
         learning_rates: Callable[[], list[float]],
-        reporter: StepReporter,
+        monitor: Monitor,
+        timers: PhaseTimers,
         skips: SkipGuard,
         *,
         scales_loss: bool,
@@ -46,7 +47,8 @@ class StepOutcomes:
         self._schedule = schedule
         self._scales_loss = scales_loss
         self._learning_rates = learning_rates
-        self._reporter = reporter
+        self._monitor = monitor
+        self._timers = timers
         self._skips = skips
         self._refuse_difference = refuse_difference
         self._last: _Entry | None = None
@@ -64,7 +66,7 @@ class StepOutcomes:
         control, state = outcome.control, outcome.loss_scale
         if self._schedule is not None and not control.skip:
             self._schedule.step()
-        self._reporter.report(
+        self._monitor.report(
             StepReport(
                 step=self._last.step,
                 loss=outcome.loss,
@@ -73,6 +75,10 @@ class StepOutcomes:
                 loss_scale=state.scale if self._scales_loss else None,
                 skipped_steps=state.skipped_steps,
                 skipped=control.skip,
+                waits=step_waits(outcome.waits),
+                tokens=outcome.tokens or None,
+                flops=outcome.flops or None,
+                phases_ms=self._timers.take(),
             )
         )
 

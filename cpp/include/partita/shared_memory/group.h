@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "partita/interruption.h"
 #include "partita/shared_memory/mapped_slices.h"
@@ -63,6 +64,11 @@ class Group {
     std::shared_ptr<Transfer> send(const void* data, Element element, std::int64_t numel, int to);
     std::shared_ptr<Transfer> receive(void* data, Element element, std::int64_t numel, int from);
     void wait(Transfer& transfer);
+
+    // Nanoseconds in which callers of this rank were held up by each rank, since the group began. A wait for several
+    // ranks is put down to the one that came last; waits of the group's own thread count while a caller waits for that
+    // thread.
+    std::vector<std::int64_t> waited_ns() const;
 
     // Leaves the group: peers that still wait for this rank get an error, and so does every further call here. Memory
     // of allocate() and of map_slices() stays valid. `reason`: for that error.

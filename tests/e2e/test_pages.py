@@ -1,0 +1,122 @@
+"""README.md and the pages of docs/: their code blocks run, their configs are right, what they link to is there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+from pages import ROOT, Reader, blocks, pages
+
+sys.path.insert(0, str(ROOT / "bench"))
+from front_page import front_ratios
+
+SLOW = {"docs/how-to/huggingface.md"}  # pages that take longer than a few seconds
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+NAMED = re.compile(r"`((?:bench|cpp|cuda|docs|examples|python|tests|\.ci)/[\w./-]*\w)`")
+
+
+def of_pages(names: list[str]) -> list[object]:
+    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory: pytest.TempPathFactory, python) -> Callable[[str], Reader]:
+    """read(page): what became of doing what the page says, once."""
+    done: dict[str, Reader] = {}
+
+    def read(page: str) -> Reader:
+        if page not in done:
+            done[page] = Reader(page, tmp_path_factory.mktemp("page"), python)
+            done[page].read()
+        return done[page]
+
+    return read
+
+
+@pytest.mark.parametrize("page", of_pages([page for page in pages() if blocks(page)]))
+def test_what_a_page_says_can_be_done(read, page):
+    read(page)
+
+
+def test_the_quick_start_learns_and_goes_on_with_more_ranks(read):
+    first, second = read("README.md").outputs
+    found = re.findall(r"rank (\d): ([\d.]+) bits per byte", first + second)
+    assert [rank for rank, _ in sorted(found)] == ["0", "0", "1"]
+    assert all(float(bits) < 3.8 for _, bits in found), found
+    assert "step 200 " in first and "global_step200" in second and "step 50 " not in second
+
+
+def test_stage_3_gives_whole_parameters_on_any_number_of_ranks(read):
+    page = read("docs/concepts/stages.md")
+    assert [output.count("gradient of shape (64, 64)") for output in page.outputs] == [1, 2]
+    weights = safetensors.torch.load_file(page.folder / "model.safetensors")
+    assert len(weights) == 8 and not weights["3.0.bias"].any() and weights["3.0.weight"].any()
+
+
+def test_a_run_goes_on_on_another_number_of_ranks(read):
+    page = read("docs/how-to/saving.md")
+    first, second = page.outputs[:2]
+    assert "goes on" not in first
+    assert f"rank 0: goes on from {page.folder}/checkpoints/global_step20, with {{'note': 'mine'}}\n" in second
+    names = {path.name for path in (page.folder / "checkpoints").iterdir()}
+    assert names >= {"global_step10", "global_step20", "latest"}
+
+
+def test_the_pipeline_learns(read):
+    (output, *_) = read("docs/pipelines.md").outputs
+    found = sorted(re.findall(r"rank (\d): stages \[(\d, \d)\], loss ([\d.]+)", output))
+    assert [(rank, stages) for rank, stages, _ in found] == [("0", "0, 2"), ("1", "1, 3")]
+    assert len({loss for *_, loss in found}) == 1 and float(found[0][2]) < 0.2  # it begins above 1
+
+
+def test_the_first_table_has_the_measured_ratios():
+    said = re.findall(r"\*\*([\d.]+)x\*\*", (ROOT / "README.md").read_text())
+    assert said == [f"{value:.2f}" for value in front_ratios().values()]
+
+
+def test_every_make_command_exists():
+    if shutil.which("make") is None:
+        pytest.skip("no make on this machine")
+    text = "".join((ROOT / page).read_text() for page in (*pages(), "CONTRIBUTING.md"))
+    targets = set(re.findall(r"(?:`|^)(?:\w+=\S+ )*make ([a-z][a-z-]*)", text, re.M))
+    assert {"train", "test", "bench", "site"} <= targets
+    for target in targets:
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", [*pages(), "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_whatever_a_page_links_to_or_names_is_there(page):
+    path = ROOT / page
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    links = [link for link in LINK.findall(text) if "://" not in link]
+    missing = [link for link in links if not _leads_somewhere(path, link)]
+    missing += [name for name in NAMED.findall(text) if not (ROOT / name).exists()]
+    assert not missing, f"{page}: {missing}"
+
+
+def _leads_somewhere(page: Path, link: str) -> bool:
+    """Whether the file is there, and has the heading."""
+    name, _, anchor = link.partition("#")
+    path = page.parent / name if name else page
+    return path.exists() and (not anchor or anchor in _anchors(path))
+
+
+def _anchors(path: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", pages())
+def test_blocks_with_commands_say_that_they_have_some(page):
+    words = ("$", "make", "partita", "pip", "python", "torchrun")
+    for block in blocks(page):
+        if block.language == "":
+            assert not block.text.startswith(tuple(f"{word} " for word in words)), f"{page}:{block.line}: write ```sh"
