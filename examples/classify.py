@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 2 examples/classify.py --model data/all-minilm-l6-v2 --data data/spam --stage 2
 
 Saves checkpoints into OUT/checkpoints, and goes on from the last one: after Ctrl-C, a crash, or with other ranks.
-Writes into --out: model/ (from_pretrained opens it), scores.json, confusion.png, predictions.csv.
+Writes into --out: model/ (from_pretrained opens it), scores.json, confusion.png, predictions.csv, metrics.jsonl (for
+`partita plot`). `evaluate.py OUT` tries the model on what was held out, or on other texts.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from common.job import (
     say_where_it_begins,
     sum_over_ranks,
 )
-from common.labelled import Labelled, majority, read_labelled, split_labelled
+from common.labelled import Labelled, majority, read_split
 from common.terminal import Interrupts, Progress
 from partita.checkpoint import CheckpointError
 from partita.files import file_to_write
@@ -93,7 +94,8 @@ def engine_config(args: argparse.Namespace) -> dict[str, Any]:
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": args.stage},
         "seed": args.seed,
-        "steps_per_print": 0,  # the progress bar says it
+        "steps_per_print": 0,
+        "monitor": {"dir": str(args.out), "progress": "off"},  # the example's own progress says it
     }
     if args.checkpoints:
         config["checkpoint"] = {
@@ -107,10 +109,16 @@ def engine_config(args: argparse.Namespace) -> dict[str, Any]:
     return {**config, **config_from(args.config)}
 
 
+def texts_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides which texts are read and held out."""
+    data = None if args.data is None else str(args.data)
+    names = {"text": args.text_column, "label": args.label_column}
+    return {"source": data, **names, "share": args.held_out, "seed": args.seed, "limit": args.samples}
+
+
 def make_task(args: argparse.Namespace) -> tuple[Task, Any]:
     """The texts, split and as tokens, and the config of a model for their labels."""
-    data = read_labelled(args.data, text=args.text_column, label=args.label_column)
-    train, held_out = split_labelled(data, args.held_out, args.seed, limit=args.samples)
+    data, (train, held_out) = read_split(**texts_of(args))
     needed = args.batch_size * dist.get_world_size()
     if len(train) < needed:
         raise JobError(f"{len(train)} texts to train on, fewer than the {needed} of a batch: lower --batch-size")
@@ -181,8 +189,9 @@ def train(
         loss = sum_of_ranks / (micro_steps * engine.world_size)
         if step % args.eval_every == 0 and step != args.steps:
             part, encoded = task.some
-            right = predict(engine, encoded, task).argmax(1) == part.classes()
-            quality = f" accuracy {right.mean():.1%} of {len(part)}"
+            accuracy = float((predict(engine, encoded, task).argmax(1) == part.classes()).mean())
+            engine.log({"accuracy": accuracy})
+            quality = f" accuracy {accuracy:.1%} of {len(part)}"
         progress.show(step, f"loss {loss:.3f}{quality} lr {engine.get_lr()[0]:.2g}")
         if stop:
             return True
@@ -212,6 +221,7 @@ def save_results(engine: partita.Engine, task: Task, args: argparse.Namespace, *
         return
     engine.module.config.architectures = [type(engine.module).__name__]  # by which one sees what the folder holds
     engine.module.config.save_pretrained(folder)
+    task.tokenizer.model_max_length = args.length
     task.tokenizer.save_pretrained(folder)
     scores = score(probability, task.held_out)
     label, baseline = majority(task.train, task.held_out)
@@ -221,6 +231,8 @@ def save_results(engine: partita.Engine, task: Task, args: argparse.Namespace, *
     plot_confusion(scores, task.held_out.labels, title, args.out / "confusion.png")
     write_predictions(args.out / "predictions.csv", probability, task.held_out)
     facts = {"model": source, "steps": engine.global_steps, "majority_accuracy": baseline, **scores.as_json()}
+    there = args.data and str(args.data.resolve())
+    facts["texts"] = {**texts_of(args), "source": there}  # by which evaluate.py finds what was held out
     (args.out / "scores.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for name, value in scores.f1.items():
         print(f"  {name:20} F1 {value:.3f}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from common.classifier import Collate, Encoded, Encoding, open_classifier
 from common.job import JobError
-from common.labelled import Labelled, majority, read_labelled
+from common.labelled import Labelled, majority, read_labelled, read_split
 
+LONGEST = 512  # tokens of a text, where neither model nor tokenizer says
 EXCERPT = 160  # characters of a text in the table of predictions
 Logits = Callable[[Encoding], Tensor]  # of a micro-batch, [samples, labels]; all ranks call it as often
 
@@ -37,7 +39,7 @@ class Scores:
     confusion: list[list[int]]
 
     def in_a_line(self) -> str:
-        return f"accuracy {self.accuracy:.1%}, macro F1 {self.macro_f1:.3f} on {self.samples:,} held-out texts"
+        return f"accuracy {self.accuracy:.1%}, macro F1 {self.macro_f1:.3f} on {self.samples:,} texts"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -129,35 +131,39 @@ def plot_confusion(scores: Scores, labels: Sequence[str], title: str, file: Path
 # -- a saved model
 
 
-def is_classifier(folder: Path) -> bool:
-    """Whether it is the Hugging Face folder of a sequence classifier."""
-    config = folder / "config.json"
-    return config.is_file() and "ForSequenceClassification" in config.read_text(encoding="utf-8", errors="replace")
+def classifier_at(path: Path) -> Path | None:
+    """The Hugging Face folder of a sequence classifier: `path`, or `model` in it, as `classify.py` leaves it."""
+    for folder in (path, path / "model"):
+        config = folder / "config.json"
+        if config.is_file() and "ForSequenceClassification" in config.read_text(encoding="utf-8", errors="replace"):
+            return folder
+    return None
 
 
-def evaluate_folder(
-    folder: Path, data: Path | None, *, length: int = 128, size: int = 16, text: str = "text", label: str = "label"
-) -> tuple[Scores, np.ndarray[Any, Any], Labelled, float]:
-    """Evaluates a saved classifier on all of `data`; the ranks of the process group share the work.
+def evaluate_classifier(
+    folder: Path, data: Path | None, *, text: str = "text", label: str = "label", size: int = 16
+) -> str:
+    """How good a saved classifier is, in some lines; the ranks of the process group share the work.
 
     Args:
-        folder: with config.json, weights and tokenizer, as `classify.py` writes it.
-        data, text, label: as `read_labelled` takes them.
-        length: tokens of a text that are read at the most.
+        folder: as `classifier_at` gives it.
+        data: as `read_labelled` takes it; None: what its training held out.
+        text, label: the columns of a file.
         size: texts in a micro-batch.
 
-    Returns:
-        The scores, the probabilities [samples, labels], the samples, and the accuracy of saying the commonest label.
-
     Raises:
-        JobError: it cannot be opened, or the data have a label that the model does not know.
+        JobError: something cannot be opened, or the data have a label that the model does not know.
     """
-    given = read_labelled(data, text=text, label=label)
     model, tokenizer = open_classifier(folder)
+    if data is None:
+        samples, what = _held_out(folder), "what its training held out"
+    else:
+        samples, what = read_labelled(data, text=text, label=label), str(data)
     known = [name for _, name in sorted(model.config.id2label.items())]
-    if strange := set(given.labels) - set(known):
+    if strange := set(samples.labels) - set(known):
         raise JobError(f"{folder} does not know the label {min(strange)!r}: it knows {', '.join(known)}")
-    samples = Labelled(given.samples, tuple(known), given.repeated)
+    samples = replace(samples, labels=tuple(known))
+    length = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", LONGEST))
     encoded = Encoded(tokenizer, samples.texts(), samples.classes(), length)
 
     @torch.no_grad()
@@ -165,5 +171,27 @@ def evaluate_folder(
         found: Tensor = model(**batch).logits
         return found
 
-    answers = probabilities(logits, encoded, Collate(tokenizer), size)
-    return score(answers, samples), answers, samples, majority(samples, samples)[1]
+    scores = score(probabilities(logits, encoded, Collate(tokenizer), size), samples)
+    commonest, baseline = majority(samples, samples)
+    return "\n".join([f"{what}: {scores.in_a_line()}; always {commonest!r}: {baseline:.1%}", *_table(scores, known)])
+
+
+def _held_out(folder: Path) -> Labelled:
+    """By what `classify.py` has written beside the model."""
+    try:
+        texts = json.loads((folder.parent / "scores.json").read_text(encoding="utf-8"))["texts"]
+        return read_split(**texts)[1][1]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise JobError(f"what {folder} was held out from is not known: give texts with --data") from None
+
+
+def _table(scores: Scores, labels: Sequence[str]) -> list[str]:
+    """F1 and the confusion matrix, a row for each label."""
+    names, width = [label[:12] for label in labels], max(len(label) for label in labels)
+    column = max(6, *(len(name) + 2 for name in names))
+    heads = [" " * (width + 10), *(f"{name:>{column}}" for name in names), "   (predicted)"]
+    lines = ["".join(heads)]
+    for label, counts in zip(labels, scores.confusion, strict=True):
+        cells = (f"{count:>{column},}" for count in counts)
+        lines.append(f"{label:<{width}}  F1 {scores.f1[label]:.3f}{''.join(cells)}")
+    return lines

@@ -172,6 +172,14 @@ def split_labelled(data: Labelled, share: float, seed: int, *, limit: int | None
     return data.at(sorted(train)), data.at(sorted(held_out))
 
 
+def read_split(
+    source: str | None, *, text: str, label: str, share: float, seed: int, limit: int | None
+) -> tuple[Labelled, tuple[Labelled, Labelled]]:
+    """All the texts, and those to train on and held out: the same for the same arguments."""
+    data = read_labelled(None if source is None else Path(source), text=text, label=label)
+    return data, split_labelled(data, share, seed, limit=limit)
+
+
 def majority(train: Labelled, held_out: Labelled) -> tuple[str, float]:
     """The commonest label of the training samples, and the accuracy of saying it of everything held out."""
     label = collections.Counter(sample.label for sample in train.samples).most_common(1)[0][0]

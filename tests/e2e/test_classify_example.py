@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import classify
+import evaluate
 import pytest
 import torch
 from common.classifier import ARCHITECTURES, Collate, Encoded
 from common.classify_options import parse_arguments
-from common.evaluation_classifier import evaluate_folder, is_classifier, plot_confusion, probabilities, score
+from common.evaluation_classifier import classifier_at, plot_confusion, probabilities, score
 from common.labelled import Labelled, Sample, read_labelled, split_labelled
 from partita.checkpoint import checkpoints
 from safetensors.torch import load_file
@@ -33,7 +34,7 @@ ROOT = SCRIPT.parents[1]
 LABELS, PER_LABEL, STEPS = ("animals", "metals", "tools"), 41, 60
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 CONFIG = {"model_type": "bert", "vocab_size": 150, "max_position_embeddings": 40, "initializer_range": 0.1, **SIZES}
-FILES = {"model", "scores.json", "confusion.png", "predictions.csv"}
+FILES = {"metrics.jsonl", "model", "scores.json", "confusion.png", "predictions.csv"}
 TINY = [
     *("--length", 24, "--steps", STEPS, "--batch-size", 4, "--lr", 5e-3, "--log-every", 20, "--eval-every", 30),
     *("--eval-samples", 5, "--save-every", 10),
@@ -94,13 +95,14 @@ def test_it_learns_and_writes_its_results(given, tmp_path, ranks, stage, precisi
     check_results(tmp_path, output, given[1])
 
 
-def test_the_program_learns_on_two_ranks(given, tmp_path, python):
+def test_the_program_learns_on_two_ranks(given, tmp_path, python, monkeypatch, capsys):
     """As a user starts it; progress is plain lines without a terminal."""
     options = [*given, *TINY, "--no-checkpoints", "--out", tmp_path, "--stage", 3]
     done = run(*python.torchrun(*TWO_RANKS), SCRIPT, *options)
     assert done.returncode == 0, done.stderr
     check_results(tmp_path, done.stdout, given[1])
     opened_without_partita_it_says_the_same(tmp_path / "model", given[1], predictions(tmp_path))
+    evaluate_says_the_same(tmp_path, given[1], monkeypatch, capsys)
     assert [line.split()[1] for line in done.stderr.splitlines() if line.startswith("step ")][-1] == f"{STEPS}/{STEPS}"
     assert not any(sign in done.stderr for sign in ("\r", "\x1b", "Traceback", "Warning"))
 
@@ -110,7 +112,7 @@ def check_results(out: Path, output: str, texts: Path) -> None:
     scores = json.loads((out / "scores.json").read_text())
     assert scores["majority_accuracy"] == pytest.approx(1 / 3)
     assert scores["accuracy"] > 0.8 and scores["macro_f1"] > 0.8 and set(scores["f1"]) == set(LABELS)
-    assert f"accuracy {scores['accuracy']:.1%}, macro F1 {scores['macro_f1']:.3f} on 24 held-out texts" in output
+    assert f"accuracy {scores['accuracy']:.1%}, macro F1 {scores['macro_f1']:.3f} on 24 texts" in output
     assert (out / "confusion.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     held_out = split_labelled(read_labelled(texts), 0.2, seed=0)[1]
     rows = predictions(out)
@@ -120,9 +122,24 @@ def check_results(out: Path, output: str, texts: Path) -> None:
     assert likely == sorted(likely)
 
 
+def evaluate_says_the_same(out: Path, texts: Path, monkeypatch: Any, capsys: Any) -> None:
+    """evaluate.py: on what was held out, and on all texts of a folder."""
+    scores = json.loads((out / "scores.json").read_text())
+    for arguments, count in (([], 24), (["--data", str(texts)], len(LABELS) * PER_LABEL)):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", str(out), *arguments])
+        assert evaluate.main() == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert f"on {count} texts; always 'animals': 33.3%" in lines[1]
+        table = [[int(word) for word in line.split()[3:]] for line in lines[3:]]
+        assert sum(map(sum, table)) == count and len(lines) == 3 + len(LABELS)
+        if not arguments:
+            assert f": accuracy {scores['accuracy']:.1%}, macro F1 {scores['macro_f1']:.3f}" in lines[1]
+            assert table == scores["confusion"]
+
+
 def opened_without_partita_it_says_the_same(folder: Path, texts: Path, rows: list[dict[str, str]]) -> None:
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert is_classifier(folder) and model.config.id2label == dict(enumerate(LABELS))
+    assert classifier_at(folder.parent) == folder and model.config.id2label == dict(enumerate(LABELS))
     for row in rows[::6]:
         text = tokenizer((texts / row["name"]).read_text(), truncation=True, max_length=24, return_tensors="pt")
         with torch.no_grad():
@@ -189,12 +206,11 @@ def _probabilities(count: int, size: int) -> tuple[list[list[float]], int]:
     return probabilities(logits, encoded, Collate(Pad()), size).tolist(), asked
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_no_sample_is_dropped_or_doubled(ranks, world_size):
+def test_no_sample_is_dropped_or_doubled(ranks):
     """Whatever is left over: every rank asks the model as often as the others, and has all answers."""
     for count in (1, 2, 3, 7, 8):
         expected = torch.softmax(torch.tensor([[i / 10, 0.0] for i in range(count)]), 1)
-        answers = ranks(world_size).run(_probabilities, count, 2)
+        answers = ranks(2).run(_probabilities, count, 2)
         assert len({asked for _, asked in answers}) == 1
         for found, _ in answers:
             torch.testing.assert_close(torch.tensor(found), expected)
@@ -217,11 +233,6 @@ def test_a_picture_of_many_labels(tmp_path):
     scores = score(torch.eye(3).numpy(), labelled("a", "b", "c"))
     plot_confusion(scores, ("a", "a label of many words", "c"), "title", tmp_path / "a.png")
     assert 2_000 < (tmp_path / "a.png").stat().st_size < 100_000
-
-
-def _evaluated(folder: Path, data: Path) -> tuple[float, float]:
-    scores, _, _, baseline = evaluate_folder(folder, data, length=24)
-    return scores.accuracy, baseline
 
 
 # -- errors
