@@ -165,7 +165,7 @@ def test_killed_and_interrupted_it_goes_on_to_the_same_model(given, tmp_path, py
             start_new_session=True,
         )
         deadline = time.monotonic() + 120
-        while not any(found.steps > least for found in checkpoints(broken / "checkpoints")):
+        while not any(int(found.tag[len("global_step") :]) > least for found in checkpoints(broken / "checkpoints")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         os.killpg(process.pid, number)
