@@ -1,56 +1,53 @@
-"""Pretrains a small byte-level language model with Partita, on one process or on many ranks.
+"""Pretrains a small language model with Partita, on one process or on many ranks.
 
     torchrun --nproc-per-node 2 examples/pretrain_lm.py
     python examples/launch.py --standalone --nproc-per-node 2 examples/pretrain_lm.py
-    python examples/pretrain_lm.py --text book.txt --stage 1 --precision bf16
+    python examples/pretrain_lm.py --text book.txt --tokenizer bpe --vocabulary 4000 --autoencoder --compare
 
 Saves checkpoints into --checkpoints, and goes on from the last one: after Ctrl-C, a crash, or with other ranks.
-Writes into --out: model.safetensors, model.json (its sizes), config.json (the engine's), metrics.csv, loss.png,
-sample.txt.
+Writes into --out: model.safetensors, model.json (what it is), tokenizer.json (of --tokenizer bpe), config.json (the
+engine's), metrics.csv, loss.png, sample.txt; of --autoencoder embedding.csv, of --compare cold.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import signal
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import partita
 import torch
 import torch.distributed as dist
-from common.job import (
-    FAILED,
-    JobError,
-    config_from,
-    device_of_this_rank,
-    process_group,
-    run_job,
-    save_end,
-    say_where_it_begins,
-    sum_over_ranks,
+from common import autoencoder
+from common.job import config_from, device_of_this_rank, process_group, run_job
+from common.lm_results import (
+    DESCRIPTION,
+    TOKENIZER,
+    Baseline,
+    describe,
+    gain,
+    plot,
+    require_same_run,
+    sample,
+    summary,
+    title,
+    write_description,
 )
-from common.models import GPT, LSTM, ModelConfig
+from common.lm_training import Phase, held_out_loss, held_out_samples, make_engine, train_phase
+from common.models import MODELS, ModelConfig
 from common.pretrain_options import parse_arguments
-from common.report import MetricsFile, Row, plot_losses
-from common.terminal import Interrupts, Progress
-from common.text import Corpus, Windows, read_text, split, standard_library_text
-from partita.checkpoint import CheckpointError
+from common.report import Row
+from common.terminal import Interrupts
+from common.text import Corpus, cut, read_text, split, standard_library_text, unigram_entropy
+from common.tokens import Bytes, Tokenizer, same_on_all_ranks
+from partita.config import load_config
 from partita.files import file_to_write
 from torch import Tensor
-from torch.utils.data import default_collate
 
-MODELS = {"gpt": GPT, "lstm": LSTM}
 WARMUP = 0.05  # of all steps
-FILES = ("model.safetensors", "model.json", "config.json", "metrics.csv", "loss.png", "sample.txt")
-
-
-# -- what is trained
+FILES = ("model.safetensors", DESCRIPTION, "config.json", "metrics.csv", "loss.png", "sample.txt")
 
 
 def engine_config(args: argparse.Namespace) -> dict[str, Any]:
@@ -85,207 +82,161 @@ def engine_config(args: argparse.Namespace) -> dict[str, Any]:
     return {**config, **config_from(args.config)}
 
 
-def load_corpus(args: argparse.Namespace) -> Corpus:
+def checkpoint_folder(config: dict[str, Any]) -> Path | None:
+    folder = (config.get("checkpoint") or {}).get("dir")
+    return Path(folder) if folder else None
+
+
+def beside(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """The config of another phase, whose checkpoints are in a folder of their own below the run's."""
+    folder = checkpoint_folder(config)
+    return config if folder is None else {**config, "checkpoint": {**config["checkpoint"], "dir": str(folder / name)}}
+
+
+def load_corpus(args: argparse.Namespace, folder: Path | None) -> Corpus:
+    """The text in tokens. A run that has checkpoints in `folder` keeps its tokenizer."""
     max_bytes = int(args.megabytes * 1e6)
     text = standard_library_text(max_bytes) if args.text is None else read_text(args.text, max_bytes)
     ranks = dist.get_world_size()
-    return split(text, args.context, train_windows=args.batch_size * ranks, held_out_windows=ranks)
+    tokenizer: Tokenizer = Bytes()
+    if args.tokenizer == "bpe":
+        kept = None if folder is None else folder / TOKENIZER
+        tokenizer = same_on_all_ranks(cut(text)[0], args.vocabulary, kept)
+    windows = args.batch_size * ranks
+    return split(text, args.context, train_windows=windows, held_out_windows=ranks, tokenizer=tokenizer)
 
 
-def model_config(args: argparse.Namespace) -> ModelConfig:
-    return ModelConfig(context=args.context, layers=args.layers, heads=args.heads, width=args.width)
+class Pretraining:
+    """The phases of the job over one text. All ranks do the same."""
 
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.config = engine_config(args)
+        load_config(self.config)  # what is wrong is said before anything is trained
+        self.folder = checkpoint_folder(self.config)
+        if self.folder is not None:
+            require_same_run(self.folder, self._description(ModelConfig()))
+        self.corpus = load_corpus(args, self.folder)
+        self.sizes = ModelConfig(
+            vocabulary=self.corpus.tokenizer.vocabulary,
+            context=args.context,
+            layers=args.layers,
+            heads=args.heads,
+            width=args.width,
+            embedding=args.embedding,
+        )
+        held_out = self.corpus.held_out
+        self.samples = held_out_samples(held_out, args.eval_windows, dist.get_world_size())
+        targets = held_out.targets(self.samples)
+        self.baseline = Baseline(
+            unigram_entropy(self.corpus.train.data, targets, self.sizes.vocabulary),
+            float(self.corpus.tokenizer.byte_counts()[targets].double().mean()),
+        )
+        self.speaks = dist.get_rank() == 0
+        self.interrupts = Interrupts(saves=self.folder is not None, speaks=self.speaks)
 
-def make_engine(args: argparse.Namespace, train: Windows) -> tuple[partita.Engine, Iterator[Any]]:
-    """The engine, and this rank's micro-batches without end."""
-    torch.manual_seed(args.seed)
-    model = MODELS[args.model](model_config(args)).to(device_of_this_rank(args.device))
-    try:
-        engine, _, loader, _ = partita.initialize(model, training_data=train, config=engine_config(args))
-    except CheckpointError as error:  # the folder, or what is in it, is not for this run
-        raise JobError(f"{error} (--checkpoints DIR takes another folder)", FAILED) from None
-    except ValueError as error:  # a ConfigError, or what the config asks for does not fit the model or the data
-        raise JobError(str(error)) from None
-    assert loader is not None  # there is training data
-    return engine, loader.repeat()
+    def embedding(self) -> Tensor | None:
+        """What the autoencoder gives the model to begin with; None if Ctrl-C ended it."""
+        args = self.args
+        torch.manual_seed(args.seed)
+        rows = autoencoder.Rows(autoencoder.neighbour_rows(self.corpus.train.data, self.sizes.vocabulary))
+        model = autoencoder.Autoencoder(rows.values.shape[1], self.sizes.embedding_width)
+        steps = args.autoencoder_steps
+        config = autoencoder.config(beside(self.config, "embedding"), steps, args.autoencoder_lr)
+        engine, batches = make_engine(model.to(device_of_this_rank(args.device)), rows, config)
+        phase = Phase(
+            name="autoencoder",
+            steps=steps,
+            log_every=args.log_every,
+            eval_every=args.eval_every,
+            step_tokens=engine.train_batch_size(),
+            bytes_per_token=None,
+            validate=lambda engine: autoencoder.lost_variance(engine, rows),
+        )
+        table, interrupted = train_phase(engine, batches, phase, args.out / "embedding.csv", self.interrupts)
+        values = None if interrupted else autoencoder.embedding_of(engine, rows)
+        if self.speaks and values is not None:
+            kept = 1 - table[-1].val_loss
+            print(
+                f"autoencoder: {self.sizes.vocabulary:,} tokens, {rows.values.shape[1]:,} -> {values.shape[1]} -> "
+                f"{rows.values.shape[1]:,}; after {engine.global_steps} steps it keeps {kept:.1%} of the variance",
+                file=sys.stderr,
+                flush=True,
+            )
+        engine.destroy()
+        return values
 
+    def language_model(self, embedding: Tensor | None, table: Path, *, cold: list[Row] | None) -> list[Row] | None:
+        """Trains the model from this embedding; None if Ctrl-C ended it.
 
-# -- training
+        Args:
+            cold: the rows of the run that is compared with, empty for none; None: this is that run.
+        """
+        args, is_cold = self.args, cold is None
+        torch.manual_seed(args.seed)
+        model = MODELS[args.model](self.sizes)
+        if embedding is not None:
+            autoencoder.begin_with(model.tokens, embedding)
+        config = beside(self.config, "cold") if is_cold else self.config
+        engine, batches = make_engine(model.to(device_of_this_rank(args.device)), self.corpus.train, config)
+        if self.speaks and self.folder is not None:
+            write_description(self.folder, self._description(self.sizes), self.corpus.tokenizer)
+        phase = Phase(
+            name="cold start" if is_cold else "",
+            steps=args.steps,
+            log_every=args.log_every,
+            eval_every=args.eval_every,
+            step_tokens=engine.train_batch_size() * args.context,
+            bytes_per_token=self.baseline.bytes_per_token,
+            validate=lambda engine: held_out_loss(engine, self.corpus.held_out, self.samples),
+        )
+        begun = engine.global_steps
+        if self.speaks and begun < args.steps and (is_cold or not args.compare):
+            print(f"to beat: the unigram entropy, {self.baseline}", file=sys.stderr, flush=True)
+        rows, interrupted = train_phase(engine, batches, phase, table, self.interrupts)
+        if not is_cold and begun < args.steps:
+            self._save(engine, rows, cold or [], interrupted=interrupted)
+        engine.destroy()
+        return None if interrupted else rows
 
+    def _save(self, engine: partita.Engine, rows: list[Row], cold: list[Row], *, interrupted: bool) -> None:
+        """Writes the files of --out but for the metrics, and prints the sample and a summary. All ranks call it."""
+        out = self.args.out
+        engine.save_model(out / "model.safetensors")
+        text = sample(engine, self.args, self.corpus.tokenizer)
+        if not self.speaks:
+            return
+        write_description(out, self._description(self.sizes), self.corpus.tokenizer)
+        engine.save_config(out / "config.json")
+        (out / "sample.txt").write_text(text, encoding="utf-8")
+        heading = title(engine, self.args.model)
+        plot(rows, cold, self.baseline, heading, out / "loss.png")
+        line = summary(engine, heading, rows[-1], self.baseline)
+        print(f"\n{text}\n\n{'interrupted; ' if interrupted else ''}{line}; results in {out}", flush=True)
 
-def train(
-    engine: partita.Engine,
-    batches: Iterator[Any],
-    held_out: Windows,
-    args: argparse.Namespace,
-    metrics: MetricsFile,
-    progress: Progress,
-    interrupts: Interrupts,
-) -> bool:
-    """Trains up to step `args.steps` and adds rows to `metrics`; True if Ctrl-C ended it earlier."""
-    step_tokens = engine.train_batch_size() * args.context
-    first = engine.global_steps
-    if first == 0:
-        metrics.add(measure(engine, val_loss=validate(engine, held_out, args.eval_windows)))
-    total, started = torch.zeros((), device=engine.device), time.perf_counter()
-    for step in range(first + 1, args.steps + 1):
-        count_tokens(engine, step_tokens)
-        for _ in range(engine.gradient_accumulation_steps()):
-            tokens, targets = (part.to(engine.device, non_blocking=True) for part in next(batches))
-            loss = engine(tokens, targets)
-            engine.backward(loss)
-            engine.step()
-            total += loss.detach()
-        progress.step()
-        if step % args.log_every and step % args.eval_every and step != args.steps:
-            continue
-        # Only here does the host look at numbers: in between, an accelerator would run on without waiting.
-        total_of_ranks, stop = sum_over_ranks(engine, total.item(), float(interrupts.ends_loop))
-        seconds, steps = time.perf_counter() - started, step - first
-        loss_mean = total_of_ranks / (steps * engine.gradient_accumulation_steps() * engine.world_size)
-        last = step == args.steps or stop > 0
-        val_loss = validate(engine, held_out, args.eval_windows) if last or step % args.eval_every == 0 else None
-        metrics.add(measure(engine, loss=loss_mean, val_loss=val_loss, tokens_per_s=steps * step_tokens / seconds))
-        progress.show(step, in_a_line(metrics.rows))
-        if stop:
-            return True
-        total, first, started = torch.zeros_like(total), step, time.perf_counter()
-    return False
-
-
-def in_a_line(rows: list[Row]) -> str:
-    row, held_out = rows[-1], [row.val_loss for row in rows if row.val_loss is not None]
-    validation = f"{held_out[-1]:.3f}" if held_out else "-"
-    return (
-        f"loss {row.loss:.3f} val {validation} {row.tokens_per_s:,.0f} tokens/s lr {row.lr:.2g} "
-        f"norm {row.grad_norm:.2f} scale {row.loss_scale:g} skipped {row.skipped_steps}"
-    )
-
-
-def count_tokens(engine: partita.Engine, step_tokens: int) -> None:
-    """Notes what the next step's checkpoint says of the run."""
-    tokens = engine.client_state.get("tokens", 0) + step_tokens
-    engine.client_state = {"tokens": tokens, "batch": engine.train_batch_size()}
-
-
-def measure(
-    engine: partita.Engine, *, val_loss: float | None, loss: float | None = None, tokens_per_s: float | None = None
-) -> Row:
-    return Row(
-        step=engine.global_steps,
-        loss=loss,
-        val_loss=val_loss,
-        bits_per_byte=None if val_loss is None else val_loss / math.log(2),
-        tokens_per_s=tokens_per_s,
-        lr=engine.get_lr()[0],
-        grad_norm=engine.get_global_grad_norm(),
-        loss_scale=engine.loss_scale,
-        skipped_steps=engine.skipped_steps,
-    )
-
-
-def validate(engine: partita.Engine, held_out: Windows, count: int) -> float:
-    """Mean loss over `count` held-out windows, in nats per byte; every rank takes its share of them."""
-    ranks, rank, size = engine.world_size, engine.global_rank, engine.train_micro_batch_size_per_gpu()
-    windows = held_out.spread(max(count, ranks))
-    mine = windows[rank : len(windows) // ranks * ranks : ranks]  # as many on every rank
-    total = 0.0
-    for first in range(0, len(mine), size):
-        batch = default_collate([held_out[i] for i in mine[first : first + size]])
-        loss = engine.eval_batch([part.to(engine.device) for part in batch])
-        total += loss.item() * len(batch[0])
-    (total_of_ranks,) = sum_over_ranks(engine, total)
-    return total_of_ranks / (len(mine) * ranks)
-
-
-# -- what it learned
-
-
-def generate(
-    engine: partita.Engine, prompt: bytes, length: int, *, context: int, temperature: float, seed: int
-) -> bytes:
-    """The prompt and `length` bytes that the model thinks may follow.
-
-    All ranks call it: the same seed draws the same bytes, and it works wherever the parameters are.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    text = bytearray(prompt)
-    for _ in range(length):
-        window = torch.tensor([list(text[-context:])], device=engine.device)
-        logits: Tensor = engine.eval_batch([window])[0, -1].float().cpu()
-        text.append(int(torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=generator)))
-    return bytes(text)
-
-
-def write_results(engine: partita.Engine, args: argparse.Namespace, rows: list[Row], sample: str) -> str:
-    """Everything but the weights and metrics; returns a line that sums the run up."""
-    description = {"architecture": args.model, "sizes": asdict(model_config(args))}
-    (args.out / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    engine.save_config(args.out / "config.json")
-    (args.out / "sample.txt").write_text(sample, encoding="utf-8")
-    millions = sum(p.numel() for p in engine.module.parameters()) / 1e6
-    ranks = "1 rank" if engine.world_size == 1 else f"{engine.world_size} ranks"
-    stage = engine.config.zero_optimization.stage
-    precision = "fp16" if engine.config.fp16.enabled else "bf16" if engine.config.bf16.enabled else "fp32"
-    title = f"{args.model.upper()}, {millions:.2f} M parameters, {precision}, ZeRO stage {stage}, {ranks}"
-    plot_losses(rows, title, args.out / "loss.png")
-    last = rows[-1]
-    tokens = engine.client_state["tokens"]
-    return (
-        f"{title}: {last.step} steps, {tokens / 1e6:.2f} M tokens; loss {last.loss:.3f}, "
-        f"validation {last.val_loss:.3f} nats = {last.bits_per_byte:.3f} bits per byte; results in {args.out}"
-    )
-
-
-def batch_note(engine: partita.Engine) -> str:
-    """What to say if the checkpoint's steps had another number of windows."""
-    batch, before = engine.train_batch_size(), engine.client_state.get("batch", engine.train_batch_size())
-    if batch == before:
-        return ""
-    return f"a step now has {batch} windows, before it had {before}: it is --batch-size x --accumulate x ranks"
+    def _description(self, sizes: ModelConfig) -> dict[str, Any]:
+        return describe(self.args, sizes, pretrained_embedding=self.args.autoencoder)
 
 
 def run(args: argparse.Namespace) -> bool:
     """The whole job; True if Ctrl-C cut it short."""
-    corpus = load_corpus(args)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # unless an engine takes it: after the last step it ends nothing
+    job = Pretraining(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
+    more = (TOKENIZER, "embedding.csv", "cold.csv")
+    for name in (*FILES, *more):
         file_to_write(args.out / name)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # unless the engine takes it: after the last step it ends nothing
-    engine, batches = make_engine(args, corpus.train)
-    if not say_where_it_begins(engine, args.steps, batch_note(engine)):
-        engine.destroy()
-        return False
-    speaks = engine.global_rank == 0
-    interrupts = Interrupts(saves=engine.config.checkpoint.dir is not None, speaks=speaks)
-    goes_on_from = None if engine.resumed_from is None else engine.global_steps
-    with MetricsFile(args.out / "metrics.csv" if speaks else None, goes_on_from=goes_on_from) as metrics:
-        try:
-            with Progress(args.steps, done=engine.global_steps, speaks=speaks) as progress:
-                interrupted = train(engine, batches, corpus.held_out, args, metrics, progress, interrupts)
-        except partita.Preempted:  # the engine has saved, and has said so
-            engine.destroy()
-            return interrupts.requested
-        save_results(engine, args, metrics.rows, interrupted=interrupted)
-    save_end(engine)
-    engine.destroy()
-    return interrupted
-
-
-def save_results(engine: partita.Engine, args: argparse.Namespace, rows: list[Row], *, interrupted: bool) -> None:
-    """Writes the files of --out but for the metrics, and prints the sample and a summary. All ranks call it."""
-    engine.save_model(args.out / "model.safetensors")
-    sample = generate(
-        engine,
-        args.prompt.encode(),
-        args.sample_bytes,
-        context=args.context,
-        temperature=args.temperature,
-        seed=args.seed,
-    ).decode(errors="replace")
-    if engine.global_rank == 0:
-        summary = write_results(engine, args, rows, sample)
-        print(f"\n{sample}\n\n{'interrupted; ' if interrupted else ''}{summary}", flush=True)
+    try:
+        embedding = job.embedding() if args.autoencoder else None
+        if args.autoencoder and embedding is None:
+            return True
+        cold = job.language_model(None, args.out / "cold.csv", cold=None) if args.compare else []
+        rows = None if cold is None else job.language_model(embedding, args.out / "metrics.csv", cold=cold)
+    except partita.Preempted:  # the engine has saved, and has said so
+        return job.interrupts.requested
+    if cold and rows and job.speaks:
+        print(gain(rows, cold, job.baseline.bytes_per_token), flush=True)
+    return rows is None
 
 
 def job() -> bool:

@@ -1,4 +1,4 @@
-"""Two small language models over bytes: a GPT (pre-norm transformer) and an LSTM.
+"""Two small language models: a GPT (pre-norm transformer) and an LSTM.
 
 Both map a batch of token ids [batch, length] (int64) to logits [batch, length, vocabulary], or, given targets of the
 same shape, to the mean cross-entropy in nats as a scalar.
@@ -14,13 +14,18 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a language model; `width` must be a multiple of `heads`."""
+    """Sizes of a language model; `width` must be a multiple of `heads`. embedding: its width; None: as `width`."""
 
     vocabulary: int = 256
     context: int = 256
     layers: int = 4
     heads: int = 4
     width: int = 128
+    embedding: int | None = None
+
+    @property
+    def embedding_width(self) -> int:
+        return self.width if self.embedding is None else self.embedding
 
 
 class Block(nn.Module):
@@ -48,28 +53,37 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer with learned positions; the embedding and the output layer share their weight."""
+    """A decoder-only transformer with learned positions; the embedding and the output layer share their weight.
+
+    An embedding of another width than the blocks is mapped to theirs, and their output back to its own.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.tokens = nn.Embedding(config.vocabulary, config.width)
-        self.positions = nn.Embedding(config.context, config.width)
+        width, embedding = config.width, config.embedding_width
+        self.tokens = nn.Embedding(config.vocabulary, embedding)
+        self.positions = nn.Embedding(config.context, width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
-        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+        self.norm = nn.LayerNorm(width)
+        self.into = nn.Identity() if embedding == width else nn.Linear(embedding, width, bias=False)
+        self.back = nn.Identity() if embedding == width else nn.Linear(width, embedding, bias=False)
+        self.head = nn.Linear(embedding, config.vocabulary, bias=False)
         self.head.weight = self.tokens.weight
         self.apply(_initialize)
         for block in self.blocks:
             assert isinstance(block, Block)
             for layer in (block.attention_out, block.contract):
                 nn.init.normal_(layer.weight, std=0.02 / (2 * config.layers) ** 0.5)
+        for layer in (self.into, self.back):
+            if isinstance(layer, nn.Linear):  # which keep the size of what goes through them
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        x = self.into(self.tokens(tokens)) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
-        return _logits_or_loss(self.head(self.norm(x)), targets)
+        return _logits_or_loss(self.back(self.norm(x)), self.head, targets)
 
 
 class LSTM(nn.Module):
@@ -78,13 +92,16 @@ class LSTM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.tokens = nn.Embedding(config.vocabulary, config.width)
-        self.lstm = nn.LSTM(config.width, config.width, config.layers, batch_first=True)
+        self.tokens = nn.Embedding(config.vocabulary, config.embedding_width)
+        self.lstm = nn.LSTM(config.embedding_width, config.width, config.layers, batch_first=True)
         self.head = nn.Linear(config.width, config.vocabulary)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         hidden, _ = self.lstm(self.tokens(tokens))
-        return _logits_or_loss(self.head(hidden), targets)
+        return _logits_or_loss(hidden, self.head, targets)
+
+
+MODELS: dict[str, type[GPT] | type[LSTM]] = {"gpt": GPT, "lstm": LSTM}
 
 
 def _initialize(module: nn.Module) -> None:
@@ -94,7 +111,8 @@ def _initialize(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _logits_or_loss(logits: Tensor, targets: Tensor | None) -> Tensor:
+def _logits_or_loss(hidden: Tensor, head: nn.Linear, targets: Tensor | None) -> Tensor:
+    logits: Tensor = head(hidden)
     if targets is None:
         return logits
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())

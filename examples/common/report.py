@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,15 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-BLUE, ORANGE, GREY = "#2a6fbb", "#d9541e", "#5f6368"
+BLUE, ORANGE, GREEN, GREY = "#2a6fbb", "#d9541e", "#2e8b57", "#5f6368"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """points: (step, loss)."""
+
+    name: str
+    points: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -20,8 +29,8 @@ class Row:
     """One line of metrics.csv; None where nothing was measured."""
 
     step: int
-    loss: float | None  # nats per byte, mean over ranks and over the steps since the row before
-    val_loss: float | None  # nats per byte
+    loss: float | None  # nats per token, mean over ranks and over the steps since the row before
+    val_loss: float | None  # nats per token
     bits_per_byte: float | None  # of the validation
     tokens_per_s: float | None  # of all ranks, validation not counted
     lr: float  # of the step that follows
@@ -78,35 +87,50 @@ def read_rows(file: Path, last: int) -> list[Row]:
     return [row for row in rows if row.step <= last]
 
 
-def to_bits(nats: Any) -> Any:
-    return nats / math.log(2)
+def plot_losses(
+    rows: list[Row],
+    title: str,
+    file: Path,
+    *,
+    bytes_per_token: float,
+    others: Sequence[Curve] = (),
+    baseline: tuple[str, float] | None = None,
+) -> None:
+    """Training and validation loss over steps, in nats per token on the left and bits per byte on the right.
 
+    Args:
+        others: losses of other runs.
+        baseline: the name and the loss of what is to be beaten.
+    """
 
-def to_nats(bits: Any) -> Any:
-    return bits * math.log(2)
+    def bits(nats: Any) -> Any:
+        return nats / (bytes_per_token * math.log(2))
 
-
-def plot_losses(rows: list[Row], title: str, file: Path) -> None:
-    """Training and validation loss over steps, in nats on the left and bits on the right."""
     trained = [(row.step, row.loss) for row in rows if row.loss is not None]
     held_out = [(row.step, row.val_loss) for row in rows if row.val_loss is not None]
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(*zip(*trained, strict=True), color=BLUE, linewidth=1.4, label="training")
-    end = f"validation; at the end {held_out[-1][1]:.3f} nats = {to_bits(held_out[-1][1]):.3f} bits per byte"
+    axes.plot(*zip(*trained, strict=True), color=BLUE, linewidth=1.2, alpha=0.8, label="training")
+    end = f"validation; at the end {held_out[-1][1]:.3f} nats = {bits(held_out[-1][1]):.3f} bits per byte"
     axes.plot(*zip(*held_out, strict=True), color=ORANGE, linewidth=1.4, marker="o", markersize=4.5, label=end)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per byte)")
+    for curve in others:
+        name = f"{curve.name}; {curve.points[-1][1]:.3f} nats"
+        axes.plot(*zip(*curve.points, strict=True), color=GREEN, linewidth=1.4, marker="s", markersize=4, label=name)
+    if baseline is not None:
+        name = f"{baseline[0]}; {baseline[1]:.3f} nats"
+        axes.axhline(baseline[1], color=GREY, linewidth=1.2, linestyle="--", label=name)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.set_title(title, loc="left", fontsize=11)
     axes.margins(x=0.02)
     finite = [loss for _, loss in trained + held_out if math.isfinite(loss)]
     axes.set_ylim(bottom=math.floor(2 * min(finite, default=0)) / 2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    bits = axes.secondary_yaxis("right", functions=(to_bits, to_nats))
-    bits.set_ylabel("bits per byte")
+    right = axes.secondary_yaxis("right", functions=(bits, lambda value: value * bytes_per_token * math.log(2)))
+    right.set_ylabel("bits per byte")
     axes.spines["top"].set_visible(False)
     axes.grid(color="#e3e5e8", linewidth=0.8)
     axes.set_axisbelow(True)
-    for axis in (axes, bits):
+    for axis in (axes, right):
         axis.tick_params(colors=GREY)
     axes.legend(frameon=False, loc="upper right")
     figure.savefig(file)

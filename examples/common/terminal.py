@@ -51,13 +51,15 @@ class Interrupts:
 
 
 class Progress:
-    """On a terminal a bar, elsewhere (a log, a job's output) a plain line for each `show()`."""
+    """On a terminal a bar, elsewhere (a log, a job's output) a plain line for each `show()`; `name` begins both."""
 
-    def __init__(self, steps: int, *, done: int, speaks: bool) -> None:
+    def __init__(self, steps: int, *, done: int, speaks: bool, name: str = "") -> None:
         has_bar = speaks and sys.stderr.isatty()
         self._prints = speaks and not has_bar
         self._steps = steps
-        self._bar = tqdm(total=steps, initial=done, disable=not has_bar, dynamic_ncols=True, bar_format=BAR)
+        self._name = name and f"{name}: "
+        form = self._name + BAR
+        self._bar = tqdm(total=steps, initial=done, disable=not has_bar, dynamic_ncols=True, bar_format=form)
         self._logging = logging_redirect_tqdm([logging.getLogger("partita")]) if has_bar else contextlib.nullcontext()
 
     def __enter__(self) -> Progress:
@@ -75,4 +77,4 @@ class Progress:
         """Numbers of the step, in a line."""
         self._bar.set_postfix_str(text)
         if self._prints:
-            print(f"step {step}/{self._steps} {text}", file=sys.stderr, flush=True)
+            print(f"{self._name}step {step}/{self._steps} {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Text as bytes: where it comes from, the held-out tail, and the windows that a language model reads."""
+"""Text: where it comes from, the held-out tail, the windows that a language model reads, and the loss to beat."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.job import JobError
+from common.tokens import Bytes, Tokenizer
 
 HELD_OUT = 0.05  # of the text, at its end
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -45,12 +46,16 @@ def read_text(file: Path, max_bytes: int) -> bytes:
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
-    """A text in consecutive windows: sample i is (tokens, targets), [context] int64 each, targets one byte ahead."""
+    """A text in consecutive windows: sample i is (tokens, targets), [context] int64 each, targets one token ahead.
 
-    def __init__(self, text: bytes, context: int) -> None:
+    Args:
+        data: the token ids of the text, [n] of any integer type.
+    """
+
+    def __init__(self, data: Tensor, context: int) -> None:
         self.context = context
-        self.data = torch.frombuffer(bytearray(text or b"\0"), dtype=torch.uint8)
-        self.length = max(0, len(text) - 1) // context
+        self.data = data
+        self.length = max(0, len(data) - 1) // context
 
     def __len__(self) -> int:
         return self.length
@@ -65,6 +70,10 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         count = min(count, self.length)
         return [i * self.length // count for i in range(count)]
 
+    def targets(self, samples: list[int]) -> Tensor:
+        """All targets of these samples, [n] int64."""
+        return torch.cat([self[i][1] for i in samples])
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -72,30 +81,53 @@ class Corpus:
 
     train: Windows
     held_out: Windows
+    tokenizer: Tokenizer
 
 
-def split(text: bytes, context: int, *, train_windows: int, held_out_windows: int) -> Corpus:
+def cut(text: bytes) -> tuple[bytes, bytes]:
+    """What is trained on, and the held-out tail. The cut is between two characters of UTF-8."""
+    at = int(len(text) * (1 - HELD_OUT))
+    while at < len(text) and text[at] & 0xC0 == 0x80:
+        at += 1
+    return text[:at], text[at:]
+
+
+def split(
+    text: bytes, context: int, *, train_windows: int, held_out_windows: int, tokenizer: Tokenizer | None = None
+) -> Corpus:
     """Holds out the tail of a text.
 
     Args:
-        context: bytes that the model sees at once.
+        context: tokens that the model sees at once.
         train_windows, held_out_windows: the least number that a run needs.
+        tokenizer: of the text; None: bytes.
 
     Raises:
         TextError: the text is too short for these.
     """
-    cut = int(len(text) * (1 - HELD_OUT))
-    corpus = Corpus(Windows(text[:cut], context), Windows(text[cut:], context))
+    tokenizer = tokenizer or Bytes()
+    train, held_out = (Windows(tokenizer.encode(part), context) for part in cut(text))
     for windows, needed, use in (
-        (corpus.train, train_windows, "a training batch"),
-        (corpus.held_out, held_out_windows, f"validation (the last {HELD_OUT:.0%})"),
+        (train, train_windows, "a training batch"),
+        (held_out, held_out_windows, f"validation (the last {HELD_OUT:.0%})"),
     ):
         if len(windows) < needed:
             raise TextError(
-                f"the text is too short: {len(text):,} bytes leave {len(windows)} windows of {context} bytes "
-                f"for {use}, which needs {needed}; give a longer text, or lower --context or --batch-size"
+                f"the text is too short: {len(text):,} bytes leave {len(windows)} windows of {context} "
+                f"{'bytes' if tokenizer.kind == 'bytes' else 'tokens'} for {use}, which needs {needed}; "
+                "give a longer text, or lower --context or --batch-size"
             )
-    return corpus
+    return Corpus(train, held_out, tokenizer)
+
+
+def unigram_entropy(train: Tensor, targets: Tensor, vocabulary: int) -> float:
+    """What a model loses that knows how often each token is, and nothing of those before: in nats per token.
+
+    It is the mean of -log p over `targets`, where p is a token's share of `train` (each token is counted once more
+    than it is there, so that none has p = 0).
+    """
+    counts = torch.bincount(train.long(), minlength=vocabulary).double() + 1
+    return float((counts.sum().log() - counts.log())[targets].mean())
 
 
 def _is_library(path: Path, root: Path) -> bool:

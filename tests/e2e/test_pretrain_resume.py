@@ -23,7 +23,7 @@ LAUNCH = [sys.executable, SCRIPT.with_name("launch.py"), "--standalone", "--npro
 STEPS = 40
 TINY = [
     *("--layers", 1, "--heads", 2, "--width", 32, "--context", 32, "--steps", STEPS, "--lr", 1e-2),
-    *("--megabytes", 0.2, "--log-every", 1, "--eval-every", 100, "--eval-windows", 16, "--sample-bytes", 5),
+    *("--megabytes", 0.2, "--log-every", 1, "--eval-every", 100, "--eval-windows", 16, "--sample-length", 5),
     *("--save-every", 10),
 ]
 PAUSE = """
