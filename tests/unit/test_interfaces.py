@@ -85,6 +85,7 @@ ENGINE_CALLS = [
     "training",
     "wait_for_save",
     "waits",
+    "weights",
     "was_step_applied",
     "world_size",
     "zero_grad",
