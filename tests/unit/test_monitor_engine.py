@@ -225,8 +225,8 @@ def test_phases_are_those_of_the_step_and_nothing_later_is_waited_for(tmp_path: 
         train(engine, range(3))
         engine.destroy()
     found = rows(tmp_path)
-    assert all({"forward_ms", "backward_ms", "update_ms"} <= row.keys() for row in found)
-    assert all(row["forward_ms"] > 0 for row in found)
+    assert all({"forward_ms", "backward_ms", "update_ms"} <= row.keys() for row in found[1:])
+    assert all(row["forward_ms"] > 0 for row in found[1:])
 
 
 # -- going on
