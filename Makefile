@@ -12,11 +12,12 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: help setup data train test test-python test-cpp test-all lint format docs site bench bench-quick clean
+.PHONY: help setup chat data finetune train test test-python test-cpp test-all lint format docs site bench bench-quick clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train      train a language model on $(RANKS) ranks (ARGS='--help' lists its options)"
+	@echo "make finetune   fine-tune a small model on dialogues, with rounds of self-training; make chat talks to it"
 	@echo "make data       brings the data of the examples into data/ (text, news, mails, dialogues, a pretrained BERT)"
 	@echo "make test       all tests of a change; make test-all adds the long ones"
 	@echo "make lint       ruff, mypy --strict, clang-format; make format repairs what can be"
@@ -35,6 +36,14 @@ setup: .venv/installed
 
 train: .venv/installed
 	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/pretrain_lm.py $(ARGS)
+
+finetune: .venv/installed
+	@$(BIN)/python examples/get_data.py dialogues
+	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/finetune_chat.py $(ARGS)
+
+chat: .venv/installed
+	@test -e runs/chat/config.json || $(MAKE) --no-print-directory finetune ARGS=
+	@$(BIN)/python examples/chat.py runs/chat $(ARGS)
 
 data: .venv/installed
 	@$(BIN)/python examples/get_data.py $(ARGS)
