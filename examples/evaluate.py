@@ -4,8 +4,9 @@
     python examples/evaluate.py checkpoints/pretrain_lm           the same of the newest checkpoint
     python examples/evaluate.py runs/pretrain --text book.txt     on another text
     python examples/evaluate.py runs/chat --dialogues FILE        on dialogues, the assistant's tokens only
+    python examples/evaluate.py runs/classify --data data/bbc     a classifier on labelled texts
 
-Language models: perplexity, nats per token, bits per byte, samples. Classifiers: accuracy and F1.
+Language models: perplexity, nats per token, bits per byte, samples. Classifiers: accuracy, F1, confusion matrix.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 
 from common.arguments import Parser, number
-from common.job import JobError, run_job
+from common.job import JobError, process_group, run_job
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -31,6 +32,11 @@ def parse_arguments() -> argparse.Namespace:
     text.add_argument("--sample-length", type=count, default=200, help="tokens of a sample")
     text.add_argument("--temperature", type=rate, default=0.7, help="of the samples; lower is more predictable")
     text.add_argument("--seed", type=number(int, 0), default=0, help="of the samples")
+    labelled = parser.add_argument_group("classifiers")
+    what = "folder of <label>/*.txt, .csv or .jsonl; None: what its training held out"
+    labelled.add_argument("--data", type=Path, metavar="PATH", help=what)
+    labelled.add_argument("--text-column", default="text", metavar="NAME", help="of a .csv or .jsonl file")
+    labelled.add_argument("--label-column", default="label", metavar="NAME", help="of a .csv or .jsonl file")
     return parser.parse_args()
 
 
@@ -68,11 +74,17 @@ def evaluate_language_model(args: argparse.Namespace) -> None:
 
 
 def job() -> bool:
+    from common.evaluation_classifier import classifier_at, evaluate_classifier
     from common.evaluation_lm import is_language_model
 
     args = parse_arguments()
     if not args.path.exists():
         raise JobError(f"{args.path} is not there: give the --out folder of a run, a checkpoint or a model's folder")
+    if (folder := classifier_at(args.path)) is not None:
+        with process_group("cpu"):
+            columns = {"text": args.text_column, "label": args.label_column}
+            print(f"{folder}\n{evaluate_classifier(folder, args.data, **columns)}", flush=True)
+        return False
     if not is_language_model(args.path):
         raise JobError(
             f"{args.path} is no model of the examples: a language model's folder has model.json (or is below one that "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import importlib.metadata
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def download(url: str, folder: Path, sha256: str) -> Path:
                 out.write(chunk)
     except urllib.error.URLError as error:
         raise JobError(f"cannot download {url}: {error.reason}; is there a network?", FAILED) from None
-    except OSError as error:  # the connection broke off, or the disk is full
+    except (OSError, http.client.HTTPException) as error:  # the connection broke off, or the disk is full
         raise JobError(f"cannot download {url}: {error}", FAILED) from None
     check(file, sha256)
     return file

@@ -117,9 +117,9 @@ def test_it_learns_and_says_each_phase_beside_the_last(runs):
     assert len(said) == 1 and f"{rounds[1]['perplexity']:.2f} (before {rounds[0]['perplexity']:.2f}" in said[0]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_folder_is_one_of_transformers(runs, ranks):
-    folder = runs[ranks][0] / "out"
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_folder_is_one_of_transformers(runs, count):
+    folder = runs[count][0] / "out"
     assert {file.name for file in folder.iterdir()} == FILES
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     weights = load_file(folder / "model.safetensors")

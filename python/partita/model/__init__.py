@@ -19,7 +19,7 @@ from partita.model.state import (
     TrainState,
 )
 from partita.model.take import device_of, require_only_parameters_of
-from partita.model.weights import clone_state_dict
+from partita.model.weights import clone_state_dict, weight_buckets
 
 __all__ = [
     "DTYPE_NAMES",
@@ -43,4 +43,5 @@ __all__ = [
     "from_plain",
     "require_only_parameters_of",
     "to_plain",
+    "weight_buckets",
 ]
