@@ -52,9 +52,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     rounds.add_argument("--generate-batch", type=count, default=64, help="answers that a rank generates at once")
     where = "what answers: the trained model, gathered as a whole, or a second one that takes over its weights"
     rounds.add_argument("--generator", choices=("gathered", "separate"), default="gathered", help=where)
-    rounds.add_argument(
-        "--bucket-mb", type=rate, default=64.0, help="weights under way to a second one at once"
-    )
+    rounds.add_argument("--bucket-mb", type=rate, default=64.0, help="weights under way to a second one at once")
     report = parser.add_argument_group("reports")
     report.add_argument("--log-every", type=count, default=10, help="steps between two lines of progress")
     report.add_argument(
