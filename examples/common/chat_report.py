@@ -24,9 +24,10 @@ class Phase:
         score: mean over answers that are drawn for held-out histories, by --score: what the rounds are to raise.
         token_f1: of greedy answers to held-out histories against their references, the mean.
         loss_data, loss_generated: mean over the phase's tokens, in nats.
-        kept: how many answers the round was trained on.
-        score_kept, score_drawn, score_greedy: mean scores of those, of all drawn ones, and of greedy answers to the
-            same histories, all as the round began.
+        histories, kept: to how many histories of the training data answers were drawn then, and of how many the best
+            one is kept for the next round.
+        score_drawn, score_greedy, score_kept: mean scores of all these answers, of the greedy ones to the same
+            histories, and of those that are kept.
     """
 
     name: str
@@ -48,7 +49,7 @@ COLUMNS = (  # heading, attribute, format, which way is better
     ("held-out: perplexity", "perplexity", ".2f", -1),
     ("score", "score", ".4f", 1),
     ("greedy F1", "token_f1", ".4f", 1),
-    ("drawn to train: score", "score_drawn", ".4f", 1),
+    ("training histories: score", "score_drawn", ".4f", 1),
     ("of greedy", "score_greedy", ".4f", 1),
     ("of kept", "score_kept", ".4f", 1),
     ("kept", "kept", ",d", 0),
@@ -115,7 +116,7 @@ def plot_phases(phases: Sequence[Phase], title: str, file: Path) -> None:
     ):
         values = [(phase.name, getattr(phase, name)) for phase in rounds if getattr(phase, name) is not None]
         score.plot([name for name, _ in values], [value for _, value in values], color=colour, marker="o", label=label)
-    score.set_title("scores of a round's answers, as it begins", fontsize=10, loc="left")
+    score.set_title("answers to training histories", fontsize=10, loc="left")
     if rounds:
         score.legend(frameon=False, fontsize=9)
     for axes in (perplexity, held_out, score):

@@ -34,7 +34,8 @@ TINY = [
     *("--generate-batch", 4, "--keep-answers", "best", "--log-every", 1, "--samples", 1),
 ]
 FILES = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-FILES |= {"chat_template.jinja", "engine.json", "phases.json", "phases.png", "feedback-1.jsonl", "feedback-2.jsonl"}
+FEEDBACK = [f"feedback-{number}.jsonl" for number in (1, 2, 3)]
+FILES |= {"chat_template.jinja", "engine.json", "phases.json", "phases.png", *FEEDBACK}
 PHASES = ["before", "fine-tuning", "round 1", "round 2"]
 # The example with a pause in its steps and draws, so that there is time to kill it.
 SLOW = f"""
@@ -112,7 +113,7 @@ def test_it_learns_and_says_each_phase_beside_the_last(runs):
     assert tuned["score"] > before["score"] and tuned["token_f1"] > before["token_f1"]
     assert [phase["steps"] for phase in rounds] == [STEPS + ROUND_STEPS, STEPS + 2 * ROUND_STEPS]
     assert all(phase["kept"] == phase["histories"] == 6 for phase in rounds)
-    assert all(phase["score_kept"] > phase["score_drawn"] for phase in rounds)
+    assert all(phase["score_kept"] >= phase["score_drawn"] for phase in rounds)
     said = [line for line in output.splitlines() if line.startswith("round 2: held-out: perplexity")]
     assert len(said) == 1 and f"{rounds[1]['perplexity']:.2f} (before {rounds[0]['perplexity']:.2f}" in said[0]
 
@@ -134,7 +135,7 @@ def test_the_folder_is_one_of_transformers(runs, count):
 
 def test_other_ranks_and_stages_draw_the_same_answers(runs):
     one, two = runs[1][0], runs[2][0]
-    for name in ("feedback-1.jsonl", "feedback-2.jsonl"):
+    for name in FEEDBACK:
         texts = [[json.loads(line)["messages"] for line in (f / "out" / name).open()] for f in (one, two)]
         assert texts[0] == texts[1]
     for first, second in zip(phases(one), phases(two), strict=True):
@@ -174,7 +175,7 @@ def output_until(process: subprocess.Popen[str], text: str) -> str:
 
 KILLS = {
     "in the fine-tuning": "step 11/",
-    "while it draws": "round 2: draws",
+    "while it draws": "round 1: draws",
     "in the second round's training": f"step {STEPS + ROUND_STEPS + 2}/",
 }
 
@@ -190,7 +191,7 @@ def test_what_was_killed_goes_on_to_the_same_numbers(runs, given, python, tmp_pa
     assert done.returncode == 0, done.stderr
     assert "goes on from" in done.stderr
     assert phases(tmp_path) == phases(runs[1][0])
-    for name in ("model.safetensors", "feedback-1.jsonl", "feedback-2.jsonl"):
+    for name in ("model.safetensors", *FEEDBACK):
         assert (tmp_path / "out" / name).read_bytes() == (runs[1][0] / "out" / name).read_bytes()
 
 
@@ -198,7 +199,7 @@ def test_what_was_killed_goes_on_to_the_same_numbers(runs, given, python, tmp_pa
 def test_ctrl_c_saves_and_the_run_goes_on_with_other_ranks(runs, given, python, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
     with started(*python.command, tmp_path / "slow.py", *given, *TINY, *places(tmp_path)) as process:
-        output_until(process, "round 1: draws")
+        output_until(process, "fine-tuning: draws")
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in output, output
