@@ -33,6 +33,7 @@ PUBLIC_NAMES = [
     "default_config",
     "init_distributed",
     "initialize",
+    "nn",
     "utils",
     "zero",
 ]
