@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from common.report import BLUE, GREY, ORANGE
 
@@ -96,11 +97,13 @@ def write_phases(phases: Sequence[Phase], settings: dict[str, object], file: Pat
 def plot_phases(phases: Sequence[Phase], title: str, file: Path) -> None:
     """Perplexity, token F1 and scores over the phases."""
     names = [phase.name for phase in phases]
-    figure = Figure(figsize=(11, 3.8), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 3.8), dpi=100, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     perplexity, held_out, score = figure.subplots(1, 3)
     perplexity.plot(names, [phase.perplexity for phase in phases], color=BLUE, marker="o")
     perplexity.set_yscale("log")
+    perplexity.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    perplexity.yaxis.set_minor_formatter(NullFormatter())
     perplexity.set_title("held-out perplexity (log scale)", fontsize=10, loc="left")
     held_out.plot(names, [phase.score for phase in phases], color=BLUE, marker="o", label="score of drawn answers")
     held_out.plot(
@@ -125,8 +128,9 @@ def plot_phases(phases: Sequence[Phase], title: str, file: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=GREY, labelsize=8, axis="both")
         axes.tick_params(axis="x", rotation=25)
-        axes.margins(x=0.05)
+        axes.margins(x=0.08, y=0.12)
     for phase in phases:
-        for point, value, form in ((perplexity, phase.perplexity, ".1f"), (held_out, phase.score, ".3f")):
-            point.annotate(f"{value:{form}}", (phase.name, value), (0, 6), textcoords="offset points", fontsize=8)
+        drawn = [] if phase.score_drawn is None else [(score, phase.score_drawn, ".3f")]
+        for axes, value, form in ((perplexity, phase.perplexity, ",.0f"), (held_out, phase.score, ".3f"), *drawn):
+            axes.annotate(f"{value:{form}}", (phase.name, value), (0, 7), textcoords="offset points", fontsize=8)
     figure.savefig(file)
