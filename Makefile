@@ -12,7 +12,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: bench bench-quick chat classify clean data docs evaluate finetune format help lint notebook setup site test test-all test-cpp test-python train train-two-phase
+.PHONY: bench bench-quick chat classify clean custom-optimizer data docs evaluate finetune format help lint notebook setup site test test-all test-cpp test-python train train-two-phase
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make notebook   runs examples/notebook.ipynb into runs/notebook.ipynb"
 	@echo "make classify   fine-tune a pretrained BERT on news of the BBC on $(RANKS) ranks"
 	@echo "make finetune   fine-tune a small model on dialogues, with rounds of self-training; make chat talks to it"
+	@echo "make custom-optimizer   train with an optimizer of one's own, every stage beside plain PyTorch"
 	@echo "make data       brings the data of the examples into data/ (text, news, mails, dialogues, a pretrained BERT)"
 	@echo "make test       all tests of a change; make test-all adds the long ones"
 	@echo "make lint       ruff, mypy --strict, clang-format; make format repairs what can be"
@@ -70,6 +71,9 @@ classify: .venv/installed
 	@$(BIN)/python examples/get_data.py bbc minilm
 	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/classify.py \
 	  --config examples/configs/classify.json --model data/all-minilm-l6-v2 --steps 40 $(ARGS)
+
+custom-optimizer: .venv/installed
+	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/custom_optimizer.py $(ARGS)
 
 data: .venv/installed
 	@$(BIN)/python examples/get_data.py $(ARGS)
