@@ -12,7 +12,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: bench bench-quick classify clean data docs evaluate format help lint notebook setup site test test-all test-cpp test-python train train-two-phase
+.PHONY: bench bench-quick chat classify clean data docs evaluate finetune format help lint notebook setup site test test-all test-cpp test-python train train-two-phase
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make evaluate   what a trained model is worth (ARGS=PATH: results, a checkpoint or a model's folder)"
 	@echo "make notebook   runs examples/notebook.ipynb into runs/notebook.ipynb"
 	@echo "make classify   fine-tune a pretrained BERT on news of the BBC on $(RANKS) ranks"
+	@echo "make finetune   fine-tune a small model on dialogues, with rounds of self-training; make chat talks to it"
 	@echo "make data       brings the data of the examples into data/ (text, news, mails, dialogues, a pretrained BERT)"
 	@echo "make test       all tests of a change; make test-all adds the long ones"
 	@echo "make lint       ruff, mypy --strict, clang-format; make format repairs what can be"
@@ -40,6 +41,13 @@ setup: .venv/installed
 train: .venv/installed
 	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/pretrain_lm.py $(ARGS)
 
+finetune: .venv/installed
+	@$(BIN)/python examples/get_data.py dialogues
+	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/finetune_chat.py $(ARGS)
+
+chat: .venv/installed
+	@test -e runs/chat/config.json || $(MAKE) --no-print-directory finetune ARGS=
+	@$(BIN)/python examples/chat.py runs/chat $(ARGS)
 # A language model over a learned vocabulary, from an autoencoder's embedding and from a cold start.
 TWO_PHASE := --text data/brown.txt --tokenizer bpe --vocabulary 4000 --model lstm --layers 1 --embedding 128 --hidden 256
 TWO_PHASE += --context 64 --steps 300 --eval-every 50 --lr 4e-3 --autoencoder --compare

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -15,6 +17,8 @@ from typing import Any
 import finetune_chat
 import pytest
 import torch
+from common.chat_options import parse_arguments
+from ranks import RankError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,16 +69,28 @@ def run(*command: Any, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, **options)
 
 
+def finetune(options: list[Any]) -> str:
+    """The job on a rank of a pool; what it prints."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    before, sys.argv = sys.argv, ["finetune_chat.py", *(str(option) for option in options)]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            finetune_chat.run(parse_arguments(""))
+        return output.getvalue()
+    finally:
+        sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, python: Any, given: list[Any]) -> dict[int, tuple[Path, str]]:
+def runs(tmp_path_factory: pytest.TempPathFactory, ranks: Any, given: list[Any]) -> dict[int, tuple[Path, str]]:
     """The folder and the output of a run on one rank (stage 0), and on two (stage 3)."""
     found = {}
-    for ranks, stage in ((1, 0), (2, 3)):
-        folder = tmp_path_factory.mktemp(f"on-{ranks}")
-        launch = python.torchrun(*TWO_RANKS) if ranks == 2 else python.command
-        done = run(*launch, SCRIPT, *given, *TINY, "--stage", stage, *places(folder))
-        assert done.returncode == 0, done.stderr
-        found[ranks] = folder, done.stdout
+    for count, stage in ((1, 0), (2, 3)):
+        folder = tmp_path_factory.mktemp(f"on-{count}")
+        output = ranks(count).run(finetune, [*given, *TINY, "--stage", stage, *places(folder)])
+        found[count] = folder, output[0]
     return found
 
 
@@ -101,9 +117,9 @@ def test_it_learns_and_says_each_phase_beside_the_last(runs):
     assert len(said) == 1 and f"{rounds[1]['perplexity']:.2f} (before {rounds[0]['perplexity']:.2f}" in said[0]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_folder_is_one_of_transformers(runs, ranks):
-    folder = runs[ranks][0] / "out"
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_folder_is_one_of_transformers(runs, count):
+    folder = runs[count][0] / "out"
     assert {file.name for file in folder.iterdir()} == FILES
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
@@ -192,12 +208,37 @@ def test_ctrl_c_saves_and_the_run_goes_on_with_other_ranks(runs, given, python, 
         assert first["perplexity"] == pytest.approx(second["perplexity"], rel=1e-3)
 
 
-def test_a_complete_run_says_so_and_another_one_is_refused(runs, given, python):
-    folder = runs[1][0]
-    again = run(*python.command, SCRIPT, *given, *TINY, "--stage", 0, *places(folder))
-    assert again.returncode == 0 and "complete already" in again.stdout, again.stderr
-    other = run(*python.command, SCRIPT, *given, *TINY, "--stage", 0, *places(folder), "--alpha", 0.7)
-    assert other.returncode == 2 and "is of a run with another --alpha: 0.5, and not 0.7" in other.stderr
+def test_a_complete_run_says_so_and_another_one_is_refused(runs, given, ranks):
+    options = [*given, *TINY, "--stage", 0, *places(runs[1][0])]
+    assert "complete already" in ranks(1).run(finetune, options)[0]
+    with pytest.raises(RankError, match=r"is of a run with another --alpha: 0\.5, and not 0\.7"):
+        ranks(1).run(finetune, [*options, "--alpha", 0.7])
+
+
+# -- stages, generators, scores
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--stage", 3, "--generator", "separate"],
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                ["--stage", 1],
+                ["--stage", 2, "--generator", "separate", "--bucket-mb", 1e-3],
+                ["--stage", 0, "--padding", "--accumulate", 2],
+                ["--stage", 3, "--precision", "bf16", "--score", "likelihood"],
+            )
+        ),
+    ],
+)
+def test_it_runs_in_every_stage(runs, given, ranks, tmp_path, options):
+    """What changes nothing but where things are, gives the same bits."""
+    output = ranks(2).run(finetune, [*given, *TINY, *options, *places(tmp_path)])[0]
+    assert "round 2: held-out" in output
+    if not {"--padding", "--precision"} & set(options):
+        assert phases(tmp_path) == phases(runs[2][0])
 
 
 # -- what cannot be
