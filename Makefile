@@ -12,12 +12,16 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: help setup classify data train test test-python test-cpp test-all lint format docs site bench bench-quick clean
+.PHONY: bench bench-quick chat classify clean data docs evaluate finetune format help lint notebook setup site test test-all test-cpp test-python train train-two-phase
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train      train a language model on $(RANKS) ranks (ARGS='--help' lists its options)"
+	@echo "make train-two-phase   the same from an autoencoder's embedding, compared with a cold start"
+	@echo "make evaluate   what a trained model is worth (ARGS=PATH: results, a checkpoint or a model's folder)"
+	@echo "make notebook   runs examples/notebook.ipynb into runs/notebook.ipynb"
 	@echo "make classify   fine-tune a pretrained BERT on news of the BBC on $(RANKS) ranks"
+	@echo "make finetune   fine-tune a small model on dialogues, with rounds of self-training; make chat talks to it"
 	@echo "make data       brings the data of the examples into data/ (text, news, mails, dialogues, a pretrained BERT)"
 	@echo "make test       all tests of a change; make test-all adds the long ones"
 	@echo "make lint       ruff, mypy --strict, clang-format; make format repairs what can be"
@@ -36,6 +40,31 @@ setup: .venv/installed
 
 train: .venv/installed
 	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/pretrain_lm.py $(ARGS)
+
+finetune: .venv/installed
+	@$(BIN)/python examples/get_data.py dialogues
+	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/finetune_chat.py $(ARGS)
+
+chat: .venv/installed
+	@test -e runs/chat/config.json || $(MAKE) --no-print-directory finetune ARGS=
+	@$(BIN)/python examples/chat.py runs/chat $(ARGS)
+# A language model over a learned vocabulary, from an autoencoder's embedding and from a cold start.
+TWO_PHASE := --text data/brown.txt --tokenizer bpe --vocabulary 4000 --model lstm --layers 1 --embedding 128 --hidden 256
+TWO_PHASE += --context 64 --steps 300 --eval-every 50 --lr 4e-3 --autoencoder --compare
+TWO_PHASE += --out runs/two-phase --checkpoints checkpoints/two-phase
+
+train-two-phase: .venv/installed data/brown.txt
+	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/pretrain_lm.py $(TWO_PHASE) $(ARGS)
+
+data/brown.txt: | .venv/installed
+	@$(BIN)/python examples/get_data.py brown
+
+evaluate: .venv/installed
+	@$(BIN)/python examples/evaluate.py $(if $(ARGS),$(ARGS),runs/pretrain)
+
+notebook: .venv/installed
+	@mkdir -p runs
+	@$(BIN)/jupyter-execute examples/notebook.ipynb --output=../runs/notebook.ipynb
 
 classify: .venv/installed
 	@$(BIN)/python examples/get_data.py bbc minilm
@@ -87,7 +116,7 @@ format: .venv/installed
 
 # The site, and what its reference is made of, need no network once that is installed.
 site: .venv/installed
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
 docs: .venv/installed

@@ -1,7 +1,9 @@
-"""What mkdocs.yml leaves to code: pages made from files beside docs/, and the pages of a folder in the navigation."""
+"""What mkdocs.yml leaves to code: pages made from files beside docs/ and from the source's errors, and the pages of a
+folder in the navigation."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, page, content=_moved((ROOT / name).read_text())))
     text = "# License\n\n```text\n" + (ROOT / "LICENSE").read_text() + "```\n"
     files.append(File.generated(config, "license.md", content=text))
+    files.append(File.generated(config, "messages.md", content=_all_messages(ROOT / "python" / "partita")))
     return files
 
 
@@ -34,6 +37,32 @@ def _moved(text: str) -> str:
     for name, page in {**BESIDE, "LICENSE": "license.md"}.items():
         text = text.replace(f"]({name})", f"]({page})")
     return text
+
+
+def _all_messages(package: Path) -> str:
+    """A page of the errors that the source raises, by room, with … where something is put in."""
+    rooms: dict[str, list[str]] = {}
+    for path in sorted(package.rglob("*.py")):
+        room = path.relative_to(package).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                text = _text(node.exc.args[0]).replace("\n", " ").replace("|", "/").replace("`", "'").strip()
+                if len(text.replace("…", "").strip(": ;")) > 10:
+                    rooms.setdefault(room, []).append(f"| {ast.unparse(node.exc.func)} | `{text}` |")
+    parts = ["# All messages\n\nThe errors of the source, by room; … is what differs from case to case."]
+    for room, rows in rooms.items():
+        parts.append(f"## {room}\n\n| error | message |\n|---|---|\n" + "\n".join(dict.fromkeys(rows)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _text(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    if isinstance(node, ast.BinOp):
+        return _text(node.left) + _text(node.right)
+    return "…"
 
 
 def _leaves(nav: Any) -> list[str]:

@@ -6,7 +6,8 @@
 
 Saves checkpoints into --checkpoints, and goes on from the last one: after Ctrl-C, a crash, or with other ranks.
 Writes into --out: model.safetensors, model.json (what it is), tokenizer.json (of --tokenizer bpe), config.json (the
-engine's), metrics.csv, loss.png, sample.txt; of --autoencoder embedding.csv, of --compare cold.csv.
+engine's), metrics.csv, metrics.jsonl (for `partita plot`), loss.png, sample.txt; of --autoencoder embedding.csv, of
+--compare cold.csv and the folder cold for `partita plot`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from partita.files import file_to_write
 from torch import Tensor
 
 WARMUP = 0.05  # of all steps
-FILES = ("model.safetensors", DESCRIPTION, "config.json", "metrics.csv", "loss.png", "sample.txt")
+FILES = ("model.safetensors", DESCRIPTION, "config.json", "metrics.csv", "metrics.jsonl", "loss.png", "sample.txt")
 
 
 def engine_config(args: argparse.Namespace) -> dict[str, Any]:
@@ -69,6 +70,7 @@ def engine_config(args: argparse.Namespace) -> dict[str, Any]:
         "zero_optimization": {"stage": args.stage},
         "seed": args.seed,
         "steps_per_print": 0,  # the progress bar says it
+        "monitor": {"dir": str(args.out), "interval_steps": args.log_every},
     }
     if args.checkpoints:
         config["checkpoint"] = {
@@ -88,9 +90,10 @@ def checkpoint_folder(config: dict[str, Any]) -> Path | None:
 
 
 def beside(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """The config of another phase, whose checkpoints are in a folder of their own below the run's."""
-    folder = checkpoint_folder(config)
-    return config if folder is None else {**config, "checkpoint": {**config["checkpoint"], "dir": str(folder / name)}}
+    """The config of another phase, whose checkpoints and metrics are in folders of their own below the run's."""
+    sections = {key: dict(config.get(key) or {}) for key in ("checkpoint", "monitor")}
+    with_folder = {key: values for key, values in sections.items() if values.get("dir")}
+    return {**config, **{key: {**values, "dir": str(Path(values["dir"], name))} for key, values in with_folder.items()}}
 
 
 def load_corpus(args: argparse.Namespace, folder: Path | None) -> Corpus:
@@ -142,7 +145,8 @@ class Pretraining:
         rows = autoencoder.Rows(autoencoder.neighbour_rows(self.corpus.train.data, self.sizes.vocabulary))
         model = autoencoder.Autoencoder(rows.values.shape[1], self.sizes.embedding_width)
         steps = args.autoencoder_steps
-        config = autoencoder.config(beside(self.config, "embedding"), steps, args.autoencoder_lr)
+        own = len(rows) // dist.get_world_size()
+        config = autoencoder.config(beside(self.config, "embedding"), steps, args.autoencoder_lr, rows_of_rank=own)
         engine, batches = make_engine(model.to(device_of_this_rank(args.device)), rows, config)
         phase = Phase(
             name="autoencoder",

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 CONTEXTS = 1000  # neighbours that are told apart: the most frequent tokens. The others are one
-_ROWS_AT_ONCE = 512
+_ROWS_AT_ONCE = 512  # when their error or their codes are asked for
+_BATCH = 128  # rows of a rank in a step, if there are as many
 
 
 class Autoencoder(nn.Module):
@@ -91,12 +92,12 @@ def begin_with(embedding: nn.Embedding, values: Tensor) -> None:
         embedding.weight.copy_(values * embedding.weight.std())
 
 
-def config(language_model: dict[str, Any], steps: int, learning_rate: float) -> dict[str, Any]:
+def config(language_model: dict[str, Any], steps: int, learning_rate: float, *, rows_of_rank: int) -> dict[str, Any]:
     """The engine's config for the autoencoder: the language model's seed, stage and checkpoints, in fp32."""
     kept = {key: language_model[key] for key in ("zero_optimization", "seed", "checkpoint") if key in language_model}
     return {
         **kept,
-        "train_micro_batch_size_per_gpu": 128,
+        "train_micro_batch_size_per_gpu": max(1, min(_BATCH, rows_of_rank)),
         "optimizer": {"type": "AdamW", "params": {"lr": learning_rate, "weight_decay": 0.0}},
         "scheduler": {
             "type": "WarmupCosineLR",

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from common.dialogues import DEFAULT_TEMPLATE, TEMPLATE_TOKENS, Dialogue
-from common.generation import Ends
+from common.generation import Ends, shared_out
 from common.job import JobError
 
 PAD = "<|pad|>"
@@ -41,7 +40,8 @@ def make_model(source: str, dialogues: Sequence[Dialogue], vocabulary: int, seed
     quiet()
     torch.manual_seed(seed)
     if source.endswith(".json"):
-        tokenizer = with_template(train_tokenizer(dialogues, vocabulary))
+        (text,) = shared_out(1, 1, lambda _: [train_tokenizer(dialogues, vocabulary)])
+        tokenizer = tokenizer_of(text)
         return _new_model(Path(source), tokenizer), tokenizer
     with _said_in_one_line(source):
         tokenizer = with_template(AutoTokenizer.from_pretrained(source))
@@ -104,25 +104,27 @@ def _new_model(file: Path, tokenizer: Any) -> Any:
         raise JobError(f"{file} is no config of a causal language model of transformers: {error}") from None
 
 
-def train_tokenizer(dialogues: Sequence[Dialogue], vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer over the dialogues' contents, of rank 0 on all ranks. A collective."""
-    text: list[Any] = [None]
-    if dist.get_rank() == 0:
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocabulary,
-            special_tokens=[PAD, *TEMPLATE_TOKENS],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
-        contents = (message["content"] for dialogue in dialogues for message in dialogue.messages)
-        bpe.train_from_iterator(contents, trainer)
-        text = [bpe.to_str()]
-    dist.broadcast_object_list(text)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(text[0]), pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False
+def train_tokenizer(dialogues: Sequence[Dialogue], vocabulary: int) -> str:
+    """The JSON of a byte-level BPE tokenizer over the dialogues' contents."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[PAD, *TEMPLATE_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    contents = (message["content"] for dialogue in dialogues for message in dialogue.messages)
+    bpe.train_from_iterator(contents, trainer)
+    return str(bpe.to_str())
+
+
+def tokenizer_of(text: str) -> Any:
+    """What `train_tokenizer` has made, as transformers has it, with the default chat template."""
+    bpe = Tokenizer.from_str(text)
+    return with_template(
+        PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False)
     )
 
 

@@ -224,6 +224,7 @@ class ChatRun:
         if self._speaks:
             tqdm.write(line_of(result, self.phases[-1] if self.phases else None))
         self.phases.append(result)
+        engine.log({name: value for name, value in asdict(result).items() if isinstance(value, float)})
         engine.client_state["phases"] = [asdict(done) for done in self.phases]
         settings = engine.config.checkpoint
         if settings.dir is not None and engine.global_steps:

@@ -1,6 +1,7 @@
 """Dialogues: read from JSON lines, divided, and turned into tokens of which the assistant's are known.
 
 A dialogue is a list of messages, each with a role (system, user or assistant) and a content, as chat templates take it.
+An answer is a message of the assistant that follows another message; one that opens a dialogue is only read.
 """
 
 from __future__ import annotations
@@ -44,8 +45,7 @@ class Dialogue:
     @property
     def opening(self) -> str:
         """What comes before the first answer, in lower case: what makes two dialogues the same for a held-out part."""
-        answers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
-        return as_key(self.messages[: answers[0]]).lower()
+        return as_key(self.messages[: answer_places(self.messages)[0]]).lower()
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,10 @@ class Encoded:
 
     ids: tuple[int, ...]
     answers: tuple[bool, ...]
+
+
+def answer_places(messages: Sequence[Message]) -> list[int]:
+    return [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
 
 
 def as_key(messages: Iterable[Message]) -> str:
@@ -102,8 +106,8 @@ def parse_dialogue(line: str, place: str) -> Dialogue:
     checked = [_message(message, f"{place}: message {number}") for number, message in enumerate(messages, 1)]
     while checked and checked[-1]["role"] != "assistant":
         checked.pop()  # nobody answers it
-    if not checked:
-        raise DialogueError(f"{place}: no message has the role 'assistant', so there is nothing to learn from it")
+    if not answer_places(checked):
+        raise DialogueError(f"{place}: no message of the role 'assistant' follows another: there is nothing to learn")
     return Dialogue(tuple(checked))
 
 
@@ -150,10 +154,9 @@ def histories(dialogues: Iterable[Dialogue]) -> list[History]:
     """What comes before each answer of the assistant, once, with all answers that the dialogues give there."""
     found: dict[str, tuple[tuple[Message, ...], dict[str, None]]] = {}
     for dialogue in dialogues:
-        for i, message in enumerate(dialogue.messages):
-            if message["role"] == "assistant":
-                before = dialogue.messages[:i]
-                found.setdefault(as_key(before), (before, {}))[1][message["content"]] = None
+        for i in answer_places(dialogue.messages):
+            before = dialogue.messages[:i]
+            found.setdefault(as_key(before), (before, {}))[1][dialogue.messages[i]["content"]] = None
     return [History(messages, tuple(references)) for messages, references in found.values()]
 
 
@@ -170,14 +173,14 @@ def render(tokenizer: Any, messages: Sequence[Message], *, answers_next: bool = 
 
 
 def answer_spans(tokenizer: Any, messages: Sequence[Message], *, last_only: bool = False) -> list[tuple[int, int]]:
-    """Where in the rendered text the assistant's contents are, with what ends each turn: (first, end) characters.
+    """Where in the rendered text the answers are, with what ends each turn: (first, end) characters.
 
     Raises:
         DialogueError: the template writes a beginning in another way than in the whole dialogue.
     """
     whole, spans = render(tokenizer, messages), []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or (last_only and i < len(messages) - 1):
+    for i in answer_places(messages):
+        if last_only and i < len(messages) - 1:
             continue
         before = render(tokenizer, messages[:i], answers_next=True)
         after = render(tokenizer, messages[: i + 1])

@@ -178,8 +178,10 @@ class _HuggingFacePieces:
 def _open_hugging_face(path: Path) -> LanguageModel:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
     except ImportError:
         raise JobError(f"{path} needs transformers: pip install 'partita[examples]'") from None
+    logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)

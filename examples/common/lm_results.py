@@ -36,9 +36,10 @@ class Baseline:
 
     def beaten_by(self, val_loss: float) -> str:
         gain = self.nats - val_loss
-        word = "beats" if gain > 0 else "does not beat"
-        bits = bits_per_byte(gain, self.bytes_per_token)
-        return f"{word} the unigram entropy of {self}, by {gain:.3f} nats per token = {bits:.3f} bits per byte"
+        by = f"{abs(gain):.3f} nats per token = {bits_per_byte(abs(gain), self.bytes_per_token):.3f} bits per byte"
+        if gain > 0:
+            return f"beats the unigram entropy ({self}) by {by}"
+        return f"does not beat the unigram entropy ({self}): it is {by} above"
 
 
 def describe(args: argparse.Namespace, sizes: ModelConfig, *, pretrained_embedding: bool) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def _train(
     """True if Ctrl-C ended it before the last step."""
     first = engine.global_steps
     if first == 0:
-        metrics.add(measure(engine, phase, val_loss=phase.validate(engine)))
+        add_row(engine, metrics, measure(engine, phase, val_loss=phase.validate(engine)))
     total, started = torch.zeros((), device=engine.device), time.perf_counter()
     for step in range(first + 1, phase.steps + 1):
         count_tokens(engine, phase.step_tokens)
@@ -123,12 +123,20 @@ def _train(
         validates = step == phase.steps or stop > 0 or step % phase.eval_every == 0
         val_loss = phase.validate(engine) if validates else None
         speed = steps * phase.step_tokens / seconds
-        metrics.add(measure(engine, phase, loss=mean, val_loss=val_loss, tokens_per_s=speed))
+        add_row(engine, metrics, measure(engine, phase, loss=mean, val_loss=val_loss, tokens_per_s=speed))
         progress.show(step, in_a_line(metrics.rows))
         if stop:
             return True
         total, first, started = torch.zeros_like(total), step, time.perf_counter()
     return False
+
+
+def add_row(engine: partita.Engine, metrics: MetricsFile, row: Row) -> None:
+    """Into the table, and what the engine does not know by itself into the files of its monitor."""
+    metrics.add(row)
+    known = {"val_loss": row.val_loss, "bits_per_byte": row.bits_per_byte}
+    if values := {name: value for name, value in known.items() if value is not None}:
+        engine.log(values)
 
 
 def in_a_line(rows: list[Row]) -> str:

@@ -65,11 +65,12 @@ def collate(rows: Sequence[Row], pad: int, dtype: torch.dtype = torch.float32) -
     for i, row in enumerate(rows):
         start = 0
         for number, dialogue in enumerate(row):
-            here, end = torch.tensor(dialogue.ids), start + len(dialogue.ids)
+            here, end = torch.tensor(dialogue.ids, dtype=torch.int64), start + len(dialogue.ids)
             ids[i, start:end] = here
             positions[i, start:end] = torch.arange(len(here))
             segments[i, start:end] = number
-            targets[i, start : end - 1] = torch.where(torch.tensor(dialogue.answers[1:]), here[1:], IGNORED)
+            counts = torch.tensor(dialogue.answers[1:], dtype=torch.bool)
+            targets[i, start : end - 1] = torch.where(counts, here[1:], IGNORED)
             start = end
     return Batch(ids, positions, block_causal_mask(segments, dtype), targets)
 

@@ -108,7 +108,7 @@ def plot_losses(
 
     trained = [(row.step, row.loss) for row in rows if row.loss is not None]
     held_out = [(row.step, row.val_loss) for row in rows if row.val_loss is not None]
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(*zip(*trained, strict=True), color=BLUE, linewidth=1.2, alpha=0.8, label="training")
     end = f"validation; at the end {held_out[-1][1]:.3f} nats = {bits(held_out[-1][1]):.3f} bits per byte"

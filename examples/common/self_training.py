@@ -98,7 +98,7 @@ def read_feedback(file: Path, digest: str) -> list[Sample]:
         raise JobError(f"cannot read the feedback set {file} of the round to go on with: {error.strerror}") from None
     if hashlib.sha256(data).hexdigest() != digest:
         raise JobError(f"the feedback set {file} is not the one that the checkpoint was trained on; put that one back")
-    lines = [json.loads(line) for line in data.decode().splitlines()]
+    lines = [json.loads(line) for line in data.splitlines()]
     return [Sample(tuple(line["messages"]), line["score"], line["greedy_score"]) for line in lines]
 
 

@@ -32,7 +32,7 @@ TINY = [
     *("--steps", STEPS, "--batch-size", 8, "--lr", 1e-2, "--megabytes", MEGABYTES),
     *("--log-every", 2, "--eval-every", 10, "--eval-windows", EVAL_WINDOWS, "--sample-length", 20, "--no-checkpoints"),
 ]
-FILES = {"model.safetensors", "model.json", "config.json", "metrics.csv", "loss.png", "sample.txt"}
+FILES = {"model.safetensors", "model.json", "config.json", "metrics.csv", "metrics.jsonl", "loss.png", "sample.txt"}
 RUNS = {"gpt-0": ("gpt", 0), "gpt-1": ("gpt", 1), "gpt-2": ("gpt", 2), "gpt-3": ("gpt", 3), "lstm-3": ("lstm", 3)}
 
 
@@ -69,6 +69,9 @@ def test_writes_its_results(runs, name):
     summary = output.strip().splitlines()[-1]
     assert f"2 ranks: {STEPS} steps" in summary
     assert f"validation {metrics(folder)[-1]['val_loss']:.3f} nats" in summary
+    baseline = float(re.search(r"beats? the unigram entropy \(([\d.]+) nats", summary)[1])
+    assert 2.5 < baseline < 3.5  # of a text's bytes
+    assert ("does not beat" in summary) == (metrics(folder)[-1]["val_loss"] > baseline)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -8,7 +8,7 @@ or YAML block is a config. Other blocks are pictures. A comment `<!-- test: ... 
     not run, REASON          sh
     no config                JSON and YAML: not read as a config
     name NAME                saved under this name
-    shown                    what stands there is in the output of the command before; numbers may be others
+    shown                    it is in the output of the command before; numbers may be others, and … is anything
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ FENCE = re.compile(
     re.DOTALL | re.M,
 )
 NUMBER = re.compile(r"\d[\d.,]*(?:e[-+]?\d+)?")
+SHELL = ("sh", "bash")
 ELSEWHERE = {"bash", "cd", "cmake", "export", "git", "jupyter", "make", "mkdir", "pip", "pytest", "sbatch", "squeue"}
 ELSEWHERE |= {"srun", "ssh", "tensorboard"}
 
@@ -89,7 +90,7 @@ class Reader:
                 self._compare(block)
             elif block.language == "python":
                 self._take_program(block)
-            elif block.language == "sh":
+            elif block.language in SHELL:
                 self._take_commands(block)
             elif block.language in ("json", "yaml"):
                 self._take_config(block)
@@ -132,9 +133,10 @@ class Reader:
 
     def _compare(self, block: Block) -> None:
         self._run_if_due()
-        said = {NUMBER.sub("0", line.strip()) for line in self.outputs[-1].splitlines()}
+        said = NUMBER.sub("0", self.outputs[-1])
         for line in filter(None, map(str.strip, block.text.splitlines())):
-            assert NUMBER.sub("0", line) in said, f"{self.page}:{block.line}: not said: {line}\n{self.outputs[-1]}"
+            like = ".*".join(map(re.escape, NUMBER.sub("0", line).split("…")))
+            assert re.search(like, said), f"{self.page}:{block.line}: not said: {line}\n{self.outputs[-1]}"
 
     def _run_if_due(self) -> None:
         if self._is_due:

@@ -9,6 +9,8 @@ import pytest
 from config_messages import message_for, nested
 from partita.config.checkpoint_keys import CheckpointConfig, EncryptionConfig
 from partita.config.fields import OwnKey
+from partita.config.monitor_keys import MonitorConfig
+from partita.config.profile_keys import TraceConfig
 from partita.config.sections import all_sections, join
 
 CPU = {"device": "cpu"}
@@ -227,9 +229,13 @@ def test_own_keys_are_marked() -> None:
         *(f"checkpoint.encryption.{key}" for key in EncryptionConfig.model_fields),
         "comm",
         "max_consecutive_skipped_steps",
+        "monitor",
+        *(f"monitor.{key}" for key in MonitorConfig.model_fields),
         "pipeline.chunks",
         "pipeline.schedule",
         "seed",
+        "trace",
+        *(f"trace.{key}" for key in TraceConfig.model_fields),
         "zero_optimization.overlap_gather",
         "zero_optimization.unit_classes",
     }

@@ -33,6 +33,7 @@ PUBLIC_NAMES = [
     "default_config",
     "init_distributed",
     "initialize",
+    "nn",
     "utils",
     "zero",
 ]
@@ -58,6 +59,7 @@ ENGINE_CALLS = [
     "load_state_dict",
     "local_rank",
     "log",
+    "log_comms",
     "loss_scale",
     "micro_steps",
     "module_state_dict",
@@ -85,6 +87,7 @@ ENGINE_CALLS = [
     "wait_for_save",
     "waits",
     "was_step_applied",
+    "weights",
     "world_size",
     "zero_grad",
 ]

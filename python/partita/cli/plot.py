@@ -40,7 +40,9 @@ def plot(
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     except ModuleNotFoundError as error:
-        typer.echo(f"partita plot needs {error.name}: pip install 'partita[monitor]'", err=True)
+        typer.echo(
+            f"partita plot needs {(error.name or '').partition('.')[0]}: pip install 'partita[monitor]'", err=True
+        )
         raise typer.Exit(1) from None
     typer.echo(f"{output}: {', '.join(history.name for history in histories)}")
 
@@ -96,7 +98,8 @@ def _fill(axes: Any, panel: Panel) -> None:
     axes.set_yscale("log" if panel.is_log else "linear")
     axes.set_ylim(panel.low, panel.high)
     if panel.is_log:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        subs = (1, 2, 5) if panel.high > 30 * panel.low else (1, 1.5, 2, 3, 4, 5, 6, 8)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs))
         axes.yaxis.set_minor_formatter(lambda value, _: "")
     axes.yaxis.set_major_formatter(lambda value, _: _short(value))
     axes.grid(True, color="#dddddd", linewidth=0.6)

@@ -15,6 +15,7 @@ from partita.comm.grid import Connect, Coordinates, GridShape, ProcessGrid
 from partita.comm.groups import backend_for
 from partita.comm.hierarchical import HierarchicalCommunicator
 from partita.comm.join import init_distributed, is_joined, leave_job, note_rank, place_in_job
+from partita.comm.observed import Carried, Listener, Observed
 from partita.comm.same import Entries, digest_number, require_same
 from partita.comm.setup import communicator_of, require_same_on_all_ranks, world_communicator
 from partita.comm.shared_memory import SharedMemoryCommunicator
@@ -23,6 +24,7 @@ from partita.comm.waited import Waited
 from partita.comm.waits import WaitRow, WaitsLedger
 
 __all__ = [
+    "Carried",
     "CommunicationError",
     "Communicator",
     "Connect",
@@ -32,6 +34,8 @@ __all__ = [
     "GridShape",
     "Handle",
     "HierarchicalCommunicator",
+    "Listener",
+    "Observed",
     "ProcessGrid",
     "Reduction",
     "SharedMemoryCommunicator",

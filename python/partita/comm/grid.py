@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from partita.comm.calls import Calls
 from partita.comm.communicator import Communicator, SingleProcess
+from partita.comm.observed import Listener, Observed
 from partita.comm.waited import Waited
 
 
@@ -112,6 +113,7 @@ class ProcessGrid:
         data: the ranks of this rank's stage. The same object as `world` if there is one stage.
         pipe: the ranks of this rank's copy of the model, in the order of the stages.
         calls: the engine call that the program is in, as all communicators of the grid know it.
+        listeners: are told what the communicators carry, once `observe()` was called.
 
     Raises:
         ValueError: the ranks do not divide evenly among the stages.
@@ -125,6 +127,10 @@ class ProcessGrid:
     def __init__(self, connect: Connect, pipe: int = 1) -> None:
         self._connect = connect
         self.calls = Calls()
+        self.listeners: list[Listener] = []
+        self._mark: Callable[[], Any] | None = None
+        # Beside the world, with their ranks there.
+        self._axes: list[tuple[Communicator, list[int]]] = []
         with ExitStack() as exits:
             self.world = connect()
             exits.callback(self.world.close)
@@ -136,34 +142,51 @@ class ProcessGrid:
                 self.data = connect(beside=self.world, parts=self.shape.data_groups)
                 exits.callback(self.data.close)
                 self.pipe = connect(beside=self.world, parts=self.shape.pipe_groups)
+                groups = ((self.data, self.shape.data_groups), (self.pipe, self.shape.pipe_groups))
+                self._axes += [(axis, self._ranks_of(parts)) for axis, parts in groups]
             exits.callback(self.pipe.close)
             for communicator in (self.world, self.data, self.pipe):
                 communicator.calls = self.calls
             self._exits = exits.pop_all()
 
+    def observe(self, mark: Callable[[], Any]) -> None:
+        """From now on the communicators tell `listeners` what they carry. Called before anybody has one of them.
+
+        Args:
+            mark: a moment on the device, see `Streams.mark`.
+        """
+        self._mark = mark
+        is_one = self.data is self.world
+        self.world = self._observed(self.world, "world")
+        self.data = self.world if is_one else self._observed(self.data, "data")
+        self.pipe = self._observed(self.pipe, "pipe")
+
     def beside_data(self) -> Communicator:
         """A second communicator of the ranks of `data`, whose collectives have an order of their own. It ends with the
         grid."""
-        if self.data is self.world:
-            made = self._connect(beside=self.data)
-        else:
-            made = self._connect(beside=self.data, parts=self.shape.data_groups)
+        data = self.data.inner if isinstance(self.data, Observed) else self.data
+        made = self._connect(beside=data, parts=None if self.data is self.world else self.shape.data_groups)
         self._exits.callback(made.close)
         made.calls = self.calls
-        return made
+        self._axes.append((made, self._ranks_of(self.shape.data_groups)))
+        return self._observed(made, "beside")
 
     def waited(self) -> Waited | None:
         """How long this rank's program has been held up so far, by rank of the world. None: the world's communicator
         does not know."""
         total = self.world.waited()
-        if total is None or self.data is self.world:
-            return total
-        groups = ((self.data, self.shape.data_groups), (self.pipe, self.shape.pipe_groups))
-        for axis, parts in groups:
-            ranks = next(part for part in parts if self.world.rank in part)
-            if (waited := axis.waited()) is not None:
-                total += waited.in_group(ranks, self.world.world_size)
+        if total is not None:
+            for communicator, ranks in self._axes:
+                if (waited := communicator.waited()) is not None:
+                    total += waited.in_group(ranks, self.world.world_size)
         return total
+
+    def _observed(self, communicator: Communicator, axis: str) -> Communicator:
+        return communicator if self._mark is None else Observed(communicator, axis, self.listeners, self._mark)
+
+    def _ranks_of(self, groups: list[list[int]]) -> list[int]:
+        """Those of the group that this rank is in."""
+        return next(ranks for ranks in groups if self.world.rank in ranks)
 
     def close(self) -> None:
         """Closes every communicator, the last one first; a second call does nothing. No collective."""

@@ -21,7 +21,8 @@ class Carried:
     """A collective, a send or a receive that is over, for the program.
 
     Attributes:
-        axis: of the grid: "world", "data" or "pipe".
+        axis: of the grid: "world", "data" or "pipe"; "beside": data-parallel ranks, in an order of its own, as stage 3
+            gathers parameters.
         operation: its name, as `Communicator` has it.
         nbytes: of the whole tensor.
         call: the engine call that the program was in; may be empty.

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any, SupportsFloat
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from partita.data import ShardedLoader
 from partita.engine.keeper import Keeper
 from partita.engine.save_beside import SaveBeside
 from partita.engine.saving import KeepsState
-from partita.model import ModelPart
-from partita.monitor import Waits, gather_waits
+from partita.model import ModelPart, weight_buckets
+from partita.monitor import CommsRow, Waits, Watching, gather_waits
 from partita.optim import ShardedOptimizer
 from partita.run import Run
 from partita.step import OptimizerStep
@@ -72,6 +72,7 @@ class EngineBase(KeepsState):
         self.client_state: dict[str, Any] = {}
         self._keeper = Keeper(run, step.controller, exits, self._protection)
         self.resumed_from = self._keeper.resume(self)
+        self._watching = Watching(run, parts, step.timers, self.global_steps, exits)
         self._exits = exits.pop_all()  # the last thing that may fail is done
 
     # -- what a run is asked
@@ -148,10 +149,58 @@ class EngineBase(KeepsState):
         with self._calls.inside("waits()"):
             return gather_waits(self._run.grid.world, self._step.controller.ledger)
 
+    def weights(self, bucket_bytes: int = 256 * 2**20) -> Iterator[list[tuple[str, Tensor]]]:
+        """The whole weights as the model computes with them, and its buffers, a bucket at a time: to feed a model that
+        generates or evaluates elsewhere, which takes each bucket before the next is made.
+
+        Names are those of the state dict. A tensor belongs to the program. Shared parameters come under each of their
+        names. In a pipeline these are the weights of this rank's layers. In stage 3 a collective: all ranks go through
+        all buckets.
+
+        Args:
+            bucket_bytes: the most that a bucket has, if it has more than one tensor.
+
+        Raises:
+            ValueError: `bucket_bytes` is not positive.
+            RuntimeError: the engine has been destroyed, or has taken a step before the last bucket.
+        """
+        if bucket_bytes < 1:
+            raise ValueError(f"weights(bucket_bytes={bucket_bytes}): give 1 or more")
+        self._require_whole("weights()")
+        with self._call_of_all("weights()") if self._run.policy.shards_params else nullcontext():
+            self._wait_for_parameters()
+        return self._buckets(weight_buckets(self.module, bucket_bytes), self.global_steps)
+
+    def _buckets(
+        self, buckets: Iterator[list[tuple[str, Tensor]]], begun_at: int
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        while True:
+            self._require_whole("weights()")
+            if self.global_steps != begun_at:
+                raise RuntimeError(
+                    f"weights() began at step {begun_at}, and the engine is at step {self.global_steps} now: take all "
+                    "buckets before the next step"
+                )
+            with self._calls.inside("weights()"):
+                bucket = next(buckets, None)
+            if bucket is None:
+                return
+            yield bucket
+
+    def log_comms(self) -> list[CommsRow]:
+        """What this rank has sent and received so far, by operation and size; rank 0 prints a table. Concerns this rank
+        alone; on a GPU the host waits for it.
+
+        Raises:
+            RuntimeError: the config's `comms_logger` is not enabled.
+        """
+        return self._watching.log_comms()
+
     def _after_update(self) -> None:
         """What is saved, and saved on its own, goes on after each update."""
         with self._calls.inside("step()"):
             self._beside.after_update()
+        self._watching.after_update(self.global_steps)
         self._keeper.after_update(self)
 
     def log(self, values: Mapping[str, SupportsFloat]) -> None:

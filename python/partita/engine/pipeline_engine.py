@@ -145,6 +145,7 @@ class PipelineEngine(EngineBase):
             for m in range(self._run.batch.accumulation):
                 self._step.add_work(batches.inputs[m : m + 1])
             self._timeline = tuple(step.spans)
+            self._watching.add_actions((str(span.action), span.start, span.end) for span in step.spans)
             self._beside.before_update()
             self._step.update()
             loss = self._step.controller.mean_loss()

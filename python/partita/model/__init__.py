@@ -2,6 +2,7 @@
 
 from partita.model.access import ParameterAccess, access_of
 from partita.model.accumulation import Accumulation
+from partita.model.flops import FlopCounter, count_flops
 from partita.model.format_names import DTYPE_NAMES
 from partita.model.loss_scaling import LossScaling
 from partita.model.part import ModelPart
@@ -19,7 +20,7 @@ from partita.model.state import (
     TrainState,
 )
 from partita.model.take import device_of, require_only_parameters_of
-from partita.model.weights import clone_state_dict
+from partita.model.weights import clone_state_dict, weight_buckets
 
 __all__ = [
     "DTYPE_NAMES",
@@ -27,6 +28,7 @@ __all__ = [
     "Accumulation",
     "CommonAccumulation",
     "DiffersByRank",
+    "FlopCounter",
     "KeepsValues",
     "LossScaling",
     "ModelPart",
@@ -39,8 +41,10 @@ __all__ = [
     "TrainState",
     "access_of",
     "clone_state_dict",
+    "count_flops",
     "device_of",
     "from_plain",
     "require_only_parameters_of",
     "to_plain",
+    "weight_buckets",
 ]

@@ -22,7 +22,7 @@ logger = logging.getLogger("partita")
 
 INTERVAL_S = 1.0
 MOST_WAITING = 100_000  # records; if sinks hang, the oldest ones are dropped
-PATIENCE_S = 60.0  # at the end
+PATIENCE_S = 120.0  # at the end
 
 
 class RecordWriter:

@@ -156,6 +156,8 @@ def begin_run(
     timeout = timedelta(seconds=config.comm.timeout_seconds)
     grid = ProcessGrid(partial(world_communicator, config.comm.transport, timeout, device), pipe or 1)
     exits.callback(grid.close)
+    if config.comms_logger.enabled or config.trace is not None:
+        grid.observe(streams.mark)
     if grid.world.rank == 0:
         _list_ignored(config)
     batch = _batch_sizes(config, grid.data.world_size, loader_batch_size)

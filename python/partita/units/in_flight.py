@@ -62,6 +62,11 @@ class Reductions:
         """Whether any is under way."""
         return bool(self._in_flight)
 
+    @property
+    def staging_bytes(self) -> int:
+        """Of buffers that gradients of several units use in turns."""
+        return self._staging.nbytes
+
     def has(self, unit: Unit) -> bool:
         """Whether one of this unit is under way."""
         return any(flight.unit is unit for flight in self._in_flight)

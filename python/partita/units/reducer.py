@@ -86,6 +86,11 @@ class GradientReducer:
         """Whether there are gradients of the step at hand, also such that are being reduced."""
         return bool(self._reductions) or any(unit.grad_state is not GradState.EMPTY for unit in self.units)
 
+    @property
+    def staging_bytes(self) -> int:
+        """Of buffers that gradients of several units use in turns."""
+        return self._reductions.staging_bytes
+
     def finish_backward(self) -> None:
         """Backward is over: packs and launches what is left; parameters without a gradient count as zeros."""
         if not self._bucketer.in_backward:

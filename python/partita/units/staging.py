@@ -24,6 +24,11 @@ class Staging:
             self._free[dtype] = [self._communicator.empty(self._numel, dtype) for _ in range(STAGING_BUFFERS)]
         return self._free[dtype].pop() if self._free[dtype] else None
 
+    @property
+    def nbytes(self) -> int:
+        """Of all buffers, free or not."""
+        return sum(STAGING_BUFFERS * self._numel * dtype.itemsize for dtype in self._free)
+
     def give_back(self, buffer: Tensor) -> None:
         """Nobody uses the buffer any more."""
         self._free[buffer.dtype].append(buffer)

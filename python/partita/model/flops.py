@@ -28,17 +28,17 @@ class FlopCounter(TorchDispatchMode):
     """In this block, operations are counted. It makes each operation slower.
 
     Args:
-        module: whose submodules' forwards are told apart; None: all is one. Hooks on the submodules end with the block.
+        modules: by name, whose forwards are told apart; None: all is one. Hooks on them end with the block.
 
     Attributes:
-        by_module: FLOPs by the name of the innermost submodule that was running; "" is the module itself, and what runs
+        by_module: FLOPs by the name of the innermost module that was running; "" is a model itself, and what runs
             outside of it.
     """
 
-    def __init__(self, module: nn.Module | None = None) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.by_module: Counter[str] = Counter()
-        self._module = module
+        self._modules = modules or {}
         self._running = [""]
         self._hooks: list[RemovableHandle] = []
 
@@ -48,7 +48,7 @@ class FlopCounter(TorchDispatchMode):
         return sum(self.by_module.values())
 
     def __enter__(self) -> Self:
-        for name, submodule in () if self._module is None else self._module.named_modules():
+        for name, submodule in self._modules.items():
             self._hooks.append(submodule.register_forward_pre_hook(self._enter(name), prepend=True))
             self._hooks.append(submodule.register_forward_hook(self._leave, always_call=True))
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -74,9 +74,9 @@ class FlopCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = func._overloadpacket
         formula = FORMULAS.get(packet)
-        if formula is None and packet not in flop_registry:
-            with self:  # in inference mode, operations that are made of others arrive whole
-                parts = func.decompose(*args, **kwargs) if torch.is_inference_mode_enabled() else NotImplemented
+        if formula is None and packet not in flop_registry and torch.is_inference_mode_enabled():
+            with _Inside(self):  # operations that are made of others arrive whole there
+                parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
         outputs = func(*args, **kwargs)
@@ -85,6 +85,17 @@ class FlopCounter(TorchDispatchMode):
         elif packet in flop_registry:
             self.by_module[self._running[-1]] += flop_registry[packet](*args, **kwargs, out_val=outputs)
         return outputs
+
+
+class _Inside(TorchDispatchMode):
+    """Hands the operations that another one is made of to a counter."""
+
+    def __init__(self, counter: FlopCounter) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._counter = counter
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._counter.__torch_dispatch__(func, types, args, kwargs)
 
 
 def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
