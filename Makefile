@@ -39,44 +39,45 @@ setup: .venv/installed
 	$(BIN)/pip install -q '.[data,docs,examples,monitor,test,lint]' $(WHEEL_OPTIONS)
 	touch $@
 
+LAUNCH = @$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS)
+GET = @$(BIN)/python examples/get_data.py
+
 train: .venv/installed
-	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/pretrain_lm.py $(ARGS)
+	$(LAUNCH) examples/pretrain_lm.py $(ARGS)
 
-finetune: .venv/installed
-	@$(BIN)/python examples/get_data.py dialogues
-	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/finetune_chat.py $(ARGS)
-
-chat: .venv/installed
-	@test -e runs/chat/config.json || $(MAKE) --no-print-directory finetune ARGS=
-	@$(BIN)/python examples/chat.py runs/chat $(ARGS)
 # A language model over a learned vocabulary, from an autoencoder's embedding and from a cold start.
 TWO_PHASE := --text data/brown.txt --tokenizer bpe --vocabulary 4000 --model lstm --layers 1 --embedding 128 --hidden 256
 TWO_PHASE += --context 64 --steps 300 --eval-every 50 --lr 4e-3 --autoencoder --compare
 TWO_PHASE += --out runs/two-phase --checkpoints checkpoints/two-phase
 
-train-two-phase: .venv/installed data/brown.txt
-	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/pretrain_lm.py $(TWO_PHASE) $(ARGS)
+train-two-phase: .venv/installed
+	$(GET) brown
+	$(LAUNCH) examples/pretrain_lm.py $(TWO_PHASE) $(ARGS)
 
-data/brown.txt: | .venv/installed
-	@$(BIN)/python examples/get_data.py brown
+classify: .venv/installed
+	$(GET) bbc minilm
+	$(LAUNCH) examples/classify.py --config examples/configs/classify.json --model data/all-minilm-l6-v2 --steps 40 $(ARGS)
+
+finetune: .venv/installed
+	$(GET) dialogues
+	$(LAUNCH) examples/finetune_chat.py $(ARGS)
+
+chat: .venv/installed
+	@test -e runs/chat/config.json || $(MAKE) --no-print-directory finetune ARGS=
+	@$(BIN)/python examples/chat.py runs/chat $(ARGS)
 
 evaluate: .venv/installed
 	@$(BIN)/python examples/evaluate.py $(if $(ARGS),$(ARGS),runs/pretrain)
+
+custom-optimizer: .venv/installed
+	$(LAUNCH) examples/custom_optimizer.py $(ARGS)
 
 notebook: .venv/installed
 	@mkdir -p runs
 	@$(BIN)/jupyter-execute examples/notebook.ipynb --output=../runs/notebook.ipynb
 
-classify: .venv/installed
-	@$(BIN)/python examples/get_data.py bbc minilm
-	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/classify.py \
-	  --config examples/configs/classify.json --model data/all-minilm-l6-v2 --steps 40 $(ARGS)
-
-custom-optimizer: .venv/installed
-	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/custom_optimizer.py $(ARGS)
-
 data: .venv/installed
-	@$(BIN)/python examples/get_data.py $(ARGS)
+	$(GET) $(ARGS)
 
 test: test-cpp test-python
 
