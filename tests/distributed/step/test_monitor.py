@@ -52,6 +52,7 @@ def test_what_is_recorded_is_of_all_ranks_and_rank_0_writes_it(ranks, tmp_path: 
     tokens = 2 * sum(map(sum, LENGTHS))
     for row in found[1:]:
         seconds = row["step_ms"] / 1e3
+        assert 0 <= row["waited_share"] <= 1
         assert row["tokens_per_s"] * seconds == pytest.approx(tokens)
         assert row["flops_per_s"] * seconds == pytest.approx(3 * 2 * tokens * 6 * 11)
     assert [row["rank"] for row in rows(tmp_path) if "rank" in row] == [0, 0, 0]
