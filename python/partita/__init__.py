@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from partita import utils, zero
+from partita import nn, utils, zero
 from partita.comm import CommunicationError, init_distributed
 from partita.config import ConfigError, add_config_arguments, default_config
 from partita.data import RepeatingLoader
@@ -37,6 +37,7 @@ __all__ = [
     "default_config",
     "init_distributed",
     "initialize",
+    "nn",
     "utils",
     "zero",
 ]

@@ -19,6 +19,7 @@ PACKAGE = ROOT / "python" / "partita"
 LAYERS = (
     "_core",
     "files",
+    "nn",
     "config",
     "device",
     "comm",

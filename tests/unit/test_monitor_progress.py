@@ -103,6 +103,7 @@ def test_one_line_is_rewritten_and_messages_stand_above_it(terminal, monkeypatch
         line.report(report(step))
     assert [row[:6] for row in terminal.screen()] == ["step 2"]
     logger.info("a message")
+    assert [row[:9] for row in terminal.screen()] == ["a message", "step 2  l"]
     line.report(report(3))
     assert [row[:9] for row in terminal.screen()] == ["a message", "step 3  l"]
     line.close()
