@@ -110,22 +110,19 @@ def _seconds_each(count: int, call: Any) -> float:
 
 
 def in_turns(without: Path, turns: int) -> dict[str, dict[str, Any]]:
-    """Microseconds of each build by turn, and the median over turns of their ratio."""
+    """Microseconds of each build: the best turn, as others use the machine too; and the ratio of these."""
     found: dict[str, dict[str, list[float]]] = {name: {"with": [], "without": []} for name in COLLECTIVES}
     for turn in range(turns):
         builds = [("with", ""), ("without", str(without))]
         for build, path in builds if turn % 2 else reversed(builds):
             for name, microseconds in pair(path).items():
                 found[name][build].append(microseconds)
-    ratios = {
-        name: [a / b for a, b in zip(times["with"], times["without"], strict=True)] for name, times in found.items()
-    }
     return {
         name: {
-            "with_us": median(times["with"]),
-            "without_us": median(times["without"]),
-            "ratio": median(ratios[name]),
-            "ratios": ratios[name],
+            "with_us": min(times["with"]),
+            "without_us": min(times["without"]),
+            "ratio": min(times["with"]) / min(times["without"]),
+            "turns_us": times,
         }
         for name, times in found.items()
     }

@@ -11,7 +11,8 @@ import partita
 import pytest
 import small_models
 import torch
-from partita.monitor.trace import COLLECTIVES, PROGRAM, Span, events_of, merged
+from partita.comm import SingleProcess
+from partita.monitor.trace import COLLECTIVES, PROGRAM, Span, Trace, events_of, merged
 
 RANK = 3
 
@@ -89,6 +90,17 @@ def test_what_is_wrong_is_said_before_a_step(tmp_path, trace, message):
         trace = trace | {"path": trace["path"].format(folder=tmp_path)}
     with pytest.raises(ValueError, match=message):
         partita.initialize(model=small_models.seeded(), config=small_models.config(trace=trace))
+
+
+def test_nobody_listens_after_the_steps(tmp_path):
+    listeners: list[Any] = []
+    trace = Trace([2, 2], tmp_path / "trace.json", small_models.seeded(), SingleProcess(), listeners)
+    trace.begin(0)
+    assert not listeners
+    trace.after_update(1)
+    assert len(listeners) == 1
+    trace.after_update(2)
+    assert not listeners and [e["name"] for e in _events(tmp_path / "trace.json", "step")] == ["step 2"]
 
 
 # -- pure

@@ -15,7 +15,7 @@ from partita.comm import WaitsLedger
 from partita.comm.grid import ProcessGrid
 from partita.monitor import Waits, WaitTable
 
-LATE_S = 0.1  # long beside what the tests themselves take; nothing here says how long anything takes
+LATE_S = 0.25  # long beside what the tests themselves take; nothing here says how long anything takes
 STEPS = 3
 
 
@@ -59,6 +59,26 @@ def test_over_several_hosts_the_others_of_a_host_are_known(ranks):
     assert all(each >= 0.0 for by_rank, unknown in rows for each in (*by_rank, unknown))
 
 
+def _asked_often(hosts: tuple[str, ...], slow: int) -> tuple[float, float]:
+    with communicator_on(hosts) as communicator:
+        began = time.perf_counter()
+        for _ in range(4):
+            if communicator.rank == slow:
+                time.sleep(LATE_S / 4)
+            communicator.all_reduce(torch.ones(8)).wait()
+            communicator.waited()
+        elapsed = time.perf_counter() - began
+        assert communicator.waited() == communicator.waited()  # nothing has happened
+        return communicator.waited().total_s, elapsed
+
+
+@pytest.mark.parametrize("hosts", [ONE_HOST[3], TORCH[3], TWO_HOSTS["1+2 interleaved"]], ids=["one", "gloo", "two"])
+def test_asking_counts_no_time_twice(ranks, hosts):
+    rows = ranks(3).run(_asked_often, hosts, 1)
+    assert all(0.0 <= waited <= elapsed for waited, elapsed in rows)
+    assert min(waited for waited, _ in (rows[0], rows[2])) > rows[1][0]
+
+
 def _messages(hosts: tuple[str, ...]) -> Any:
     with communicator_on(hosts) as communicator:
         tensor = torch.ones(50_000)
@@ -79,16 +99,28 @@ def test_a_message_is_waited_for_by_its_receiver(ranks, hosts):
 # -- steps of an engine
 
 
-def _late_steps(stage: int, slow: int, transport: str) -> tuple[Waits, Waits]:
-    """One rank is late before each backward, whose reductions the others wait in."""
-    config = small_models.config(zero_optimization={"stage": stage}, comm={"transport": transport})
-    engine, *_ = partita.initialize(model=small_models.seeded(), config=config)
-    for step in range(STEPS):
+def _warm_up() -> None:
+    """What the first step of a process imports is not waited for later."""
+    engine, *_ = partita.initialize(model=small_models.seeded(), config=small_models.config())
+    _steps(engine, 1, None)
+    engine.destroy()
+
+
+def _steps(engine: Any, count: int, slow: int | None) -> None:
+    for step in range(count):
         loss = engine(small_models.inputs(step, 2))
         if engine.global_rank == slow:
             time.sleep(LATE_S)
         engine.backward(loss)
         engine.step()
+
+
+def _late_steps(stage: int, slow: int, transport: str) -> tuple[Waits, Waits]:
+    """One rank is late before each backward, whose reductions the others wait in."""
+    _warm_up()
+    config = small_models.config(zero_optimization={"stage": stage}, comm={"transport": transport})
+    engine, *_ = partita.initialize(model=small_models.seeded(), config=config)
+    _steps(engine, STEPS, slow)
     waits = engine.waits()
     again = engine.waits()
     engine.destroy()
@@ -117,6 +149,7 @@ def _assert_consistent(table: WaitTable) -> None:
 
 
 def _late_stage(slow: int) -> Waits:
+    _warm_up()
     batch = [pipelines.micro_batch(0, m) for m in range(4)]
     engine, *_ = partita.initialize(model=pipelines.Shape(blocks=2).module(2), config=pipelines.config_for(4))
     layers = [m for m in engine.module.modules() if isinstance(m, pipelines.Block)]
