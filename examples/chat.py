@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
         "--top-p", type=number(float, 0.0, open_end=True), default=0.95, help="draw among the likeliest"
     )
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of what is drawn")
-    parser.add_argument("--answer-tokens", type=number(int, 1), default=100, help="the longest answer")
+    parser.add_argument("--answer-tokens", type=number(int, 1), default=40, help="the longest answer")
     parser.add_argument("--system", metavar="TEXT", help="a system message at the beginning")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=best, help="what computes")

@@ -11,6 +11,7 @@ what was measured, and phases.png.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import hashlib
 import math
@@ -35,7 +36,7 @@ from common.dialogues import (
     shorten,
     without_repeats,
 )
-from common.generation import gathered
+from common.generation import gathered, separate
 from common.job import FAILED, JobError, config_from, device_of_this_rank, process_group, run_job
 from common.packing import Arrangement
 from common.scores import score_named
@@ -129,8 +130,10 @@ def settings_of(args: argparse.Namespace, dialogues: list[Dialogue]) -> dict[str
 # -- the run
 
 
-def make_run(args: argparse.Namespace, engine: partita.Engine, tokenizer: Any, material: Material) -> ChatRun:
-    """The phases, as the command line wants them."""
+def make_run(
+    args: argparse.Namespace, engine: partita.Engine, twin: Any, tokenizer: Any, material: Material
+) -> ChatRun:
+    """The phases, as the command line wants them; `twin`: the model that answers, None for the engine's own."""
     schedule = Schedule(
         steps=args.steps,
         rounds=args.rounds,
@@ -152,6 +155,8 @@ def make_run(args: argparse.Namespace, engine: partita.Engine, tokenizer: Any, m
     )
     arrangement = Arrangement(args.context, packs=not args.padding)
     whole = functools.partial(gathered, engine)
+    if twin is not None:
+        whole = functools.partial(separate, engine, twin, int(args.bucket_mb * 2**20))
     return ChatRun(engine, material, schedule, asking, drawing, arrangement, whole, args.out)
 
 
@@ -171,10 +176,11 @@ def run(args: argparse.Namespace) -> bool:
         raise JobError(f"--context {args.context} is more than the {context_of(model)} tokens that the model sees")
     material = material_of(args, train, held_out, tokenizer)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # unless the engine takes it: after the last step it ends nothing
+    twin = copy.deepcopy(model).to(device_of_this_rank(args.device)) if args.generator == "separate" else None
     engine = make_engine(args, model)
     settings = settings_of(args, dialogues)
     require_same_settings(engine, settings)
-    chat = make_run(args, engine, tokenizer, material)
+    chat = make_run(args, engine, twin, tokenizer, material)
     total = args.steps + args.rounds * args.round_steps
     if not begins(engine, chat, total):
         engine.destroy()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -185,9 +185,7 @@ def answers(
     return shared_out(len(prompts), batch_size, work, by_length)
 
 
-# -- where the model is that answers
-
-Whole = Callable[[], AbstractContextManager[Any]]  # a block with a model that ranks may use as they like; a collective
+# -- the model that answers: a block in which each rank uses it as it likes. All ranks enter and leave together.
 
 
 @contextmanager
@@ -200,3 +198,20 @@ def gathered(engine: partita.Engine) -> Iterator[Any]:
             yield engine.module
         finally:
             engine.module.train(was_training)
+
+
+@contextmanager
+def separate(engine: partita.Engine, twin: Any, bucket_bytes: int) -> Iterator[Any]:
+    """A second model on this rank, which takes over the trained weights as the block begins.
+
+    Args:
+        twin: a model of the same kind, which nothing else trains.
+        bucket_bytes: the most that is under way at once.
+    """
+    twin.to(engine.module.dtype)
+    missing = twin.state_dict()
+    for bucket in engine.weights(bucket_bytes=bucket_bytes):
+        for name, weight in bucket:
+            missing.pop(name).copy_(weight)
+    assert not missing, missing.keys()
+    yield twin.eval()

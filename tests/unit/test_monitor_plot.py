@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -37,10 +38,11 @@ def recorded(folder: Path, steps: int = 40, **more: float) -> Path:
 
 
 def test_a_run_reads_the_same_from_its_rows_and_from_its_tables(tmp_path: Path):
-    recorded(tmp_path, forward_ms=3.0, update_ms=4.0)
+    recorded(tmp_path, forward_ms=3.0, update_ms=4.0, grad_norm=math.inf)
     lines, tables = read_run(tmp_path), read_run(tmp_path / "tables" / JOB)
     assert lines.name == tmp_path.name and tables.name == JOB
     assert lines.series.keys() == tables.series.keys() >= {"loss", "val_loss", "update_ms", "accuracy"}
+    assert "grad_norm" not in lines.series  # nothing that could be drawn
     for name, series in lines.series.items():
         assert (series.samples, series.values) == (tables.series[name].samples, tables.series[name].values)
         assert series.steps == [x // 8 for x in series.samples] and tables.series[name].steps is None

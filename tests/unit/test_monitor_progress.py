@@ -74,7 +74,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
     monkeypatch.setattr(sys, "stderr", made.stream)
     handler = ConsoleHandler()
     logger.addHandler(handler)
-    before, logger.level = logger.level, logging.INFO
+    before = logger.level
+    logger.setLevel(logging.INFO)
     logger.propagate = False
     yield made
     logger.propagate = True
@@ -102,6 +103,7 @@ def test_one_line_is_rewritten_and_messages_stand_above_it(terminal, monkeypatch
         line.report(report(step))
     assert [row[:6] for row in terminal.screen()] == ["step 2"]
     logger.info("a message")
+    assert [row[:9] for row in terminal.screen()] == ["a message", "step 2  l"]
     line.report(report(3))
     assert [row[:9] for row in terminal.screen()] == ["a message", "step 3  l"]
     line.close()
@@ -163,10 +165,9 @@ def test_an_engine_draws_and_ends_its_line(terminal, monkeypatch):
 # -- elsewhere
 
 
-def test_without_a_terminal_there_are_plain_lines(capsys, monkeypatch):
-    handler = ConsoleHandler()
-    monkeypatch.setattr(logger, "handlers", [handler])
-    monkeypatch.setattr(logger, "level", logging.INFO)
+def test_without_a_terminal_there_are_plain_lines(capsys, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="partita")
+    monkeypatch.setattr(logger, "handlers", [ConsoleHandler()])
     line = progress(monkeypatch, monitor={"progress": "line"})
     for step in range(1, 21):
         line.report(report(step))
@@ -174,7 +175,7 @@ def test_without_a_terminal_there_are_plain_lines(capsys, monkeypatch):
 
 
 def test_a_program_with_logging_of_its_own_gets_plain_lines(caplog, monkeypatch):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="partita")
     line = progress(monkeypatch)
     for step in range(1, 21):
         line.report(report(step))
@@ -185,7 +186,7 @@ def test_a_program_with_logging_of_its_own_gets_plain_lines(caplog, monkeypatch)
 
 
 def test_who_is_waited_for_is_told_over_the_steps_since_the_last_line(caplog, monkeypatch):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="partita")
     line = progress(monkeypatch, steps_per_print=3)
     for step, waits in enumerate([(3, 0.2), (1, 0.1), (3, 0.3), (None, 0.0), (None, 0.01), (None, 0.005)], 1):
         line.report(report(step, waits=StepWaits(*waits)))

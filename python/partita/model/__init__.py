@@ -2,6 +2,7 @@
 
 from partita.model.access import ParameterAccess, access_of
 from partita.model.accumulation import Accumulation
+from partita.model.flops import FlopCounter, count_flops
 from partita.model.format_names import DTYPE_NAMES
 from partita.model.loss_scaling import LossScaling
 from partita.model.part import ModelPart
@@ -27,6 +28,7 @@ __all__ = [
     "Accumulation",
     "CommonAccumulation",
     "DiffersByRank",
+    "FlopCounter",
     "KeepsValues",
     "LossScaling",
     "ModelPart",
@@ -39,6 +41,7 @@ __all__ = [
     "TrainState",
     "access_of",
     "clone_state_dict",
+    "count_flops",
     "device_of",
     "from_plain",
     "require_only_parameters_of",

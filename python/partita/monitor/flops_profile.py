@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from partita.device.streams import Streams
-from partita.model.flops import FlopCounter
+from partita.model import FlopCounter
 from partita.monitor.module_table import ModuleCosts, ProfiledStep, inclusive, summary_text, tree_text
 from partita.monitor.written import write_text
 
