@@ -21,7 +21,8 @@ from partita.config.models import Config
 sys.path.insert(0, str(ROOT / "bench"))
 from front_page import PICTURE, draw, front_ratios
 
-SLOW = {f"docs/{name}.md" for name in ("quick-start", "migration", "how-to/data", "how-to/huggingface")}  # many runs
+SLOW = {f"docs/{name}.md" for name in ("quick-start", "migration")}  # many runs
+SLOW |= {f"docs/how-to/{name}.md" for name in ("custom-optimizer", "data", "huggingface", "profiling")}
 INLINE = re.compile(r'`("(\w+)": [^`]+)`')
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 NAMED = re.compile(r"`((?:bench|cpp|cuda|docs|examples|python|tests|\.ci)/[\w./-]*\w)`")
@@ -108,6 +109,7 @@ def test_the_picture_is_drawn_from_the_results(tmp_path):
     assert PICTURE.stat().st_size < 150_000
 
 
+@pytest.mark.slow
 def test_programs_of_the_examples_have_the_options_that_pages_give_them(python):
     given: dict[str, set[str]] = {}
     for block in (block for page in pages() for block in blocks(page) if block.language in SHELL):
