@@ -96,6 +96,7 @@ def test_it_learns_and_writes_its_results(given, tmp_path, ranks, stage, precisi
     check_results(tmp_path, output, given[1])
 
 
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # torch's record, without a real stderr
 def test_the_program_learns_on_two_ranks(given, tmp_path, python, monkeypatch, capsys):
     """As a user starts it; progress is plain lines without a terminal."""
     options = [*given, *TINY, "--no-checkpoints", "--out", tmp_path, "--stage", 3]
