@@ -69,7 +69,7 @@ notebook: .venv/installed
 classify: .venv/installed
 	@$(BIN)/python examples/get_data.py bbc minilm
 	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/classify.py \
-	  --config examples/configs/classify.json --model data/all-minilm-l6-v2 --steps 40 $(ARGS)
+	  --model data/all-minilm-l6-v2 --steps 40 $(ARGS)
 
 data: .venv/installed
 	@$(BIN)/python examples/get_data.py $(ARGS)

@@ -263,7 +263,6 @@ def test_a_picture_of_many_labels(tmp_path):
         ("--from-config bert-huge", "--from-config bert-huge: neither a file nor a folder, nor one of bert-tiny"),
         ("--model ./nowhere", "there is no model at ./nowhere: give a folder with config.json and weights"),
         ("--model EMPTY", "has no config.json: it is not the folder of a Hugging Face model"),
-        ("--model a/name --from-config bert-tiny", "not allowed with argument --model"),
         ("--length 41", "--length 41 is more than the 40 tokens that the model can read"),
         ("--batch-size 500", "99 texts to train on, fewer than the 500 of a batch: lower --batch-size"),
         ("--held-out 1", "--held-out 1 leaves nothing to train on"),
