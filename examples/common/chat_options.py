@@ -35,10 +35,10 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add_engine_arguments(run)
     rounds = parser.add_argument_group("self-training")
     rounds.add_argument("--rounds", type=number(int, 0), default=3, help="how often answers are drawn and trained on")
-    rounds.add_argument("--round-steps", type=count, default=60, help="optimizer steps in a round")
+    rounds.add_argument("--round-steps", type=count, default=40, help="optimizer steps in a round")
     rounds.add_argument("--round-lr", type=rate, default=0.2, help="learning rate of the rounds, as a share of --lr")
-    rounds.add_argument("--histories", type=count, default=384, help="how many histories a round answers, at most")
-    rounds.add_argument("-k", "--candidates", type=count, default=8, help="answers that are drawn for each history")
+    rounds.add_argument("--histories", type=count, default=256, help="of the training data that are answered")
+    rounds.add_argument("-k", "--candidates", type=count, default=6, help="answers that are drawn for each history")
     rounds.add_argument("--temperature", type=rate, default=0.8, help="of the drawn answers")
     rounds.add_argument("--top-p", type=rate, default=0.95, help="draw among the likeliest tokens of this probability")
     rounds.add_argument("--alpha", type=share, default=0.5, help="J = alpha L_data + (1 - alpha) L_gen")
@@ -49,7 +49,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     which = "the best answer to each history: only if it beats the greedy one, or always"
     rounds.add_argument("--keep-answers", choices=keep, default="better", help=which)
     rounds.add_argument("--answer-tokens", type=count, default=32, help="the longest answer that is generated")
-    rounds.add_argument("--generate-batch", type=count, default=64, help="answers that a rank generates at once")
+    rounds.add_argument("--generate-batch", type=count, default=128, help="answers that a rank generates at once")
     where = "what answers: the trained model, gathered as a whole, or a second one that takes over its weights"
     rounds.add_argument("--generator", choices=("gathered", "separate"), default="gathered", help=where)
     rounds.add_argument("--bucket-mb", type=rate, default=64.0, help="weights under way to a second one at once")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from common.report import BLUE, GREY, ORANGE
 
@@ -24,9 +25,10 @@ class Phase:
         score: mean over answers that are drawn for held-out histories, by --score: what the rounds are to raise.
         token_f1: of greedy answers to held-out histories against their references, the mean.
         loss_data, loss_generated: mean over the phase's tokens, in nats.
-        kept: how many answers the round was trained on.
-        score_kept, score_drawn, score_greedy: mean scores of those, of all drawn ones, and of greedy answers to the
-            same histories, all as the round began.
+        histories, kept: to how many histories of the training data answers were drawn then, and of how many the best
+            one is kept for the next round.
+        score_drawn, score_greedy, score_kept: mean scores of all these answers, of the greedy ones to the same
+            histories, and of those that are kept.
     """
 
     name: str
@@ -48,7 +50,7 @@ COLUMNS = (  # heading, attribute, format, which way is better
     ("held-out: perplexity", "perplexity", ".2f", -1),
     ("score", "score", ".4f", 1),
     ("greedy F1", "token_f1", ".4f", 1),
-    ("drawn to train: score", "score_drawn", ".4f", 1),
+    ("training histories: score", "score_drawn", ".4f", 1),
     ("of greedy", "score_greedy", ".4f", 1),
     ("of kept", "score_kept", ".4f", 1),
     ("kept", "kept", ",d", 0),
@@ -95,11 +97,13 @@ def write_phases(phases: Sequence[Phase], settings: dict[str, object], file: Pat
 def plot_phases(phases: Sequence[Phase], title: str, file: Path) -> None:
     """Perplexity, token F1 and scores over the phases."""
     names = [phase.name for phase in phases]
-    figure = Figure(figsize=(11, 3.8), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 3.8), dpi=100, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     perplexity, held_out, score = figure.subplots(1, 3)
     perplexity.plot(names, [phase.perplexity for phase in phases], color=BLUE, marker="o")
     perplexity.set_yscale("log")
+    perplexity.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    perplexity.yaxis.set_minor_formatter(NullFormatter())
     perplexity.set_title("held-out perplexity (log scale)", fontsize=10, loc="left")
     held_out.plot(names, [phase.score for phase in phases], color=BLUE, marker="o", label="score of drawn answers")
     held_out.plot(
@@ -115,7 +119,7 @@ def plot_phases(phases: Sequence[Phase], title: str, file: Path) -> None:
     ):
         values = [(phase.name, getattr(phase, name)) for phase in rounds if getattr(phase, name) is not None]
         score.plot([name for name, _ in values], [value for _, value in values], color=colour, marker="o", label=label)
-    score.set_title("scores of a round's answers, as it begins", fontsize=10, loc="left")
+    score.set_title("answers to training histories", fontsize=10, loc="left")
     if rounds:
         score.legend(frameon=False, fontsize=9)
     for axes in (perplexity, held_out, score):
@@ -124,8 +128,9 @@ def plot_phases(phases: Sequence[Phase], title: str, file: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=GREY, labelsize=8, axis="both")
         axes.tick_params(axis="x", rotation=25)
-        axes.margins(x=0.05)
+        axes.margins(x=0.08, y=0.12)
     for phase in phases:
-        for point, value, form in ((perplexity, phase.perplexity, ".1f"), (held_out, phase.score, ".3f")):
-            point.annotate(f"{value:{form}}", (phase.name, value), (0, 6), textcoords="offset points", fontsize=8)
+        drawn = [] if phase.score_drawn is None else [(score, phase.score_drawn, ".3f")]
+        for axes, value, form in ((perplexity, phase.perplexity, ",.0f"), (held_out, phase.score, ".3f"), *drawn):
+            axes.annotate(f"{value:{form}}", (phase.name, value), (0, 7), textcoords="offset points", fontsize=8)
     figure.savefig(file)

@@ -1,16 +1,16 @@
 """The phases of finetune_chat.py: a first measurement, fine-tuning, rounds of self-training.
 
 [Note: going on] Where a run is follows from the engine's step and from `client_state`: the phases that are measured,
-the feedback set of the round under way (its digest; the answers are in a file), and the losses so far. What a step
-trains on and what is drawn are functions of seed, step and weights. So a run that was killed draws the same answers
-once more, or reads them from the file if it had trained on them, and ends as if nothing had been.
+the feedback set of the next round (its digest; the answers are in a file), and the losses so far. What a step trains
+on and what is drawn are functions of seed, step and weights. So a run that was killed amid a phase's end measures and
+draws the same once more, one that was killed in a round reads the answers from the file, and both end as if nothing
+had been.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,6 @@ from common.generation import shared_out
 from common.job import JobError, sum_over_ranks
 from common.packing import Arrangement, Rows
 from common.self_training import (
-    Sample,
     Share,
     plan_step,
     read_feedback,
@@ -62,7 +61,7 @@ class Schedule:
     rounds: int
     round_steps: int
     rows: int  # of the data in a step, over all ranks
-    histories: int  # that a round draws answers to, at most
+    histories: int  # that answers are drawn to, at most; the same in all rounds
     alpha: float
     log_every: int
     seed: int
@@ -117,56 +116,49 @@ class ChatRun:
     def run(self, progress: Progress, interrupts: Interrupts) -> bool:
         """All phases that are left; True if Ctrl-C ended it earlier."""
         for phase in range(len(self.phases), self._schedule.rounds + 2):
-            started, feedback = time.perf_counter(), {}
-            rows = None
-            if phase >= 2:
-                samples, feedback = self._feedback(phase, progress)
-                rows = self._generated_rows(phase, samples)
+            started = time.perf_counter()
+            rows = self._generated_rows(phase) if phase >= 2 else None
             stopped = self._train(phase, rows, progress, interrupts)
-            self._end(phase, feedback, time.perf_counter() - started)
+            self._end(phase, progress, started)
             if stopped:
                 return True
         return False
 
     # -- the feedback set
 
-    def _feedback(self, phase: int, progress: Progress) -> tuple[list[Sample], dict[str, Any]]:
-        """The answers that a round trains on, and what is known of them; drawn, or those that it began with."""
-        state, name = self._engine.client_state, self._schedule.phases[phase]
-        file = self._out / f"feedback-{phase - 1}.jsonl"
-        known = state.get("feedback", {})
-        if known.get("phase") == name and self._engine.global_steps > self._schedule.end(phase - 1):
-            (samples,) = shared_out(1, 1, lambda _: [read_feedback(file, known["sha256"])])
-            return samples, known
-        asked = self._histories(phase)
+    def _feedback_file(self, number: int) -> Path:
+        """Of the answers that round `number` trains on."""
+        return self._out / f"feedback-{number}.jsonl"
+
+    def _draw(self, model: Any, phase: int, progress: Progress) -> dict[str, Any]:
+        """Answers of the model after a phase, the best kept for the next one; returns what `Phase` says of them."""
+        asked, name = self._histories(), self._schedule.phases[phase]
         count = len(asked) * self._drawing.candidates
         progress.show(self._engine.global_steps, f"{name}: draws {count:,} answers to {len(asked):,} histories")
-        with self._whole() as model:
-            longest = self._arrangement.context - self._asking.max_new_tokens
-            prompts = [encode_prompt(self._asking.tokenizer, history.messages, longest) for history in asked]
-            seed = f"{self._schedule.seed}/{name}"
-            drawn = draw_feedback(model, asked, prompts, seed, self._drawing, self._asking)
-        (digest,) = shared_out(1, 1, lambda _: [write_feedback(drawn.samples, file)])
+        longest = self._arrangement.context - self._asking.max_new_tokens
+        prompts = [encode_prompt(self._asking.tokenizer, history.messages, longest) for history in asked]
+        drawn = draw_feedback(model, asked, prompts, f"{self._schedule.seed}/{name}", self._drawing, self._asking)
+        (digest,) = shared_out(1, 1, lambda _: [write_feedback(drawn.samples, self._feedback_file(phase))])
+        self._engine.client_state["feedback"] = digest
         kept = len(drawn.samples)
-        known = {
-            "phase": name,
-            "sha256": digest,
+        return {
             "histories": drawn.histories,
             "kept": kept,
             "score_kept": sum(sample.score for sample in drawn.samples) / kept if kept else None,
             "score_drawn": drawn.score_drawn,
             "score_greedy": drawn.score_greedy,
         }
-        state["feedback"] = known
-        return drawn.samples, known
 
-    def _histories(self, phase: int) -> list[History]:
-        """Those of a round, drawn anew for each."""
+    def _histories(self) -> list[History]:
+        """Those that answers are drawn to."""
         everything = self._material.histories
-        choice = random.Random(f"{self._schedule.seed}/histories/{phase}")
+        choice = random.Random(f"{self._schedule.seed}/histories")
         return choice.sample(everything, min(self._schedule.histories, len(everything)))
 
-    def _generated_rows(self, phase: int, samples: Sequence[Sample]) -> Rows | None:
+    def _generated_rows(self, phase: int) -> Rows | None:
+        """What a round trains on beside the data; None if no answer was worth it."""
+        file, digest = self._feedback_file(phase - 1), self._engine.client_state["feedback"]
+        (samples,) = shared_out(1, 1, lambda _: [read_feedback(file, digest)])
         encoded = [encode(self._asking.tokenizer, sample.messages, last_only=True) for sample in samples]
         short, _ = shorten(encoded, self._arrangement.context)
         seed = f"{self._schedule.seed}/generated/{phase}"
@@ -202,21 +194,21 @@ class ChatRun:
 
     # -- measuring
 
-    def _end(self, phase: int, feedback: dict[str, Any], seconds: float) -> None:
-        """Measures, says it, and saves."""
+    def _end(self, phase: int, progress: Progress, started: float) -> None:
+        """Measures and draws, says it, and saves. `started`: when the phase did, in seconds."""
         engine, schedule = self._engine, self._schedule
         with self._whole() as model:
             found = measure(model, self._material.trial, self._drawing, self._asking, self._arrangement)
+            numbers = self._draw(model, phase, progress) if phase else {}
         self.texts = found.texts
         means = _means(engine.client_state["losses"])
-        numbers = {name: value for name, value in feedback.items() if name not in ("phase", "sha256")}
         result = Phase(
             name=schedule.phases[phase],
             steps=engine.global_steps,
             perplexity=found.perplexity,
             score=found.score,
             token_f1=found.token_f1,
-            seconds=seconds,
+            seconds=time.perf_counter() - started,
             loss_data=means[0],
             loss_generated=means[1],
             **numbers,
