@@ -56,7 +56,7 @@ train-two-phase: .venv/installed
 
 classify: .venv/installed
 	$(GET) bbc minilm
-	$(LAUNCH) examples/classify.py --config examples/configs/classify.json --model data/all-minilm-l6-v2 --steps 40 $(ARGS)
+	$(LAUNCH) examples/classify.py --model data/all-minilm-l6-v2 --steps 40 $(ARGS)
 
 finetune: .venv/installed
 	$(GET) dialogues

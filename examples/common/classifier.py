@@ -38,12 +38,12 @@ Encoding = dict[str, Any]
 # -- the config, the model
 
 
-def read_config(model: str | None, from_config: str, labels: Sequence[str]) -> Any:
+def read_config(model: str | None, from_config: str | None, labels: Sequence[str]) -> Any:
     """The model's config, with the labels in it.
 
     Args:
         model: what `--model` says: a folder or a name of the hub; None where the model is made of `from_config`.
-        from_config: one of ARCHITECTURES, a config file, or a folder with one.
+        from_config: one of ARCHITECTURES, a config file, or a folder with one; None where there is a model.
 
     Raises:
         JobError: there is no such model or config.
@@ -54,7 +54,7 @@ def read_config(model: str | None, from_config: str, labels: Sequence[str]) -> A
         if "hidden_size" in sizes:
             sizes = {**sizes, "intermediate_size": 4 * sizes["hidden_size"]}
         return AutoConfig.for_model(kind, **sizes, **names)
-    source = _existing(from_config, "--from-config") if model is None else model
+    source = model or _existing(str(from_config), "--from-config")
     return _loaded(AutoConfig, source, **names)
 
 
@@ -157,11 +157,11 @@ def learned_pieces(texts: Sequence[str], vocabulary: int) -> dict[str, int]:
     return dict(pieces.get_vocab())
 
 
-def tokenizer_source(model: str | None, from_config: str) -> str | None:
+def tokenizer_source(model: str | None, from_config: str | None) -> str | None:
     """Where a pretrained tokenizer is, if there is one."""
     if model is not None:
         return model
-    has_files = any((Path(from_config) / name).exists() for name in TOKENIZER_FILES)
+    has_files = from_config is not None and any((Path(from_config) / name).exists() for name in TOKENIZER_FILES)
     return from_config if has_files else None
 
 

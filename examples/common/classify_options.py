@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from common.arguments import Parser, add_checkpoint_arguments, add_engine_arguments, number
 
 KEPT_IN_OUT = "OUT/checkpoints"
 PRETRAINED_LR, RANDOM_LR = 2e-4, 2e-3
+
+
+class _Source(argparse.Action):
+    """Of --model and --from-config the last one counts: `make classify` has one, and ARGS may have the other."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        namespace.model = namespace.from_config = None
+        setattr(namespace, self.dest, values)
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
@@ -23,10 +34,10 @@ def parse_arguments(description: str) -> argparse.Namespace:
     data.add_argument("--samples", type=count, help="use at most this many texts; None: all")
     data.add_argument("--held-out", type=rate, default=0.2, help="share of each label that is not trained on")
     model = parser.add_argument_group("model")
-    source = model.add_mutually_exclusive_group()
-    source.add_argument("--model", metavar="NAME", help="pretrained: a folder, or a name of the hub")
+    what = "pretrained: a folder, or a name of the hub"
+    model.add_argument("--model", metavar="NAME", action=_Source, help=what)
     what = "random weights: bert-tiny, bert-mini, distilbert, bert-base-uncased, a config file, or a model's folder"
-    source.add_argument("--from-config", metavar="CONFIG", default="bert-tiny", help=what)
+    model.add_argument("--from-config", metavar="CONFIG", action=_Source, default="bert-tiny", help=what)
     model.add_argument("--length", type=number(int, 8), default=96, help="tokens of a text that are read at the most")
     run = parser.add_argument_group("training")
     run.add_argument("--steps", type=count, default=300, help="optimizer steps")

@@ -126,6 +126,7 @@ def test_what_is_there_stays_unless_made_again(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # torch's record, without a real stderr
 def test_an_unknown_name_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["get_data.py", "bbb"])
     assert get_data.main() == 2

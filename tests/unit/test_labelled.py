@@ -125,3 +125,10 @@ def test_learning_rates_suit_the_weights(monkeypatch):
     assert parsed() == (2e-3, "runs/classify/checkpoints")
     assert parsed("--model", "x", "--out", "o") == (2e-4, "o/checkpoints")
     assert parsed("--model", "x", "--lr", "1", "--no-checkpoints") == (1.0, "")
+
+
+def test_of_two_sources_of_a_model_the_last_counts(monkeypatch):
+    for given, expected in (("--model x --from-config y", (None, "y")), ("--from-config y --model x", ("x", None))):
+        monkeypatch.setattr("sys.argv", ["classify.py", *given.split()])
+        args = parse_arguments("")
+        assert (args.model, args.from_config) == expected
