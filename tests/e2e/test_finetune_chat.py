@@ -19,8 +19,8 @@ import finetune_chat
 import pytest
 import torch
 from common.chat_options import parse_arguments
-from ranks import RankError
 from partita.checkpoint import checkpoints
+from ranks import RankError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
