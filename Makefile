@@ -12,7 +12,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: bench bench-quick chat classify clean data docs evaluate finetune format help lint notebook setup site test test-all test-cpp test-python train train-two-phase
+.PHONY: bench bench-quick chat classify clean custom-optimizer data docs evaluate finetune format help lint notebook setup site test test-all test-cpp test-python train train-two-phase
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make notebook   runs examples/notebook.ipynb into runs/notebook.ipynb"
 	@echo "make classify   fine-tune a pretrained BERT on news of the BBC on $(RANKS) ranks"
 	@echo "make finetune   fine-tune a small model on dialogues, with rounds of self-training; make chat talks to it"
+	@echo "make custom-optimizer   train with an optimizer of one's own, every stage beside plain PyTorch"
 	@echo "make data       brings the data of the examples into data/ (text, news, mails, dialogues, a pretrained BERT)"
 	@echo "make test       all tests of a change; make test-all adds the long ones"
 	@echo "make lint       ruff, mypy --strict, clang-format; make format repairs what can be"
@@ -38,41 +39,45 @@ setup: .venv/installed
 	$(BIN)/pip install -q '.[data,docs,examples,monitor,test,lint]' $(WHEEL_OPTIONS)
 	touch $@
 
+LAUNCH = @$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS)
+GET = @$(BIN)/python examples/get_data.py
+
 train: .venv/installed
-	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/pretrain_lm.py $(ARGS)
+	$(LAUNCH) examples/pretrain_lm.py $(ARGS)
 
-finetune: .venv/installed
-	@$(BIN)/python examples/get_data.py dialogues
-	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/finetune_chat.py $(ARGS)
-
-chat: .venv/installed
-	@test -e runs/chat/config.json || $(MAKE) --no-print-directory finetune ARGS=
-	@$(BIN)/python examples/chat.py runs/chat $(ARGS)
 # A language model over a learned vocabulary, from an autoencoder's embedding and from a cold start.
 TWO_PHASE := --text data/brown.txt --tokenizer bpe --vocabulary 4000 --model lstm --layers 1 --embedding 128 --hidden 256
 TWO_PHASE += --context 64 --steps 300 --eval-every 50 --lr 4e-3 --autoencoder --compare
 TWO_PHASE += --out runs/two-phase --checkpoints checkpoints/two-phase
 
-train-two-phase: .venv/installed data/brown.txt
-	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/pretrain_lm.py $(TWO_PHASE) $(ARGS)
+train-two-phase: .venv/installed
+	$(GET) brown
+	$(LAUNCH) examples/pretrain_lm.py $(TWO_PHASE) $(ARGS)
 
-data/brown.txt: | .venv/installed
-	@$(BIN)/python examples/get_data.py brown
+classify: .venv/installed
+	$(GET) bbc minilm
+	$(LAUNCH) examples/classify.py --config examples/configs/classify.json --model data/all-minilm-l6-v2 --steps 40 $(ARGS)
+
+finetune: .venv/installed
+	$(GET) dialogues
+	$(LAUNCH) examples/finetune_chat.py $(ARGS)
+
+chat: .venv/installed
+	@test -e runs/chat/config.json || $(MAKE) --no-print-directory finetune ARGS=
+	@$(BIN)/python examples/chat.py runs/chat $(ARGS)
 
 evaluate: .venv/installed
 	@$(BIN)/python examples/evaluate.py $(if $(ARGS),$(ARGS),runs/pretrain)
+
+custom-optimizer: .venv/installed
+	$(LAUNCH) examples/custom_optimizer.py $(ARGS)
 
 notebook: .venv/installed
 	@mkdir -p runs
 	@$(BIN)/jupyter-execute examples/notebook.ipynb --output=../runs/notebook.ipynb
 
-classify: .venv/installed
-	@$(BIN)/python examples/get_data.py bbc minilm
-	@$(BIN)/python examples/launch.py --standalone --nproc-per-node $(RANKS) examples/classify.py \
-	  --config examples/configs/classify.json --model data/all-minilm-l6-v2 --steps 40 $(ARGS)
-
 data: .venv/installed
-	@$(BIN)/python examples/get_data.py $(ARGS)
+	$(GET) $(ARGS)
 
 test: test-cpp test-python
 

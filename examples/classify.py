@@ -126,7 +126,9 @@ def make_task(args: argparse.Namespace) -> tuple[Task, Any]:
     longest = getattr(config, "max_position_embeddings", args.length)
     if args.length > longest:
         raise JobError(f"--length {args.length} is more than the {longest} tokens that the model can read")
-    tokenizer = make_tokenizer(tokenizer_source(args.model, args.from_config), train.texts(), config.vocab_size)
+    source = tokenizer_source(args.model, args.from_config)
+    tokenizer = make_tokenizer(source, train.texts(), config.vocab_size)
+    tokenizer.model_max_length = args.length
     few = held_out.at(range(0, len(held_out), max(1, len(held_out) // args.eval_samples)))
 
     def encoded(part: Labelled) -> Encoded:
@@ -221,7 +223,6 @@ def save_results(engine: partita.Engine, task: Task, args: argparse.Namespace, *
         return
     engine.module.config.architectures = [type(engine.module).__name__]  # by which one sees what the folder holds
     engine.module.config.save_pretrained(folder)
-    task.tokenizer.model_max_length = args.length
     task.tokenizer.save_pretrained(folder)
     scores = score(probability, task.held_out)
     label, baseline = majority(task.train, task.held_out)

@@ -127,6 +127,7 @@ class Pretraining:
             heads=args.heads,
             width=args.width,
             embedding=args.embedding,
+            chunked_loss=True,
         )
         held_out = self.corpus.held_out
         self.samples = held_out_samples(held_out, args.eval_windows, dist.get_world_size())

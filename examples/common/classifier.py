@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import socket
 import urllib.parse
@@ -28,6 +29,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "distilbert-base-uncased": ("distilbert", {}),
     "bert-base-uncased": ("bert", {}),
 }
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in BERT's order
+LETTERS = 1000  # rarer ones are unknown
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 Encoding = dict[str, Any]
 
@@ -126,11 +129,32 @@ def make_tokenizer(source: str | None, texts: Sequence[str], vocabulary: int) ->
         return _loaded(AutoTokenizer, source)
     learned: list[Any] = [None]
     if dist.get_rank() == 0:
-        pieces = BertWordPieceTokenizer(lowercase=True)
-        pieces.train_from_iterator(texts, vocab_size=vocabulary, min_frequency=2, show_progress=False)
-        learned = [pieces.get_vocab()]
+        learned = [learned_pieces(texts, vocabulary)]
     dist.broadcast_object_list(learned)
     return BertTokenizerFast(vocab=learned[0], do_lower_case=True)
+
+
+def learned_pieces(texts: Sequence[str], vocabulary: int) -> dict[str, int]:
+    """At most `vocabulary` WordPieces and their numbers, the same whenever the texts are.
+
+    A checkpoint needs the same again. The trainer numbers the letters within words as it meets them, which is in no
+    order; so they are given to it as if they were special.
+    """
+    pieces, counts = BertWordPieceTokenizer(lowercase=True), collections.Counter[str]()
+    for text in texts:
+        counts.update(pieces.normalize(text))
+    by_count = sorted((-count, letter) for letter, count in counts.items() if not letter.isspace())
+    letters = sorted(letter for _, letter in by_count[:LETTERS])
+    pieces.train_from_iterator(
+        texts,
+        vocab_size=vocabulary,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[*SPECIAL, *(f"##{letter}" for letter in letters)],
+        initial_alphabet=letters,
+        limit_alphabet=len(letters),
+    )
+    return dict(pieces.get_vocab())
 
 
 def tokenizer_source(model: str | None, from_config: str) -> str | None:

@@ -9,12 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.nn.functional as F
+from partita.nn.functional import linear_cross_entropy
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a language model; `width` must be a multiple of `heads`. embedding: its width; None: as `width`."""
+    """Sizes of a language model.
+
+    width: of the hidden states; a multiple of `heads`.
+    embedding: its width; None: as `width`.
+    chunked_loss: whether the loss is made of chunks of tokens, so that the logits never exist as a whole.
+    """
 
     vocabulary: int = 256
     context: int = 256
@@ -22,6 +28,7 @@ class ModelConfig:
     heads: int = 4
     width: int = 128
     embedding: int | None = None
+    chunked_loss: bool = False
 
     @property
     def embedding_width(self) -> int:
@@ -83,7 +90,7 @@ class GPT(nn.Module):
         x = self.into(self.tokens(tokens)) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
-        return _logits_or_loss(self.back(self.norm(x)), self.head, targets)
+        return _logits_or_loss(self.back(self.norm(x)), self.head, targets, self.config)
 
 
 class LSTM(nn.Module):
@@ -98,7 +105,7 @@ class LSTM(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         hidden, _ = self.lstm(self.tokens(tokens))
-        return _logits_or_loss(hidden, self.head, targets)
+        return _logits_or_loss(hidden, self.head, targets, self.config)
 
 
 MODELS: dict[str, type[GPT] | type[LSTM]] = {"gpt": GPT, "lstm": LSTM}
@@ -111,7 +118,9 @@ def _initialize(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _logits_or_loss(hidden: Tensor, head: nn.Linear, targets: Tensor | None) -> Tensor:
+def _logits_or_loss(hidden: Tensor, head: nn.Linear, targets: Tensor | None, config: ModelConfig) -> Tensor:
+    if targets is not None and config.chunked_loss:
+        return linear_cross_entropy(hidden, head.weight, targets, head.bias)
     logits: Tensor = head(hidden)
     if targets is None:
         return logits

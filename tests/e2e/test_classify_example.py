@@ -19,10 +19,11 @@ import classify
 import evaluate
 import pytest
 import torch
-from common.classifier import ARCHITECTURES, Collate, Encoded
+from common.classifier import ARCHITECTURES, Collate, Encoded, learned_pieces
 from common.classify_options import parse_arguments
 from common.evaluation_classifier import classifier_at, plot_confusion, probabilities, score
 from common.labelled import Labelled, Sample, read_labelled, split_labelled
+from jobs import children_of
 from partita.checkpoint import checkpoints
 from safetensors.torch import load_file
 from torch import Tensor
@@ -168,7 +169,7 @@ def test_killed_and_interrupted_it_goes_on_to_the_same_model(given, tmp_path):
             while not any(found.tag > f"global_step{least}" for found in checkpoints(broken / "checkpoints")):
                 assert process.poll() is None
                 time.sleep(0.05)
-            os.killpg(process.pid, number)
+            os.kill(process.pid if number == signal.SIGINT else children_of(process.pid)[1], number)
             _, errors = process.communicate(timeout=60)
         finally:
             if process.poll() is None:
@@ -185,6 +186,14 @@ def test_killed_and_interrupted_it_goes_on_to_the_same_model(given, tmp_path):
     assert not expected
     done = run(*launch, SCRIPT, *options, "--out", broken)
     assert done.returncode == 0 and done.stdout.startswith("complete already: ")
+
+
+def test_a_tokenizer_is_the_same_whenever_it_is_learned():
+    """As a run that goes on needs it; the trainer alone numbers letters in the order of a hash map."""
+    texts = [f"{chr(97 + i % 26)}{i} {chr(97 + i * 7 % 26)}x{i % 9}" for i in range(500)]
+    learned = [learned_pieces(texts, 300) for _ in range(4)]
+    assert learned[1:] == learned[:1] * 3
+    assert sorted(learned[0].values()) == list(range(300)) and learned[0]["[PAD]"] == 0 and "##x" in learned[0]
 
 
 # -- evaluation

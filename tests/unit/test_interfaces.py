@@ -86,8 +86,8 @@ ENGINE_CALLS = [
     "training",
     "wait_for_save",
     "waits",
-    "weights",
     "was_step_applied",
+    "weights",
     "world_size",
     "zero_grad",
 ]

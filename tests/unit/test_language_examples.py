@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -106,6 +107,9 @@ def test_models_take_an_embedding_of_its_own_width(kind, embedding):
     assert logits.shape == (3, 12, 40)
     loss = model(tokens, tokens)
     torch.testing.assert_close(loss, nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()))
+    chunked = kind(replace(config, chunked_loss=True))
+    chunked.load_state_dict(model.state_dict())
+    torch.testing.assert_close(chunked(tokens, tokens), loss)
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
