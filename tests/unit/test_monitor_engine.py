@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import partita
 import pytest
 import torch
@@ -263,6 +264,19 @@ def test_a_run_that_goes_back_in_mid_program_has_each_step_once(tmp_path: Path):
     assert ["step_ms" in row for row in found] == [False, True, False, True, True]
 
 
+def test_who_goes_back_to_evaluate_loses_no_later_step(tmp_path: Path):
+    engine = engine_of(tmp_path)
+    train(engine, range(2))
+    engine.save_checkpoint(tmp_path / "best")
+    train(engine, range(2, 5))
+    engine.load_checkpoint(tmp_path / "best")
+    engine.log({"test_acc": 0.5})
+    engine.destroy()
+    assert [row["step"] for row in own_rows(tmp_path)] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows(tmp_path) if "test_acc" in row] == [2]
+    assert len(table(tmp_path / "tables" / JOB, "Train_Samples_lr")[1]) == 5
+
+
 def test_an_engine_that_nobody_destroys_writes_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("partita.monitor.writer.INTERVAL_S", 1e3)
     engine = engine_of(tmp_path)
@@ -303,6 +317,10 @@ def test_what_a_program_logs_stands_at_the_present_step(tmp_path: Path, late: bo
         ({"step": 1}, ValueError, "'step' is what every row has"),
         ({"acc": "0.5"}, TypeError, "'acc' is a str: give one number"),
         ({"acc": torch.zeros(2)}, TypeError, "'acc' is a Tensor: give one number"),
+        ({"acc": torch.zeros(0)}, TypeError, "'acc' is a Tensor: give one number"),
+        ({"acc": torch.tensor(1j)}, TypeError, "'acc' is a Tensor: give one number"),
+        ({"acc": np.zeros(3)}, TypeError, "'acc' is a ndarray: give one number"),
+        ({"acc": 10**400}, TypeError, "'acc' is a int: give one number"),
     ],
 )
 @pytest.mark.parametrize("watched", [True, False])
@@ -312,6 +330,8 @@ def test_what_cannot_be_logged_is_named(tmp_path: Path, watched: bool, values: A
         engine.log(values)
     engine.log({"acc": 0.5})  # without a sink, too
     engine.destroy()
+    with pytest.raises(RuntimeError, match=r"log\(\) was called after engine.destroy\(\)"):
+        engine.log({"acc": 0.5})
 
 
 # -- pipelines, and what is refused
@@ -328,6 +348,12 @@ def test_a_pipeline_records_the_same(tmp_path: Path):
     assert [rate_times_seconds(row, "tokens_per_s") for row in found[1:]] == pytest.approx([count * 3 * 5] * 2)
     assert all(row["flops_per_s"] > 0 for row in found[1:])
     assert scalars(tmp_path / "board" / JOB)["val_loss"] == [(3 * 3 * count, 2.5)]
+
+
+def test_the_file_of_records_must_not_be_something_else(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"monitor.dir: cannot be written: .* is a folder"):
+        engine_of(tmp_path)
 
 
 def test_an_engine_whose_place_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path):

@@ -205,3 +205,19 @@ def test_the_pace_is_the_mean_of_the_steps_since_the_last_look():
     pace.add(report(3))
     means = pace.take()
     assert (means.seconds, means.tokens_per_s, means.flops_per_s, means.phases_ms) == (6.0, None, None, {})
+
+
+def test_a_run_goes_on_without_stderr_and_when_its_terminal_is_gone():
+    handler = ConsoleHandler()
+    handler.stream = None  # of a program that was started so
+    assert not handler.can_show
+    terminal = Terminal()
+    handler.stream = terminal.stream
+    assert handler.can_show
+    handler.show("step 1")
+    with open(os.devnull) as handler.stream:  # writing fails, as on a terminal that is gone
+        handler.emit(logging.makeLogRecord({"msg": "a message"}))
+        handler.show("step 2")
+        handler.end_line()
+    assert not handler.can_show
+    terminal.close()

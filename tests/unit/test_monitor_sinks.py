@@ -85,6 +85,15 @@ def test_after_going_back_no_step_is_there_twice(tmp_path: Path):
     assert shown == pytest.approx([pytest.approx(pair) for pair in expected])
 
 
+def test_tables_of_the_program_in_the_same_folder_stay_as_they_are(tmp_path: Path):
+    own = "name,label\na,1\n"
+    (tmp_path / "labels.csv").write_text(own)
+    write([CsvSink(tmp_path)], 0, record(1), record(2))
+    write([CsvSink(tmp_path)], 1, record(2))
+    write([CsvSink(tmp_path)], 0, record(1))
+    assert (tmp_path / "labels.csv").read_text() == own
+
+
 def test_a_run_that_begins_anew_keeps_what_another_one_wrote(tmp_path: Path):
     for value in (1.0, 2.0, 3.0):
         write([JsonLinesSink(tmp_path), CsvSink(tmp_path / "csv")], 0, record(1, loss=value))

@@ -132,3 +132,21 @@ def test_ranks_of_one_host_have_one_clock_and_others_are_shifted():
     assert [e["ts"] for e in events if e["ph"] == "X"] == [1e6, 1e6, 41e6]
     names = [e["args"]["name"] for e in events if e["name"] == "process_name"]
     assert names == ["rank 0 on a", "rank 1 on a", "rank 2 on b"]
+
+
+def test_a_disk_that_takes_no_file_does_not_end_the_run(tmp_path, caplog):
+    folder = tmp_path / "new"
+    profile = {"enabled": True, "output_file": str(folder / "table")}
+    engine = _run(folder / "trace.json", 0, [1, 2], flops_profiler=profile)
+    folder.rmdir()
+    with caplog.at_level(logging.WARNING, "partita"):
+        for step in range(3):
+            engine.backward(engine(small_models.inputs(step, 2)))
+            engine.step()
+    engine.destroy()
+    assert all(f"{name}' cannot be written; training goes on" in caplog.text for name in ("trace.json", "table"))
+
+
+def test_a_name_that_no_file_can_have_is_refused_with_its_key():
+    with pytest.raises(ValueError, match=r"trace.path = .* cannot be written"):
+        _run(Path("a\0b"), 0, [1, 2])

@@ -211,7 +211,9 @@ class EngineBase(KeepsState):
 
         Raises:
             TypeError, ValueError: a name is empty or taken, or a value is not one number; names it.
+            RuntimeError: the engine has been destroyed.
         """
+        self._require_parts("log()")
         self._step.monitor.log(self.global_steps, values)
 
     # -- the end

@@ -2,7 +2,7 @@
 
 from partita.model.access import ParameterAccess, access_of
 from partita.model.accumulation import Accumulation
-from partita.model.flops import FlopCounter, count_flops
+from partita.model.flops import FlopCounter, count_flops, modules_to_watch, takes_hooks
 from partita.model.format_names import DTYPE_NAMES
 from partita.model.loss_scaling import LossScaling
 from partita.model.part import ModelPart
@@ -44,7 +44,9 @@ __all__ = [
     "count_flops",
     "device_of",
     "from_plain",
+    "modules_to_watch",
     "require_only_parameters_of",
+    "takes_hooks",
     "to_plain",
     "weight_buckets",
 ]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
@@ -42,6 +43,13 @@ class FlopCounter(TorchDispatchMode):
         self._running = [""]
         self._hooks: list[RemovableHandle] = []
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What is to be compiled is compiled in this block, too: otherwise torch would never compile it."""
+        return True
+
     @property
     def total(self) -> int:
         """FLOPs so far."""
@@ -49,6 +57,8 @@ class FlopCounter(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         for name, submodule in self._modules.items():
+            if not takes_hooks(submodule):
+                continue
             self._hooks.append(submodule.register_forward_pre_hook(self._enter(name), prepend=True))
             self._hooks.append(submodule.register_forward_hook(self._leave, always_call=True))
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -72,6 +82,8 @@ class FlopCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):  # such as torch.cond: what is in it is not seen
+            return func(*args, **kwargs)
         packet = func._overloadpacket
         formula = FORMULAS.get(packet)
         if formula is None and packet not in flop_registry and torch.is_inference_mode_enabled():
@@ -96,6 +108,23 @@ class _Inside(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._counter.__torch_dispatch__(func, types, args, kwargs)
+
+
+def modules_to_watch(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by name, without those inside of compiled ones: hooks on them would be compiled too, or refused."""
+    found: dict[str, nn.Module] = {}
+    compiled: list[str] = []
+    for name, module in model.named_modules():  # those inside come later
+        if not any(name.startswith(outer) for outer in compiled):
+            found[name] = module
+            if not takes_hooks(module) or isinstance(module, torch._dynamo.OptimizedModule):
+                compiled.append(f"{name}." if name else "")
+    return found
+
+
+def takes_hooks(module: nn.Module) -> bool:
+    """Whether hooks on the module are outside of what is compiled."""
+    return module._compiled_call_impl is None  # it is compiled with its hooks by `module.compile()`
 
 
 def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:

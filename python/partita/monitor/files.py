@@ -31,6 +31,7 @@ class JsonLinesSink:
 
     def __init__(self, folder: Path) -> None:
         self._path = _usable(folder) / METRICS_NAME
+        file_to_write(self._path)
 
     def go_on_from(self, step: int, samples: int) -> None:
         """Objects of later steps are removed."""
@@ -62,7 +63,7 @@ class CsvSink:
 
     def go_on_from(self, step: int, samples: int) -> None:
         """Rows of later samples are removed."""
-        files = sorted(self._folder.glob("*.csv"))
+        files = [path for path in sorted(self._folder.glob("*.csv")) if _is_own_table(path)]
         self._begun.clear()
         if not step:
             _set_aside(self._folder, files)
@@ -117,6 +118,15 @@ def _keep_lines(path: Path, keeps: Callable[[str], bool]) -> None:
         beside = file_to_write(path.with_name(path.name + ".new"))
         beside.write_text("".join(kept), encoding="utf-8")
         os.replace(beside, file_to_write(path))
+
+
+def _is_own_table(path: Path) -> bool:
+    """Whether the file begins with the header of a sink: a program may keep tables of its own beside."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(b"step,")) == b"step,"
+    except OSError:
+        return False
 
 
 def _set_aside(folder: Path, files: Sequence[Path]) -> None:

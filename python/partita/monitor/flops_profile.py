@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from partita.device.streams import Streams
-from partita.model import FlopCounter
+from partita.model import FlopCounter, modules_to_watch, takes_hooks
 from partita.monitor.module_table import ModuleCosts, ProfiledStep, inclusive, summary_text, tree_text
 from partita.monitor.written import write_text
 
@@ -52,7 +52,7 @@ class FlopsProfile:
         path: Path | None,
     ) -> None:
         self._config, self._streams, self._path = config, streams, path
-        self._modules = dict(model.named_modules())
+        self._modules = modules_to_watch(model)
         self._samples, self._micro_batches = samples, micro_batches
         self._counts_at = max(1, config.profile_step)
         self._step = steps + 1  # under way
@@ -90,8 +90,7 @@ class FlopsProfile:
             text += "\n\n" + tree_text(rows, self._config.module_depth)
         if self._path is None:
             logger.info(text)
-        else:
-            write_text(self._path, text + "\n")
+        elif write_text(self._path, text + "\n"):
             logger.info(f"flops_profiler: the table is in {self._path}")
 
     def rows(self) -> list[ModuleCosts]:
@@ -134,6 +133,8 @@ class FlopsProfile:
         marks: list[_Mark] = []
         with ExitStack() as stack:
             for name, module in self._modules.items():
+                if not takes_hooks(module):
+                    continue
                 begun: list[Any] = []
                 hooks = [
                     module.register_forward_pre_hook(_begin(begun, self._streams.mark), prepend=True),

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import SupportsFloat
 
+from torch import Tensor
+
 from partita.comm import raise_together
 from partita.monitor.build import make_sinks
 from partita.monitor.machine import memory_bytes, peak_flops_of
@@ -85,7 +87,8 @@ class Monitor:
         for name, value in values.items():
             _check(name, value)
         if self._writer is not None and values:
-            self._put(step, {name: float(value) for name, value in values.items()}, is_own=False)
+            numbers = {n: float(v.detach() if isinstance(v, Tensor) else v) for n, v in values.items()}
+            self._put(step, numbers, is_own=False)
 
     def go_on_from(self, step: int, samples: int) -> None:
         """The run is at this step now: a checkpoint was loaded."""
@@ -95,7 +98,8 @@ class Monitor:
 
     def _put(self, step: int, values: Mapping[str, float], *, is_own: bool) -> None:
         assert self._writer is not None
-        if not self._has_begun:
+        # A program may go back only to evaluate and log(): then later steps stay recorded.
+        if not self._has_begun and (is_own or not self._begin[0]):
             self._has_begun = True
             self._writer.go_on_from(*self._begin)
         samples = self._begin[1] + (step - self._begin[0]) * self._run.batch.train
@@ -142,5 +146,18 @@ def _check(name: str, value: SupportsFloat) -> None:
         raise TypeError(f"log(): {name!r} is no name: give a text that is not empty")
     if name in _TAKEN:
         raise ValueError(f"log(): '{name}' is what every row has: give the value another name")
-    if not isinstance(value, SupportsFloat) or getattr(value, "numel", int)() > 1:
+    if not _is_number(value):
         raise TypeError(f"log(): the value of '{name}' is a {type(value).__name__}: give one number")
+
+
+def _is_number(value: object) -> bool:
+    """Alike on all ranks, also those that write nothing. No tensor is waited for."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and not value.is_meta
+    if not isinstance(value, SupportsFloat):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from partita.comm import Carried, Communicator, text_by_rank
+from partita.model import modules_to_watch, takes_hooks
 from partita.monitor.written import write_text
 
 logger = logging.getLogger("partita")
@@ -67,8 +68,9 @@ class Trace:
         with ExitStack() as stack:
             self._listeners.append(self._listen)
             stack.callback(self._listeners.remove, self._listen)
-            for name, module in self._model.named_modules():
-                self._follow(name, module, stack)
+            for name, module in modules_to_watch(self._model).items():
+                if takes_hooks(module):
+                    self._follow(name, module, stack)
             self._recording = stack.pop_all()
 
     def around(self, phase: str) -> AbstractContextManager[object]:
@@ -116,8 +118,7 @@ class Trace:
 
     def _write(self, told: list[dict[str, Any]]) -> None:
         self._spans = []
-        if self._path is not None:
-            write_text(self._path, json.dumps(merged(told)))
+        if self._path is not None and write_text(self._path, json.dumps(merged(told))):
             logger.info(f"trace: steps {self._first} to {self._last} are in {self._path}: open it in ui.perfetto.dev")
 
     @contextmanager

@@ -66,6 +66,8 @@ class _Work:
         if os.getpid() != self._owner:  # a child that was forked has no such thread
             return
         self._ends.set()
+        if threading.current_thread() is self._thread:  # where Python happened to collect the writer
+            return
         self._thread.join(PATIENCE_S)
         if self._thread.is_alive():
             names = ", ".join(sink.name for sink in self._sinks)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from pathlib import Path
 
 from partita.files import file_to_write
+
+logger = logging.getLogger("partita")
 
 
 def place_for(key: str, path: str) -> Path:
@@ -20,13 +23,19 @@ def place_for(key: str, path: str) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place.parent):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{key} = {path!r} cannot be written: {error}") from None
     return place
 
 
-def write_text(place: Path, text: str) -> None:
-    """The file has this text, or what it had before."""
+def write_text(place: Path, text: str) -> bool:
+    """The file has this text, or what it had before: then a warning says why, and training goes on. Returns whether it
+    has the text."""
     beside = place.with_name(f".{place.name}.new")
-    beside.write_text(text)
-    os.replace(beside, place)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, place)
+    except OSError as error:
+        logger.warning(f"'{place}' cannot be written; training goes on ({error})")
+        return False
+    return True

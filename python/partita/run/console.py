@@ -25,15 +25,17 @@ class ConsoleHandler(logging.StreamHandler[Any]):
     @property
     def can_show(self) -> bool:
         """Whether a line can be rewritten: stderr is a terminal, and no bar of tqdm is there."""
-        return bool(self.stream.isatty()) and not _has_bars()
+        try:
+            return bool(self.stream.isatty()) and not _has_bars()
+        except (AttributeError, ValueError):  # the program has no stderr, or has closed it
+            return False
 
     def show(self, line: str) -> None:
         """Takes the place of the line that was shown before."""
         self.acquire()
         try:
             self._shown = line[: shutil.get_terminal_size().columns - 1]
-            self.stream.write(_ERASE + self._shown)
-            self.stream.flush()
+            self._put(_ERASE + self._shown)
         finally:
             self.release()
 
@@ -43,8 +45,7 @@ class ConsoleHandler(logging.StreamHandler[Any]):
         try:
             if self._shown:
                 self._shown = ""
-                self.stream.write("\n")
-                self.stream.flush()
+                self._put("\n")
         finally:
             self.release()
 
@@ -52,11 +53,17 @@ class ConsoleHandler(logging.StreamHandler[Any]):
         """Writes a message, above what is shown."""
         with _above_bars(self.stream):
             if self._shown:
-                self.stream.write(_ERASE)
+                self._put(_ERASE)
             super().emit(record)
             if self._shown:
-                self.stream.write(self._shown)
-                self.stream.flush()
+                self._put(self._shown)
+
+    def _put(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):  # the terminal is gone, and the run goes on
+            self._shown = ""
 
 
 def _has_bars() -> bool:
