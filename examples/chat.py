@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from common.arguments import Parser, number
+from common.arguments import Parser, device, number, seed
 from common.chat_model import context_of, ends_of, open_model
 from common.dialogues import Message, encode_prompt
 from common.generation import Sampling, answer_batch
@@ -64,11 +64,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--top-p", type=number(float, 0.0, open_end=True), default=0.95, help="draw among the likeliest"
     )
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of what is drawn")
+    parser.add_argument("--seed", type=seed, default=0, help="of what is drawn")
     parser.add_argument("--answer-tokens", type=number(int, 1), default=40, help="the longest answer")
     parser.add_argument("--system", metavar="TEXT", help="a system message at the beginning")
     best = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=best, help="what computes")
+    parser.add_argument("--device", type=device, choices=("cpu", "cuda"), default=best, help="what computes")
     return parser.parse_args()
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import partita
 import torch
 import torch.distributed as dist
-from common.arguments import Parser, add_checkpoint_arguments, number
+from common.arguments import Parser, add_checkpoint_arguments, device, folder, number, seed
 from common.job import config_from, device_of_this_rank, process_group, run_job
 from common.lm_training import Phase, held_out_loss, held_out_samples, train_phase
 from common.models import LSTM, ModelConfig
@@ -73,16 +73,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=number(int, 2), default=100, help="optimizer steps of each run")
     parser.add_argument("--batch-size", type=count, default=8, help="windows in a batch of one rank")
     parser.add_argument("--lr", type=rate, default=5e-3, help="learning rate of Lion")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="train on this file; None: Python's standard library")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="train on this file; without it: Python's standard library"
+    )
     parser.add_argument("--megabytes", type=rate, default=2.0, help="use at most this much of the text")
     parser.add_argument("--context", type=count, default=64, help="bytes that the model sees at once")
     parser.add_argument("--width", type=count, default=64, help="size of the hidden states")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the parameters")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what computes")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the weights and the order of the data")
+    parser.add_argument("--device", type=device, choices=("cpu", "cuda"), default="cpu", help="what computes")
+    parser.add_argument("--seed", type=seed, default=0, help="of the weights and the order of the data")
     what = "JSON (or YAML) whose keys replace those of the engine's config"
     parser.add_argument("--config", type=Path, metavar="FILE", help=what)
-    parser.add_argument("--out", type=Path, default=Path("runs/custom_optimizer"), help="folder for the results")
+    parser.add_argument("--out", type=folder, default=Path("runs/custom_optimizer"), help="folder for the results")
     add_checkpoint_arguments(parser, "checkpoints/custom_optimizer", save_every=50)
     return parser.parse_args()
 

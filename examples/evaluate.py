@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.arguments import Parser, number
+from common.arguments import Parser, number, seed
 from common.job import JobError, process_group, run_job
 
 
@@ -24,16 +24,18 @@ def parse_arguments() -> argparse.Namespace:
     count, rate = number(int, 1), number(float, 0.0, open_end=True)
     parser.add_argument("path", type=Path, metavar="PATH", help="results of a run, a checkpoint, or a model's folder")
     text = parser.add_argument_group("language models")
-    text.add_argument("--text", type=Path, metavar="FILE", help="evaluate on this; None: what its training held out")
+    text.add_argument(
+        "--text", type=Path, metavar="FILE", help="evaluate on this; without it: what its training held out"
+    )
     text.add_argument("--megabytes", type=rate, default=1.0, help="use at most this much of the text")
     text.add_argument("--dialogues", type=Path, metavar="FILE", help="evaluate on JSON lines of dialogues")
-    text.add_argument("--prompt", help="what samples begin with; None: the beginning of the text")
+    text.add_argument("--prompt", help="what samples begin with; without it: the beginning of the text")
     text.add_argument("--samples", type=number(int, 0), default=1, help="how many samples to write")
     text.add_argument("--sample-length", type=count, default=200, help="tokens of a sample")
     text.add_argument("--temperature", type=rate, default=0.7, help="of the samples; lower is more predictable")
-    text.add_argument("--seed", type=number(int, 0), default=0, help="of the samples")
+    text.add_argument("--seed", type=seed, default=0, help="of the samples")
     labelled = parser.add_argument_group("classifiers")
-    what = "folder of <label>/*.txt, .csv or .jsonl; None: what its training held out"
+    what = "folder of <label>/*.txt, .csv or .jsonl; without it: what its training held out"
     labelled.add_argument("--data", type=Path, metavar="PATH", help=what)
     labelled.add_argument("--text-column", default="text", metavar="NAME", help="of a .csv or .jsonl file")
     labelled.add_argument("--label-column", default="label", metavar="NAME", help="of a .csv or .jsonl file")
@@ -73,6 +75,13 @@ def evaluate_language_model(args: argparse.Namespace) -> None:
         print(f"\n-- sample {number_of_sample + 1}\n{written}", flush=True)
 
 
+def require_none(args: argparse.Namespace, names: tuple[str, ...], what: str) -> None:
+    """Refuses options that would do nothing; `what` they are of."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise JobError(f"--{name} is of {what}")
+
+
 def job() -> bool:
     from common.evaluation_classifier import classifier_at, evaluate_classifier
     from common.evaluation_lm import is_language_model
@@ -81,6 +90,7 @@ def job() -> bool:
     if not args.path.exists():
         raise JobError(f"{args.path} is not there: give the --out folder of a run, a checkpoint or a model's folder")
     if (folder := classifier_at(args.path)) is not None:
+        require_none(args, ("text", "dialogues", "prompt"), f"language models, and {folder} is a classifier")
         with process_group("cpu"):
             columns = {"text": args.text_column, "label": args.label_column}
             print(f"{folder}\n{evaluate_classifier(folder, args.data, **columns)}", flush=True)
@@ -88,8 +98,10 @@ def job() -> bool:
     if not is_language_model(args.path):
         raise JobError(
             f"{args.path} is no model of the examples: a language model's folder has model.json (or is below one that "
-            "has), a Hugging Face folder has config.json with its architectures"
+            "has), a Hugging Face folder has a config.json whose architectures are of a causal language model or a "
+            "sequence classifier"
         )
+    require_none(args, ("data",), f"classifiers, and {args.path} is a language model")
     evaluate_language_model(args)
     return False
 

@@ -228,8 +228,9 @@ def save_results(
     engine.save_config(args.out / "engine.json")
     write_phases(chat.phases, settings, args.out / "phases.json")
     millions = sum(p.numel() for p in engine.module.parameters()) / 1e6
-    stage, ranks = engine.config.zero_optimization.stage, engine.world_size
-    title = f"{engine.module.config.model_type}, {millions:.2f} M parameters, ZeRO stage {stage}, {ranks} ranks"
+    stage = engine.config.zero_optimization.stage
+    ranks = "1 rank" if engine.world_size == 1 else f"{engine.world_size} ranks"
+    title = f"{engine.module.config.model_type}, {millions:.2f} M parameters, ZeRO stage {stage}, {ranks}"
     plot_phases(chat.phases, title, args.out / "phases.png")
     print(f"\n{table(chat.phases)}\n")
     for history, text in list(zip(material.trial.histories, chat.texts, strict=True))[: args.samples]:

@@ -21,7 +21,7 @@ from typing import Any
 import partita
 import torch
 import torch.distributed as dist
-from common.arguments import Parser, number
+from common.arguments import Parser, number, seed
 from common.job import JobError, process_group, run_job
 from common.models import ModelConfig
 from common.pipeline_layers import Norm, PipelineBlock, Positions, Tokens, logits, mean_loss
@@ -35,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser((__doc__ or "").split("\n\n")[0])
     count, rate = number(int, 1), number(float, 0.0, open_end=True)
     data = parser.add_argument_group("text")
-    data.add_argument("--text", type=Path, metavar="FILE", help="train on this file; None: Python's standard library")
+    data.add_argument(
+        "--text", type=Path, metavar="FILE", help="train on this file; without it: Python's standard library"
+    )
     data.add_argument("--megabytes", type=rate, default=4.0, help="use at most this much of the text")
     model = parser.add_argument_group("model")
     model.add_argument("--context", type=count, default=128, help="bytes that the model sees at once")
@@ -45,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     pipeline = parser.add_argument_group("pipeline")
     pipeline.add_argument("--pipe", type=count, default=2, help="ranks that hold one model together")
     pipeline.add_argument("--schedule", default="1f1b", help="its name, or a file that `partita schedule` has written")
-    pipeline.add_argument("--chunks", type=count, help="stages per rank; None: as many as the schedule has")
+    pipeline.add_argument("--chunks", type=count, help="stages per rank; without it: as many as the schedule has")
     pipeline.add_argument("--micro-batches", type=count, default=8, help="of a pipeline in one optimizer step")
     pipeline.add_argument("--recompute", type=number(int, 0), default=0, help="keep the input of so many layers only")
     run = parser.add_argument_group("training")
@@ -56,10 +58,10 @@ def parse_arguments() -> argparse.Namespace:
         "--zero", type=int, choices=(0, 1, 2), default=1, help="ZeRO stage, among equal ranks of pipelines"
     )
     run.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the parameters")
-    run.add_argument("--seed", type=number(int, 0), default=0, help="of the weights and the order of the data")
+    run.add_argument("--seed", type=seed, default=0, help="of the weights and the order of the data")
     run.add_argument("--log-every", type=count, default=10, help="steps between two lines")
     kept = parser.add_argument_group("checkpoints", "where there is one, the run goes on from it")
-    folder = "folder for checkpoints, which all hosts see; None: no checkpoints"
+    folder = "folder for checkpoints, which all hosts see; without it: no checkpoints"
     kept.add_argument("--checkpoints", metavar="DIR", help=folder)
     kept.add_argument("--save-every", type=count, default=100, help="steps between two checkpoints")
     args = parser.parse_args()
@@ -124,7 +126,8 @@ def held_out_loss(engine: Any, held_out: Windows, args: argparse.Namespace) -> f
 def run(args: argparse.Namespace) -> None:
     ranks = dist.get_world_size()
     if ranks % args.pipe:
-        raise JobError(f"--pipe {args.pipe} does not divide the number of ranks, {ranks}")
+        how = f"torchrun --nproc-per-node {args.pipe} examples/pipeline_gpt.py"
+        raise JobError(f"--pipe {args.pipe} does not divide the number of ranks, {ranks}: start it with {how}")
     max_bytes = int(args.megabytes * 1e6)
     text = standard_library_text(max_bytes) if args.text is None else read_text(args.text, max_bytes)
     windows = args.batch_size * ranks // args.pipe

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,7 @@ class Pretraining:
         self.config = engine_config(args)
         load_config(self.config)  # what is wrong is said before anything is trained
         self.folder = checkpoint_folder(self.config)
-        if self.folder is not None:
-            require_same_run(self.folder, self._description(ModelConfig()))
-        self.corpus = load_corpus(args, self.folder)
-        self.sizes = ModelConfig(
-            vocabulary=self.corpus.tokenizer.vocabulary,
+        sizes = ModelConfig(
             context=args.context,
             layers=args.layers,
             heads=args.heads,
@@ -129,6 +126,10 @@ class Pretraining:
             embedding=args.embedding,
             chunked_loss=True,
         )
+        if self.folder is not None:
+            require_same_run(self.folder, self._description(sizes))
+        self.corpus = load_corpus(args, self.folder)
+        self.sizes = replace(sizes, vocabulary=self.corpus.tokenizer.vocabulary)
         held_out = self.corpus.held_out
         self.samples = held_out_samples(held_out, args.eval_windows, dist.get_world_size())
         targets = held_out.targets(self.samples)

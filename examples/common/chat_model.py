@@ -15,10 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from common.dialogues import DEFAULT_TEMPLATE, TEMPLATE_TOKENS, Dialogue
 from common.generation import Ends, shared_out
+from common.hub import hub_is_there
 from common.job import JobError
 
 PAD = "<|pad|>"
 END = TEMPLATE_TOKENS[-1]
+NOT_CAUSAL = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")  # how architectures end
 
 
 def quiet() -> None:
@@ -43,9 +45,10 @@ def make_model(source: str, dialogues: Sequence[Dialogue], vocabulary: int, seed
         (text,) = shared_out(1, 1, lambda _: [train_tokenizer(dialogues, vocabulary)])
         tokenizer = tokenizer_of(text)
         return _new_model(Path(source), tokenizer), tokenizer
-    with _said_in_one_line(source):
-        tokenizer = with_template(AutoTokenizer.from_pretrained(source))
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with _said_in_one_line(source) as options:
+        tokenizer = with_template(AutoTokenizer.from_pretrained(source, **options))
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    _require_causal(model, source)
     if not tokenizer.is_fast:
         raise JobError(f"--model {source}: its tokenizer has no tokenizer.json, so it cannot say where tokens begin")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -60,8 +63,10 @@ def open_model(source: str) -> tuple[Any, Any]:
         JobError: it is no model with a tokenizer that has a chat template; names it.
     """
     quiet()
-    with _said_in_one_line(source):
-        tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
+    with _said_in_one_line(source) as options:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    _require_causal(model, source)
     if tokenizer.chat_template is None:
         raise JobError(
             f"{source} has no chat template: it was not trained on dialogues (examples/finetune_chat.py does)"
@@ -69,16 +74,23 @@ def open_model(source: str) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def _require_causal(model: Any, source: str) -> None:
+    """Refuses an encoder, which transformers opens: its tokens see those that follow, so there is nothing to learn."""
+    names = model.config.architectures or []
+    if names and all(name.endswith(NOT_CAUSAL) and not name.endswith("LMHeadModel") for name in names):
+        raise JobError(f"{source} is a {', '.join(names)}, and no causal language model")
+
+
 @contextlib.contextmanager
-def _said_in_one_line(source: str) -> Iterator[None]:
-    """Errors of opening `source`, a folder or a hub's name."""
+def _said_in_one_line(source: str) -> Iterator[dict[str, Any]]:
+    """Errors of opening `source`, a folder or a hub's name; gives options for `from_pretrained`."""
     path = Path(source)
     if path.is_dir() and not (path / "config.json").exists():
         raise JobError(f"{source} has no config.json: it is no folder of a model of transformers")
     if not path.is_dir() and (path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise JobError(f"there is no folder {source}: give one that transformers or finetune_chat.py has written")
-    try:
-        yield
+    try:  # without a network what was downloaded before is used, and nothing is waited for
+        yield {} if path.is_dir() or hub_is_there() else {"local_files_only": True}
     except Exception as error:  # of transformers, the hub, safetensors, JSON: whatever the folder or network has
         why = (str(error).strip() or repr(error)).splitlines()[0]
         what = (
@@ -157,6 +169,7 @@ def context_of(model: Any) -> int:
 
 def write_beside_weights(model: Any, tokenizer: Any, ends: Ends, folder: Path) -> None:
     """What makes a folder with model.safetensors one that `from_pretrained` opens; on one rank."""
+    model.config.architectures = [type(model).__name__]  # by which evaluate.py sees what the folder holds
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     GenerationConfig(eos_token_id=list(ends.eos), pad_token_id=ends.pad).save_pretrained(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.arguments import Parser, add_checkpoint_arguments, add_engine_arguments, number
+from common.arguments import Parser, add_checkpoint_arguments, add_engine_arguments, folder, number
 
 MODEL = Path(__file__).parents[1] / "configs" / "chat_model.json"
 
@@ -44,7 +44,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     rounds.add_argument("--alpha", type=share, default=0.5, help="J = alpha L_data + (1 - alpha) L_gen")
     scores = "reference (token F1), likelihood, or MODULE:FUNCTION(messages, answer, references)"
     rounds.add_argument("--score", default="reference", help=scores)
-    rounds.add_argument("--threshold", type=float, help="the least score of an answer that is kept; None: any")
+    rounds.add_argument("--threshold", type=float, help="the least score of an answer that is kept; without it: any")
     keep = ("better", "best")
     which = "the best answer to each history: only if it beats the greedy one, or always"
     rounds.add_argument("--keep-answers", choices=keep, default="better", help=which)
@@ -58,7 +58,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     report.add_argument(
         "--samples", type=number(int, 0), default=4, help="held-out answers that are printed at the end"
     )
-    report.add_argument("--out", type=Path, default=Path("runs/chat"), help="folder for the model and the report")
+    report.add_argument("--out", type=folder, default=Path("runs/chat"), help="folder for the model and the report")
     add_checkpoint_arguments(parser, "checkpoints/finetune_chat", save_every=50)
     args = parser.parse_args()
     if args.alpha > 1:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import socket
-import urllib.parse
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import torch.distributed as dist
 import transformers
 from tokenizers import BertWordPieceTokenizer
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
+from common.hub import hub_is_there
 from common.job import FAILED, JobError
 
 _SMALL = {"vocab_size": 8000, "initializer_range": 0.06}  # BERT's 0.02 is for 768: narrow ones would hardly begin
@@ -92,7 +89,7 @@ def _loaded(kind: Any, source: str, **options: Any) -> Any:
         raise JobError(f"there is no model at {source}: give a folder with config.json and weights")
     if path.is_dir() and not (path / "config.json").exists():
         raise JobError(f"{source} has no config.json: it is not the folder of a Hugging Face model")
-    if not path.exists() and not _hub_is_there():
+    if not path.exists() and not hub_is_there():
         options["local_files_only"] = True  # what was downloaded before is used, and nothing is waited for
     try:
         return kind.from_pretrained(source, **options)
@@ -103,17 +100,6 @@ def _loaded(kind: Any, source: str, **options: Any) -> Any:
             f"the model {source!r} {where} ({why}); without a network give a folder, or --from-config distilbert",
             FAILED,
         ) from None
-
-
-def _hub_is_there() -> bool:
-    """Whether the hub's name is known here or to a proxy: without a network a call would be tried for a minute."""
-    if "https" in urllib.request.getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
 
 
 # -- the tokenizer

@@ -20,7 +20,9 @@ from common.report import Curve, Row, plot_losses
 from common.tokens import BPE, Bytes, Tokenizer
 
 DESCRIPTION, TOKENIZER = "model.json", "tokenizer.json"
-COMPARED = {"tokenizer": "--tokenizer", "vocabulary": "--vocabulary", "pretrained_embedding": "--autoencoder"}
+COMPARED = {"architecture": "--model", "tokenizer": "--tokenizer", "vocabulary": "--vocabulary"}
+COMPARED |= {"pretrained_embedding": "--autoencoder"}
+COMPARED_SIZES = ("context", "layers", "heads", "width", "embedding")
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,27 @@ def read_tokenizer(folder: Path, kind: str) -> Tokenizer:
 
 
 def require_same_run(folder: Path, description: dict[str, Any]) -> None:
-    """Refuses checkpoints of a run that these options do not go on from; sizes of the model are the engine's matter."""
-    before = read_description(folder) or {}
-    for key, option in COMPARED.items():
-        if key in before and before[key] != description[key]:
+    """Refuses checkpoints of a run that these options do not go on from: of another model, or of another text.
+
+    With another text the model could be validated on what it has been trained on.
+    """
+    before, now = (_options(read or {}) for read in (read_description(folder), description))
+    for option, value in before.items():
+        if option in now and now[option] != value:
             raise JobError(
-                f"the run in {folder} has {key.replace('_', ' ')} {before[key]}, this one {description[key]}: "
+                f"the run in {folder} has {option[2:]} {value}, this one {now[option]}: "
                 f"give the same {option}, or another folder with --checkpoints DIR"
             )
+
+
+def _options(description: dict[str, Any]) -> dict[str, Any]:
+    """The options that a run keeps, with their values. A text may have moved to another folder."""
+    sizes, text = description.get("sizes") or {}, description.get("text") or {}
+    found = {option: description[key] for key, option in COMPARED.items() if key in description}
+    found |= {f"--{name}": sizes[name] for name in COMPARED_SIZES if name in sizes}
+    if "file" in text:
+        found["--text"] = Path(text["file"]).name if text["file"] else "the standard library's"
+    return found | {f"--{name}": text[name] for name in ("megabytes",) if name in text}
 
 
 def generate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.arguments import Parser, add_checkpoint_arguments, add_engine_arguments, number
+from common.arguments import Parser, add_checkpoint_arguments, add_engine_arguments, folder, number
 from common.tokens import BYTES
 
 WORDS = 10_000  # tokens of a byte-pair encoding, unless the user says otherwise
@@ -16,18 +16,22 @@ def parse_arguments(description: str) -> argparse.Namespace:
     parser = Parser(description)
     count, rate = number(int, 1), number(float, 0.0, open_end=True)
     data = parser.add_argument_group("text")
-    data.add_argument("--text", type=Path, metavar="FILE", help="train on this file; None: Python's standard library")
+    data.add_argument(
+        "--text", type=Path, metavar="FILE", help="train on this file; without it: Python's standard library"
+    )
     data.add_argument("--megabytes", type=rate, default=16.0, help="use at most this much of the text")
     kinds = "bytes, or pieces that byte-pair encoding learns from the training part"
     data.add_argument("--tokenizer", choices=("bytes", "bpe"), default="bytes", help=kinds)
-    data.add_argument("--vocabulary", type=number(int, 257), help="tokens of bpe; None: 10000 (of bytes it is 256)")
+    data.add_argument(
+        "--vocabulary", type=number(int, 257), help="tokens of bpe; without it: 10000 (of bytes it is 256)"
+    )
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=("gpt", "lstm"), default="gpt", help="architecture")
     model.add_argument("--context", type=count, default=128, help="tokens that the model sees at once")
     model.add_argument("--layers", type=count, default=4, help="blocks of the GPT, or layers of the LSTM")
     model.add_argument("--width", type=count, default=128, help="size of the hidden states")
     model.add_argument("--hidden", dest="width", type=count, help="another name of --width")
-    model.add_argument("--embedding", type=count, help="size of the token embedding; None: as --width")
+    model.add_argument("--embedding", type=count, help="size of the token embedding; without it: as --width")
     model.add_argument("--heads", type=count, default=4, help="attention heads of the GPT; they divide --width")
     run = parser.add_argument_group("training")
     run.add_argument("--steps", type=count, default=1000, help="optimizer steps")
@@ -47,7 +51,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     report.add_argument("--prompt", default="def ", help="what the sample begins with")
     report.add_argument("--sample-length", type=number(int, 0), default=500, help="tokens of the sample")
     report.add_argument("--temperature", type=rate, default=0.7, help="of the sample; lower is more predictable")
-    report.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="folder for the results")
+    report.add_argument("--out", type=folder, default=Path("runs/pretrain"), help="folder for the results")
     add_checkpoint_arguments(parser, "checkpoints/pretrain_lm", save_every=100)
     args = parser.parse_args()
     if args.model == "gpt" and args.width % args.heads:

@@ -94,6 +94,7 @@ def test_without_a_text_the_folder_has_nothing_held_out(folder, monkeypatch, cap
         (("--dialogues", "missing.jsonl"), "cannot read the dialogues missing.jsonl"),
         (("--megabytes", "0"), "--megabytes: '0' is not a number above 0"),
         (("--temperature", "-1"), "--temperature"),
+        (("--data", "missing"), "--data is of classifiers, and "),
     ],
 )
 def test_wrong_values_are_one_line(folder, monkeypatch, capsys, arguments, complaint):

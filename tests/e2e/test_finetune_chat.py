@@ -18,11 +18,14 @@ import chat
 import finetune_chat
 import pytest
 import torch
+from common.chat_model import tokenizer_of, train_tokenizer
 from common.chat_options import parse_arguments
+from common.dialogues import Dialogue
+from common.evaluation_lm import is_language_model
 from partita.checkpoint import checkpoints
 from ranks import RankError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 SCRIPT = Path(finetune_chat.__file__)
 CHAT = Path(chat.__file__)
@@ -124,6 +127,7 @@ def test_it_learns_and_says_each_phase_beside_the_last(runs):
 def test_the_folder_is_one_of_transformers(runs, count):
     folder = runs[count][0] / "out"
     assert {file.name for file in folder.iterdir()} == FILES
+    assert is_language_model(folder)  # to evaluate.py
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items() if name in weights)
@@ -332,3 +336,14 @@ def test_a_wrong_path_is_one_line(talk, capsys, path, message):
     assert talk(path) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("chat.py: error: ") and message in line
+
+
+def test_an_encoder_is_refused(talk, capsys, tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path)
+    tokenizer_of(train_tokenizer([Dialogue(({"role": "assistant", "content": "Yes."},))], 300)).save_pretrained(
+        tmp_path
+    )
+    assert talk(tmp_path) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"chat.py: error: {tmp_path} is a BertModel, and no causal language model"

@@ -169,6 +169,14 @@ def test_interrupt_stops_cleanly_with_results(tmp_path):
         ("--width 30 --heads 4", "--width 30 is not a multiple of --heads 4"),
         ("--model rnn", "--model: invalid choice: 'rnn'"),
         ("--learning 1", "unrecognized arguments: --learning 1"),
+        (f"--seed {2**32}", "--seed: '4294967296' is not an integer from 0 to 4294967295"),
+        (f"--out {__file__}", "is a file: give a folder"),
+        ("--out=", "--out: '' is no folder"),
+        pytest.param(
+            "--device cuda",
+            "--device: torch finds no CUDA device here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
     ],
 )
 def test_bad_values_are_one_line(monkeypatch, capsys, arguments, complaint):

@@ -77,6 +77,14 @@ def test_check_ends_with_1_if_something_is_refused(bad: str) -> None:
     assert "3 refused" in result.output
 
 
+def test_nothing_in_an_unknown_section_works(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"zero_optimisation": {"stage": 1}, "seed": 1}')
+    result = run("check", str(tmp_path / "a.json"))
+    assert rows(result.output)["zero_optimisation"][1] == "refused"
+    assert "1 works, 0 noted, 1 refused" in result.output
+    assert "zero_optimisation.stage" not in result.output
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -116,6 +124,7 @@ def test_convert_writes_nothing_for_a_config_that_is_refused(bad: str, tmp_path:
 
 def test_what_cannot_be_read_or_written_is_named(good: str, tmp_path: Path) -> None:
     assert "none.json: there is no such config file" in run("check", "none.json").stderr
+    assert run("check", str(tmp_path)).stderr.endswith("cannot be read as a config file: Is a directory\n")
     result = run("convert", good, "-o", str(tmp_path / "no" / "folder.json"))
     assert result.exit_code == 1
     assert "folder.json: cannot be written: No such file" in result.stderr

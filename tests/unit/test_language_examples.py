@@ -137,12 +137,18 @@ def test_the_gain_is_told_as_it_is():
         ("tokenizer", "bytes", "--tokenizer"),
         ("vocabulary", 500, "--vocabulary"),
         ("pretrained_embedding", True, "--autoencoder"),
+        ("architecture", "lstm", "--model"),
+        ("sizes", {"width": 64}, "--width"),
+        ("text", {"file": "/there/b.txt", "megabytes": 1.0}, "--text"),
+        ("text", {"file": None, "megabytes": 1.0}, "--text"),
+        ("text", {"file": "/there/a.txt", "megabytes": 2.0}, "--megabytes"),
     ],
 )
 def test_checkpoints_of_another_run_are_refused_by_the_option(tmp_path, bpe, key, value, option):
-    kept: dict[str, Any] = {"tokenizer": "bpe", "vocabulary": 300, "pretrained_embedding": False}
+    kept: dict[str, Any] = {"tokenizer": "bpe", "vocabulary": 300, "pretrained_embedding": False, "architecture": "gpt"}
+    kept |= {"sizes": {"width": 32, "vocabulary": 290}, "text": {"file": "/here/a.txt", "megabytes": 1.0}}
     require_same_run(tmp_path / "nothing", kept)
     write_description(tmp_path, kept, bpe)
-    require_same_run(tmp_path, kept)
+    require_same_run(tmp_path, {**kept, "text": {"file": "/there/a.txt", "megabytes": 1.0}})
     with pytest.raises(JobError, match=f"give the same {option}"):
         require_same_run(tmp_path, {**kept, key: value})

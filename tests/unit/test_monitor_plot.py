@@ -138,7 +138,8 @@ def test_a_row_that_is_being_written_is_left_out(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("out.gif", "ends in .png, .svg, .pdf"), (".", "ends in"), ("no/out.png", "no/out.png")]
+    ("name", "says"),
+    [("out.gif", "ends in .png, .svg, .pdf"), (".", "ends in"), ("no/out.png", "no/out.png: No such file")],
 )
 def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path, name: str, says: str):
     said = run(recorded(tmp_path / "run"), "-o", tmp_path / name)

@@ -37,7 +37,8 @@ def plot(
         histories = _named_apart([read_run(path) for path in runs], runs)
         _draw(histories, output, smooth, log)
     except (ValueError, OSError) as error:
-        typer.echo(str(error), err=True)
+        of_file = isinstance(error, OSError) and error.strerror and f"{error.filename}: {error.strerror}"
+        typer.echo(of_file or str(error), err=True)
         raise typer.Exit(1) from None
     except ModuleNotFoundError as error:
         typer.echo(

@@ -49,7 +49,8 @@ def read_object(path: str | os.PathLike[str]) -> dict[Any, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{name!r}: cannot be read as a config file: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"{name!r}: cannot be read as a config file: {reason}") from None
     read = _from_yaml if name.lower().endswith((".yaml", ".yml")) else _from_json
     return _only_once(read(text, name), name)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from partita.config.allowed import allowed_values
@@ -61,10 +62,11 @@ def answers_in(raw: Mapping[Any, Any]) -> list[Finding]:
     found = sorted_config.findings + wrong
     named = {finding.key for finding in found}
     written = dict(leaves(raw))
+    unknown = tuple(f"{finding.key}." for finding in wrong if _field(finding.key) is None)
     works = [
         Finding(key, written[key], Answer.WORKS, _described(key))
         for key, _ in leaves(sorted_config.clean)
-        if key not in named and key in written
+        if key not in named and key in written and not key.startswith(unknown)
     ]
     order = {key: place for place, key in enumerate(written)}
     return sorted(found + works, key=lambda finding: order.get(finding.key, len(order)))
@@ -93,12 +95,16 @@ def _described(dotted: str) -> str:
     if start in ("optimizer.params", "scheduler.params"):
         factories = FACTORIES[start.partition(".")[0]].values()
         return next((factory.parameters[name].meaning for factory in factories if name in factory.parameters), "")
+    field = _field(dotted)
+    return (field.description or "") if field else ""
+
+
+def _field(dotted: str) -> FieldInfo | None:
     section: type[Section] = Config
     *path, key = dotted.split(".")
     for name in path:
         section = subsections(section).get(name, section)
-    field = section.model_fields.get(key)
-    return (field.description or "") if field else ""
+    return section.model_fields.get(key)
 
 
 def _finding(detail: ErrorDetails) -> Finding:
