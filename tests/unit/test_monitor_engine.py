@@ -13,6 +13,7 @@ import pytest
 import torch
 from late_streams import LateStreams, on_late_streams
 from partita import ConfigError
+from partita.nn.functional import linear_cross_entropy
 from pipelines import Shape, config_for, micro_batch
 from recorded import JOB, everywhere, own_rows, rows, scalars, table
 from small_models import Regression, config, inputs, seeded
@@ -156,6 +157,25 @@ def test_what_is_no_text_has_no_tokens_and_a_program_may_say_how_many(tmp_path: 
     silent, told = (rows(tmp_path / name)[1] for name in "01")
     assert "tokens_per_s" not in silent
     assert rate_times_seconds(told, "tokens_per_s") == pytest.approx(2 * 7)
+
+
+class Chunked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6, bias=False), nn.Linear(6, 11, bias=False)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        targets = torch.arange(len(x), dtype=torch.int64, device=x.device)
+        return {"loss": linear_cross_entropy(self.body(x.view(len(x), -1)[:, :4]), self.head.weight, targets)}
+
+
+def test_gradients_that_a_forward_computes_already_count_once(tmp_path: Path):
+    engine = engine_of(tmp_path, Chunked)
+    for _ in range(2):
+        engine.backward(engine(torch.ones(2, 4))["loss"])
+        engine.step()
+    engine.destroy()
+    assert rate_times_seconds(rows(tmp_path)[1], "flops_per_s") == pytest.approx(3 * 2 * 2 * (4 * 6 + 6 * 11))
 
 
 class Recurrent(nn.Module):
