@@ -332,6 +332,8 @@ def test_what_cannot_be_logged_is_named(tmp_path: Path, watched: bool, values: A
     engine.destroy()
     with pytest.raises(RuntimeError, match=r"log\(\) was called after engine.destroy\(\)"):
         engine.log({"acc": 0.5})
+    with pytest.raises(RuntimeError, match=r"waits\(\) was called after engine.destroy\(\)"):
+        engine.waits()
 
 
 # -- pipelines, and what is refused
