@@ -231,6 +231,16 @@ def test_phases_are_those_of_the_step_and_nothing_later_is_waited_for(tmp_path: 
     assert all(row["forward_ms"] > 0 for row in found[1:])
 
 
+def test_an_evaluation_is_no_part_of_the_forwards(tmp_path: Path):
+    engine = engine_of(tmp_path, wall_clock_breakdown=True)
+    train(engine, range(1))
+    with torch.no_grad():
+        engine(inputs())
+    train(engine, range(1, 3))
+    engine.destroy()
+    assert ["evaluation_ms" in row for row in rows(tmp_path)] == [False, True, False]
+
+
 # -- going on
 
 
