@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from common.arguments import Parser, number
 from common.job import JobError, process_group, run_job
-from common.models import ModelConfig
-from common.pipeline_layers import Norm, PipelineBlock, Positions, Tokens, logits, mean_loss
-from common.text import Windows, read_text, split, standard_library_text
+from language.models import ModelConfig
+from language.pipeline_layers import Norm, PipelineBlock, Positions, Tokens, logits, mean_loss
+from language.text import Windows, read_text, split, standard_library_text
 from partita.pipeline import LayerSpec, PipelineModule, TiedLayerSpec
 from torch.utils.data import default_collate
 

@@ -14,11 +14,10 @@ from typing import Any
 import huggingface_hub.constants
 import torch.distributed as dist
 import transformers
+from common.job import FAILED, JobError
 from tokenizers import BertWordPieceTokenizer
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
-
-from common.job import FAILED, JobError
 
 _SMALL = {"vocab_size": 8000, "initializer_range": 0.06}  # BERT's 0.02 is for 768: narrow ones would hardly begin
 # Sizes where they are not those that transformers has: its DistilBertConfig and BertConfig are the published models.
