@@ -251,6 +251,16 @@ def test_phases_are_those_of_the_step_and_nothing_later_is_waited_for(tmp_path: 
     assert all(row["forward_ms"] > 0 for row in found[1:])
 
 
+def test_an_evaluation_is_no_part_of_the_forwards(tmp_path: Path):
+    engine = engine_of(tmp_path, wall_clock_breakdown=True)
+    train(engine, range(1))
+    with torch.no_grad():
+        engine(inputs())
+    train(engine, range(1, 3))
+    engine.destroy()
+    assert ["evaluation_ms" in row for row in rows(tmp_path)] == [False, True, False]
+
+
 # -- going on
 
 
@@ -352,6 +362,8 @@ def test_what_cannot_be_logged_is_named(tmp_path: Path, watched: bool, values: A
     engine.destroy()
     with pytest.raises(RuntimeError, match=r"log\(\) was called after engine.destroy\(\)"):
         engine.log({"acc": 0.5})
+    with pytest.raises(RuntimeError, match=r"waits\(\) was called after engine.destroy\(\)"):
+        engine.waits()
 
 
 # -- pipelines, and what is refused

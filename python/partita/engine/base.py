@@ -146,6 +146,7 @@ class EngineBase(KeepsState):
         how long it waited, and in a collective not for whom: the rank that waits least is the slowest one. Over NCCL
         the GPU waits, and nothing is known.
         """
+        self._require_parts("waits()")
         with self._calls.inside("waits()"):
             return gather_waits(self._run.grid.world, self._step.controller.ledger)
 
