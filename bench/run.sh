@@ -52,6 +52,9 @@ all() {
   peers model_states_gloo on 2 bench/peers/model_states.py --transport torch
   peers bytes_sent on 2 bench/peers/bytes_sent.py
   peers pipeline on 2 bench/peers/pipeline.py
+  for dtype in fp32 bf16; do
+    peers linear_cross_entropy_$dtype python bench/peers/linear_cross_entropy.py --dtype $dtype
+  done
   peers checkpoint on 2 bench/peers/checkpoint.py
   peers save_stall on 2 bench/peers/save_stall.py
   peers offload_cpu python bench/gpu/offload.py --device cpu --width 512 --layers 6

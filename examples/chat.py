@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from common.arguments import Parser, device, number, seed
-from common.chat_model import context_of, ends_of, open_model
-from common.dialogues import Message, encode_prompt
-from common.generation import Sampling, answer_batch
 from common.job import JobError, run_job
+from dialogue.dialogues import Message, encode_prompt
+from dialogue.generation import Sampling, answer_batch
+from dialogue.model import context_of, ends_of, open_model
 
 RESET, QUIT = "/reset", "/quit"
 

@@ -23,7 +23,7 @@ from typing import Any
 import partita
 import torch
 import torch.distributed as dist
-from common.classifier import (
+from classification.classifier import (
     Collate,
     Encoded,
     Encoding,
@@ -33,8 +33,9 @@ from common.classifier import (
     read_config,
     tokenizer_source,
 )
-from common.classify_options import parse_arguments
-from common.evaluation_classifier import plot_confusion, probabilities, score, write_predictions
+from classification.evaluation import plot_confusion, probabilities, score, write_predictions
+from classification.labelled import Labelled, majority, read_split
+from classification.options import parse_arguments
 from common.job import (
     FAILED,
     JobError,
@@ -46,7 +47,6 @@ from common.job import (
     say_where_it_begins,
     sum_over_ranks,
 )
-from common.labelled import Labelled, majority, read_split
 from common.terminal import Interrupts, Progress
 from partita.checkpoint import CheckpointError
 from partita.files import file_to_write

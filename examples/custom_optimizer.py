@@ -24,11 +24,11 @@ import torch
 import torch.distributed as dist
 from common.arguments import Parser, add_checkpoint_arguments, device, folder, number, seed
 from common.job import config_from, device_of_this_rank, process_group, run_job
-from common.lm_training import Phase, held_out_loss, held_out_samples, train_phase
-from common.models import LSTM, ModelConfig
 from common.report import BLUE, GREY, ORANGE, Curve, Row
 from common.terminal import Interrupts
-from common.text import Corpus, read_text, split, standard_library_text, unigram_entropy
+from language.models import LSTM, ModelConfig
+from language.text import Corpus, read_text, split, standard_library_text, unigram_entropy
+from language.training import Phase, held_out_loss, held_out_samples, train_phase
 from matplotlib.figure import Figure
 from partita.checkpoint import checkpoints
 from partita.config import load_config

@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def evaluate_language_model(args: argparse.Namespace) -> None:
-    from common.evaluation_lm import (
+    from language.evaluation import (
         baseline,
         continuation,
         dialogue_loss,
@@ -83,8 +83,8 @@ def require_none(args: argparse.Namespace, names: tuple[str, ...], what: str) ->
 
 
 def job() -> bool:
-    from common.evaluation_classifier import classifier_at, evaluate_classifier
-    from common.evaluation_lm import is_language_model
+    from classification.evaluation import classifier_at, evaluate_classifier
+    from language.evaluation import is_language_model
 
     args = parse_arguments()
     if not args.path.exists():

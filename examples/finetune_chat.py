@@ -21,12 +21,9 @@ from typing import Any
 
 import partita
 import torch.distributed as dist
-from common.chat_model import context_of, ends_of, make_model, write_beside_weights
-from common.chat_options import parse_arguments
-from common.chat_report import plot_phases, table, write_phases
-from common.chat_run import ChatRun, Material, Schedule, require_same_settings
-from common.chat_trial import Asking, Drawing, Trial
-from common.dialogues import (
+from common.job import FAILED, JobError, config_from, device_of_this_rank, process_group, run_job
+from common.terminal import Interrupts, Progress
+from dialogue.dialogues import (
     Dialogue,
     encode,
     encode_prompt,
@@ -36,11 +33,14 @@ from common.dialogues import (
     shorten,
     without_repeats,
 )
-from common.generation import gathered, separate
-from common.job import FAILED, JobError, config_from, device_of_this_rank, process_group, run_job
-from common.packing import Arrangement
-from common.scores import score_named
-from common.terminal import Interrupts, Progress
+from dialogue.generation import gathered, separate
+from dialogue.model import context_of, ends_of, make_model, write_beside_weights
+from dialogue.options import parse_arguments
+from dialogue.packing import Arrangement
+from dialogue.report import plot_phases, table, write_phases
+from dialogue.run import ChatRun, Material, Schedule, require_same_settings
+from dialogue.scores import score_named
+from dialogue.trial import Asking, Drawing, Trial
 from partita.checkpoint import CheckpointError
 from partita.files import file_to_write
 

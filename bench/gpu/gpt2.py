@@ -18,11 +18,11 @@ from statistics import median
 
 import cases
 import torch
-from common.models import GPT, ModelConfig
 from contenders import build
 from device import elapsed_ms, peak_bytes, release, reset_peak
 from engines import Engine
 from formulas import H100_BF16_FLOPS, Sizes, training_flops_per_token
+from language.models import GPT, ModelConfig
 from torch import Tensor, nn
 from workload import Task, count
 

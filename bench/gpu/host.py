@@ -23,9 +23,9 @@ from typing import Any
 
 import cases
 import torch
-from common.models import GPT, ModelConfig
 from contenders import build, partita_config
 from device import host_ms, synchronize
+from language.models import GPT, ModelConfig
 from torch import Tensor, nn
 from workload import Task, Vectors
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import cases
 import torch
-from common.models import GPT, ModelConfig
 from contenders import build
 from device import peak_bytes
 from formulas import STATE_BYTES, Sizes, largest_that_fits
+from language.models import GPT, ModelConfig
 from torch import nn
 from workload import Task
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common.pipeline_layers import mean_loss
 from engines import library, silent
+from language.pipeline_layers import mean_loss
 from pipeline_task import PipelineTask
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.optim import AdamW

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common.pipeline_layers import mean_loss
 from environment import Ranks
+from language.pipeline_layers import mean_loss
 from partita.comm import Communicator, TorchCommunicator, communicator_of
 from partita.pipeline import Costs, Schedule, Span, simulate
 from pipeline_engines import Pipeline

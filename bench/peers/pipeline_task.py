@@ -14,8 +14,8 @@ from torch import Tensor, nn
 # Last, so that no file of the examples hides one beside this.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
-from common.models import ModelConfig
-from common.pipeline_layers import Head, Norm, PipelineBlock, Positions, Tokens
+from language.models import ModelConfig
+from language.pipeline_layers import Head, Norm, PipelineBlock, Positions, Tokens
 
 MicroBatch = tuple[Tensor, Tensor]
 

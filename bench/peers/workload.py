@@ -13,7 +13,7 @@ from torch import Tensor, nn
 # Last, so that no file of the examples hides one beside this.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
-from common.models import GPT, ModelConfig
+from language.models import GPT, ModelConfig
 
 Batch = tuple[Tensor, ...]
 

@@ -19,10 +19,10 @@ import classify
 import evaluate
 import pytest
 import torch
-from common.classifier import ARCHITECTURES, Collate, Encoded, learned_pieces
-from common.classify_options import parse_arguments
-from common.evaluation_classifier import classifier_at, plot_confusion, probabilities, score
-from common.labelled import Labelled, Sample, read_labelled, split_labelled
+from classification.classifier import ARCHITECTURES, Collate, Encoded, learned_pieces
+from classification.evaluation import classifier_at, plot_confusion, probabilities, score
+from classification.labelled import Labelled, Sample, read_labelled, split_labelled
+from classification.options import parse_arguments
 from jobs import children_of
 from partita.checkpoint import checkpoints
 from safetensors.torch import load_file

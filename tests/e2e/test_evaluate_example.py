@@ -10,8 +10,8 @@ from typing import Any
 import evaluate
 import pytest
 import torch
-from common.dialogues import DEFAULT_TEMPLATE, TEMPLATE_TOKENS
-from common.tokens import BPE
+from dialogue.dialogues import DEFAULT_TEMPLATE, TEMPLATE_TOKENS
+from language.tokens import BPE
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast

@@ -18,10 +18,10 @@ import chat
 import finetune_chat
 import pytest
 import torch
-from common.chat_model import tokenizer_of, train_tokenizer
-from common.chat_options import parse_arguments
-from common.dialogues import Dialogue
-from common.evaluation_lm import is_language_model
+from dialogue.dialogues import Dialogue
+from dialogue.model import tokenizer_of, train_tokenizer
+from dialogue.options import parse_arguments
+from language.evaluation import is_language_model
 from partita.checkpoint import checkpoints
 from ranks import RankError
 from safetensors.torch import load_file
@@ -46,10 +46,10 @@ PHASES = ["before", "fine-tuning", "round 1", "round 2"]
 SLOW = f"""
 import sys, time
 sys.path.insert(0, {str(SCRIPT.parent)!r})
-import partita, common.chat_run
-step, draw = partita.Engine.step, common.chat_run.draw_feedback
+import partita, dialogue.run
+step, draw = partita.Engine.step, dialogue.run.draw_feedback
 partita.Engine.step = lambda self: (step(self), time.sleep(0.15))[0]
-common.chat_run.draw_feedback = lambda *given: (time.sleep(1), draw(*given))[1]
+dialogue.run.draw_feedback = lambda *given: (time.sleep(1), draw(*given))[1]
 import finetune_chat
 sys.exit(finetune_chat.main())
 """

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pipeline_gpt
 import pytest
+from partita.checkpoint import checkpoints
 from warm_python import WarmPython
 
 SCRIPT = Path(pipeline_gpt.__file__)
@@ -71,6 +74,22 @@ def test_two_pipelines_go_on_from_a_checkpoint_of_one(plain, python):
     assert list(losses(done.stdout)) == [25, 30]
     assert losses(done.stdout)[25] < losses(output)[15]
     assert "zb-h1 on 2 x 2 ranks" in done.stdout
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_ends(tmp_path):
+    launch = [SCRIPT.with_name("launch.py"), "--standalone", "--nproc-per-node", 2, SCRIPT, *TINY, "--steps", 100_000]
+    command = [str(part) for part in (sys.executable, *launch, "--checkpoints", tmp_path, "--save-every", 2)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not checkpoints(tmp_path) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "saves and ends after this step" in output
+    assert f"saved '{checkpoints(tmp_path)[0].path}'" in output
 
 
 @pytest.mark.parametrize(

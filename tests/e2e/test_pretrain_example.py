@@ -18,8 +18,8 @@ from typing import Any
 import pretrain_lm
 import pytest
 import torch
-from common.models import GPT, LSTM, ModelConfig
-from common.text import split, standard_library_text
+from language.models import GPT, LSTM, ModelConfig
+from language.text import split, standard_library_text
 from partita.config import load_config
 from safetensors.torch import load_file
 from warm_python import WarmPython

@@ -17,9 +17,9 @@ import evaluate
 import pretrain_lm
 import pytest
 import torch
-from common.evaluation_lm import held_out_of, open_language_model, text_loss
-from common.models import LSTM, ModelConfig
-from common.tokens import BPE
+from language.evaluation import held_out_of, open_language_model, text_loss
+from language.models import LSTM, ModelConfig
+from language.tokens import BPE
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from warm_python import WarmPython

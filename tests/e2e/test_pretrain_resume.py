@@ -79,6 +79,11 @@ def run(*command: Any) -> tuple[int, str]:
     return process.returncode, output
 
 
+def test_a_wrong_number_of_ranks_is_one_line():
+    code, output = run(*LAUNCH, "two", SCRIPT)
+    assert (code, output) == (2, "launch.py: error: Unsupported nproc_per_node value: two\n")
+
+
 def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
     deadline = time.monotonic() + 120
     while not ((folder / "out" / "metrics.csv").exists() and len(rows(folder)) > step):

@@ -19,7 +19,7 @@ import inside
 import partita
 import torch
 import torch.distributed as dist
-from common.models import GPT, ModelConfig
+from language.models import GPT, ModelConfig
 from partita.comm import Communicator, TorchCommunicator
 from partita.units import Lifetime, StagePolicy
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from common.dialogues import History
-from common.generation import Ends, Sampling, answer_batch, draw
 from common.job import JobError
-from common.scores import score_named, token_f1
-from common.self_training import Candidate, choose, read_feedback, write_feedback
+from dialogue.dialogues import History
+from dialogue.generation import Ends, Sampling, answer_batch, draw
+from dialogue.scores import score_named, token_f1
+from dialogue.self_training import Candidate, choose, read_feedback, write_feedback
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ENDS = Ends(eos=(3,), pad=0)

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from common.chat_model import tokenizer_of, train_tokenizer
-from common.dialogues import (
+from dialogue.dialogues import (
     Dialogue,
     DialogueError,
     Encoded,
@@ -21,7 +20,8 @@ from common.dialogues import (
     shorten,
     without_repeats,
 )
-from common.packing import IGNORED, Arrangement, Rows, collate, pack, valid_tokens
+from dialogue.model import tokenizer_of, train_tokenizer
+from dialogue.packing import IGNORED, Arrangement, Rows, collate, pack, valid_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

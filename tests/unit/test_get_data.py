@@ -12,9 +12,9 @@ from pathlib import Path
 
 import get_data
 import pytest
-from common.archives import check, download, installed_files, members
-from common.corpora import as_messages, brown_paragraphs, detokenize, dialogues, interleave, mail_text
 from common.job import JobError
+from downloads.archives import check, download, installed_files, members
+from downloads.corpora import as_messages, brown_paragraphs, detokenize, dialogues, interleave, mail_text
 from get_data import DATA, DataSet, bring
 
 

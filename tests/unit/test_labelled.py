@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from common.classify_options import parse_arguments
+from classification.labelled import Labelled, Sample, majority, read_labelled, split_labelled
+from classification.options import parse_arguments
 from common.job import JobError
-from common.labelled import Labelled, Sample, majority, read_labelled, split_labelled
 
 
 def labelled(**counts: int) -> Labelled:

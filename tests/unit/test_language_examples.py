@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from common.autoencoder import begin_with, neighbour_rows
 from common.job import JobError
-from common.lm_results import gain, require_same_run, write_description
-from common.models import GPT, LSTM, ModelConfig
 from common.report import Row
-from common.text import HELD_OUT, cut, split, unigram_entropy
-from common.tokens import BPE, Bytes
+from language.autoencoder import begin_with, neighbour_rows
+from language.models import GPT, LSTM, ModelConfig
+from language.results import gain, require_same_run, write_description
+from language.text import HELD_OUT, cut, split, unigram_entropy
+from language.tokens import BPE, Bytes
 from torch import nn
 
 TEXT = ("The cat sat on the mat.\r\nDer Bär läuft über die Brücke.\n\n\t漢字 \x1c\u2028 and the cat\n" * 40).encode()

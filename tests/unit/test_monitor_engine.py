@@ -13,6 +13,7 @@ import pytest
 import torch
 from late_streams import LateStreams, on_late_streams
 from partita import ConfigError
+from partita.nn.functional import linear_cross_entropy
 from pipelines import Shape, config_for, micro_batch
 from recorded import JOB, everywhere, own_rows, rows, scalars, table
 from small_models import Regression, config, inputs, seeded
@@ -158,6 +159,25 @@ def test_what_is_no_text_has_no_tokens_and_a_program_may_say_how_many(tmp_path: 
     assert rate_times_seconds(told, "tokens_per_s") == pytest.approx(2 * 7)
 
 
+class Chunked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6, bias=False), nn.Linear(6, 11, bias=False)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        targets = torch.arange(len(x), dtype=torch.int64, device=x.device)
+        return {"loss": linear_cross_entropy(self.body(x.view(len(x), -1)[:, :4]), self.head.weight, targets)}
+
+
+def test_gradients_that_a_forward_computes_already_count_once(tmp_path: Path):
+    engine = engine_of(tmp_path, Chunked)
+    for _ in range(2):
+        engine.backward(engine(torch.ones(2, 4))["loss"])
+        engine.step()
+    engine.destroy()
+    assert rate_times_seconds(rows(tmp_path)[1], "flops_per_s") == pytest.approx(3 * 2 * 2 * (4 * 6 + 6 * 11))
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -229,6 +249,16 @@ def test_phases_are_those_of_the_step_and_nothing_later_is_waited_for(tmp_path: 
     found = rows(tmp_path)
     assert all({"forward_ms", "backward_ms", "update_ms"} <= row.keys() for row in found[1:])
     assert all(row["forward_ms"] > 0 for row in found[1:])
+
+
+def test_an_evaluation_is_no_part_of_the_forwards(tmp_path: Path):
+    engine = engine_of(tmp_path, wall_clock_breakdown=True)
+    train(engine, range(1))
+    with torch.no_grad():
+        engine(inputs())
+    train(engine, range(1, 3))
+    engine.destroy()
+    assert ["evaluation_ms" in row for row in rows(tmp_path)] == [False, True, False]
 
 
 # -- going on
@@ -332,6 +362,8 @@ def test_what_cannot_be_logged_is_named(tmp_path: Path, watched: bool, values: A
     engine.destroy()
     with pytest.raises(RuntimeError, match=r"log\(\) was called after engine.destroy\(\)"):
         engine.log({"acc": 0.5})
+    with pytest.raises(RuntimeError, match=r"waits\(\) was called after engine.destroy\(\)"):
+        engine.waits()
 
 
 # -- pipelines, and what is refused

@@ -75,6 +75,9 @@ CASES: dict[str, tuple[Callable[[], Any], int]] = {
     "einsum": (lambda: torch.einsum("btd,bsd->bts", _x(2, 5, 6), _x(2, 4, 6)), 2 * 5 * 4 * 6),
     "a matrix and a vector": (lambda: _x(4, 6) @ _x(6), 4 * 6),
     "a sum of products": (lambda: torch.addbmm(_x(4, 5), _x(3, 4, 6), _x(3, 6, 5)), 3 * 4 * 6 * 5),
+    "a product added in place": (lambda: _x(4, 5).addmm_(_x(4, 6), _x(6, 5)), 4 * 6 * 5),
+    "products added in place": (lambda: _x(3, 4, 5).baddbmm_(_x(3, 4, 6), _x(3, 6, 5)), 3 * 4 * 6 * 5),
+    "a vector added in place": (lambda: _x(4).addmv_(_x(4, 6), _x(6)), 4 * 6),
 }
 
 

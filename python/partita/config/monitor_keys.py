@@ -18,7 +18,7 @@ class MonitorConfig(Section):
     dir: Annotated[str | None, Field(min_length=1), OwnKey()] = Field(
         None,
         description="The folder of `metrics.jsonl`, one JSON object for each step, which `partita plot` draws. A run "
-        "that resumes goes on in the file; null: there is none.",
+        "that resumes goes on in the file. Each job has its own, and each engine of a program. null: there is none.",
     )
     interval_steps: Annotated[PositiveInt, OwnKey()] = Field(
         1, description="Record after each step whose number is a multiple of this; rates are means since the last."

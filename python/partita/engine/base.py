@@ -146,6 +146,7 @@ class EngineBase(KeepsState):
         how long it waited, and in a collective not for whom: the rank that waits least is the slowest one. Over NCCL
         the GPU waits, and nothing is known.
         """
+        self._require_parts("waits()")
         with self._calls.inside("waits()"):
             return gather_waits(self._run.grid.world, self._step.controller.ledger)
 
@@ -270,7 +271,8 @@ class EngineBase(KeepsState):
         if self.device.type == "cpu" and torch.cuda.device_count():
             logger.warning("the model is on the CPU and trains there; for a GPU: model.to('cuda') before initialize()")
         if self.config.dump_state:
-            logger.info("config: %s", self.config.model_dump_json(indent=2))
+            secret = {"comet": {"api_key"}}
+            logger.info("config: %s", self.config.model_dump_json(indent=2, exclude=secret))
 
 
 def _count(number: int, thing: str) -> str:

@@ -98,7 +98,8 @@ class Engine(EngineBase):
         """Runs the model. With gradients enabled this begins a micro-batch."""
         require("__call__()", self._phase, Phase.READY, Phase.FORWARD, Phase.BACKWARD)
         self._heed()
-        with self._calls.inside("engine()"), self._step.timers.phase("forward"):
+        phase = "forward" if torch.is_grad_enabled() else "evaluation"
+        with self._calls.inside("engine()"), self._step.timers.phase(phase):
             try:
                 outputs = self._part.forward(*args, **kwargs)
             except RuntimeError as error:

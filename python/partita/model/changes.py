@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from itertools import chain
+from operator import methodcaller
 from typing import Any
 
 from torch import nn
 
 from partita.units import Unit
+
+_values = methodcaller("values")  # of dicts, and of what modules of TorchScript have in their place
 
 
 class ModelGuard:
@@ -66,4 +69,4 @@ class ModelGuard:
         self._then = self._now()
 
     def _now(self) -> list[int]:
-        return list(map(id, chain.from_iterable(map(dict.values, self._owners))))
+        return list(map(id, chain.from_iterable(map(_values, self._owners))))

@@ -157,7 +157,7 @@ def _plus_matrix_vector(added: Tensor, matrix: Tensor, *rest: Any, **options: An
     return 2 * matrix.numel()
 
 
-def _plus_batches(added: Tensor, left: Tensor, right: Tensor, **options: Any) -> int:
+def _plus_product(added: Tensor, left: Tensor, right: Tensor, **options: Any) -> int:
     return 2 * left.numel() * right.shape[-1]
 
 
@@ -195,8 +195,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     **dict.fromkeys(_packets(_ATTENTION), _attention),
     **dict.fromkeys(_packets([f"{name}_backward" for name in _ATTENTION]), _attention_backward),
     **dict.fromkeys(_packets(["mv", "dot", "vdot"]), _matrix_vector),
-    **dict.fromkeys(_packets(["addmv"]), _plus_matrix_vector),
-    **dict.fromkeys(_packets(["addbmm"]), _plus_batches),
+    **dict.fromkeys(_packets(["addmv", "addmv_"]), _plus_matrix_vector),
+    **dict.fromkeys(_packets(["addbmm", "addbmm_", "addmm_", "baddbmm_"]), _plus_product),
     **dict.fromkeys(_packets(["mkldnn_rnn_layer"]), _mkldnn_layer),
     **dict.fromkeys(_packets(["mkldnn_rnn_layer_backward"]), _twice(_mkldnn_layer)),
     **dict.fromkeys(_packets(["_cudnn_rnn", "miopen_rnn"]), _cudnn_layers),

@@ -116,9 +116,9 @@ class ModelPart:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module. With gradients enabled a backward may follow."""
-        with self._autocast(), self._flops.counting():
+        with self._autocast():
             try:
-                outputs = self.module(*args, **kwargs)
+                outputs = self._flops.run(self.module, *args, **kwargs)
             except BaseException:
                 self._backward.lifetimes.release_all()
                 raise

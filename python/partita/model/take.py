@@ -184,11 +184,13 @@ def _require_memory(what: str, tensor: torch.Tensor) -> None:
 
 
 def _refuse_compiled(model: nn.Module) -> None:
-    """Raises ValueError, naming the module, if torch.compile was applied: it keeps the addresses of parameters."""
+    """Raises ValueError, naming the module, if one is compiled: it keeps addresses of parameters, or takes no hooks."""
     for name, module in model.named_modules():
-        if module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule):
+        is_script = isinstance(module, torch.jit.ScriptModule)
+        if is_script or module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule):
+            by = "torch.jit" if is_script else "torch.compile"
             raise ValueError(
-                f"module '{name or type(module).__name__}' is compiled (torch.compile), which ZeRO stage 3 does not "
+                f"module '{name or type(module).__name__}' is compiled ({by}), which ZeRO stage 3 does not "
                 "support: its parameters come and go; use stage 0, 1 or 2, or leave it uncompiled"
             )
 

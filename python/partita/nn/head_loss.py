@@ -90,6 +90,7 @@ class _SummedLoss(Function):
         is_mean: bool,
         wants: tuple[bool, bool, bool],
     ) -> Tensor:
+        ctx.gradient_flops = 2 * len(hidden) * weight.numel() * (wants[0] + wants[1])  # of this forward; for who counts
         losses, sums = _walk(Head(hidden, weight, bias, targets), rule, wants, factors=counts)
         number = counts.sum().to(losses.dtype) if is_mean else losses.new_ones(())
         ctx.factor = 1 / (number.clamp(min=1) * _spread(rule.operands))  # gradients of no losses are zeros

@@ -9,9 +9,9 @@ import partita
 import pytest
 import torch
 import torch.nn.functional as F
-from common.dialogues import Encoded
-from common.packing import IGNORED, Row, collate
-from common.self_training import DATA, GENERATED, Share, forward, plan_step, train_step
+from dialogue.dialogues import Encoded
+from dialogue.packing import IGNORED, Row, collate
+from dialogue.self_training import DATA, GENERATED, Share, forward, plan_step, train_step
 from support import base_config
 from torch import Tensor
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from common.job import JobError
 from torch import Tensor
 
-from common.classifier import Collate, Encoded, Encoding, open_classifier
-from common.job import JobError
-from common.labelled import Labelled, majority, read_labelled, read_split
+from classification.classifier import Collate, Encoded, Encoding, open_classifier
+from classification.labelled import Labelled, majority, read_labelled, read_split
 
 LONGEST = 512  # tokens of a text, where neither model nor tokenizer says
 EXCERPT = 160  # characters of a text in the table of predictions

@@ -16,14 +16,14 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from common.job import JobError
 from partita.checkpoint import checkpoints, export, find
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.job import JobError
-from common.lm_results import DESCRIPTION, generate, read_description, read_tokenizer
-from common.models import MODELS, ModelConfig
-from common.text import cut, read_text, standard_library_text, unigram_entropy
+from language.models import MODELS, ModelConfig
+from language.results import DESCRIPTION, generate, read_description, read_tokenizer
+from language.text import cut, read_text, standard_library_text, unigram_entropy
 
 WEIGHTS = "model.safetensors"
 _BATCH_TOKENS = 4096
@@ -261,7 +261,7 @@ def baseline(model: LanguageModel, train: bytes, text: bytes) -> TextLoss:
 @torch.inference_mode()
 def dialogue_loss(model: LanguageModel, file: Path) -> str:
     """The loss on the assistant's tokens of dialogues, in a line."""
-    from common.dialogues import encode, read_dialogues
+    from dialogue.dialogues import encode, read_dialogues
 
     nats, tokens, dialogues = 0.0, 0, read_dialogues(file)
     for dialogue in dialogues:

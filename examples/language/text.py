@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from common.job import JobError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.job import JobError
-from common.tokens import Bytes, Tokenizer
+from language.tokens import Bytes, Tokenizer
 
 HELD_OUT = 0.05  # of the text, at its end
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}

@@ -11,13 +11,13 @@ from typing import Any
 
 import partita
 import torch
+from common.job import JobError
+from common.report import Curve, Row, plot_losses
 from torch import Tensor
 
-from common.job import JobError
-from common.lm_training import bits_per_byte
-from common.models import ModelConfig
-from common.report import Curve, Row, plot_losses
-from common.tokens import BPE, Bytes, Tokenizer
+from language.models import ModelConfig
+from language.tokens import BPE, Bytes, Tokenizer
+from language.training import bits_per_byte
 
 DESCRIPTION, TOKENIZER = "model.json", "tokenizer.json"
 COMPARED = {"architecture": "--model", "tokenizer": "--tokenizer", "vocabulary": "--vocabulary"}

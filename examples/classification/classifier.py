@@ -10,12 +10,11 @@ from typing import Any
 
 import torch.distributed as dist
 import transformers
+from common.hub import hub_is_there
+from common.job import FAILED, JobError
 from tokenizers import BertWordPieceTokenizer
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
-
-from common.hub import hub_is_there
-from common.job import FAILED, JobError
 
 _SMALL = {"vocab_size": 8000, "initializer_range": 0.06}  # BERT's 0.02 is for 768: narrow ones would hardly begin
 # Sizes where they are not those that transformers has: its DistilBertConfig and BertConfig are the published models.

@@ -12,9 +12,8 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
 from common.job import FAILED, JobError
+from torch import Tensor
 
 BYTES = 256  # which each are a token of their own, in both kinds
 _LINES_AT_ONCE = 4096

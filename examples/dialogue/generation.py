@@ -15,11 +15,10 @@ from typing import Any, TypeVar
 import partita
 import torch
 import torch.distributed as dist
+from common.job import JobError
 from partita.zero import GatheredParameters
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
-
-from common.job import JobError
 
 T = TypeVar("T")
 

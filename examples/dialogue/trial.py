@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from common.dialogues import Encoded, History
-from common.generation import Answer, Ends, Sampling, answers, shared_out
-from common.packing import Arrangement, collate, valid_tokens
-from common.scores import Score, token_f1
-from common.self_training import Candidate, Sample, choose, forward, token_losses
+from dialogue.dialogues import Encoded, History
+from dialogue.generation import Answer, Ends, Sampling, answers, shared_out
+from dialogue.packing import Arrangement, collate, valid_tokens
+from dialogue.scores import Score, token_f1
+from dialogue.self_training import Candidate, Sample, choose, forward, token_losses
 
 
 @dataclass(frozen=True)

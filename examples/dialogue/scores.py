@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.dialogues import History, Message
 from common.job import JobError
+
+from dialogue.dialogues import History, Message
 
 Reward = Callable[[list[Message], str, list[str]], float]
 Score = Callable[[History, str, float], float]  # of (history, answer, mean log-likelihood of its tokens)

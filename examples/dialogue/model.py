@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import transformers
+from common.hub import hub_is_there
+from common.job import JobError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from common.dialogues import DEFAULT_TEMPLATE, TEMPLATE_TOKENS, Dialogue
-from common.generation import Ends, shared_out
-from common.hub import hub_is_there
-from common.job import JobError
+from dialogue.dialogues import DEFAULT_TEMPLATE, TEMPLATE_TOKENS, Dialogue
+from dialogue.generation import Ends, shared_out
 
 PAD = "<|pad|>"
 END = TEMPLATE_TOKENS[-1]

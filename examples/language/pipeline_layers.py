@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.models import Block, ModelConfig
+from language.models import Block, ModelConfig
 
 STD = 0.02  # of initial weights
 

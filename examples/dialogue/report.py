@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from common.report import BLUE, GREY, ORANGE
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
-
-from common.report import BLUE, GREY, ORANGE
 
 GREEN = "#2e8b57"
 

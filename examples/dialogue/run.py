@@ -18,16 +18,16 @@ from typing import Any, Protocol
 
 import partita
 import torch
+from common.job import JobError, sum_over_ranks
+from common.terminal import Interrupts, Progress
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from common.chat_report import Phase, line_of
-from common.chat_trial import Asking, Drawing, Trial, draw_feedback, measure
-from common.dialogues import Encoded, History, encode, encode_prompt, shorten
-from common.generation import shared_out
-from common.job import JobError, sum_over_ranks
-from common.packing import Arrangement, Rows
-from common.self_training import (
+from dialogue.dialogues import Encoded, History, encode, encode_prompt, shorten
+from dialogue.generation import shared_out
+from dialogue.packing import Arrangement, Rows
+from dialogue.report import Phase, line_of
+from dialogue.self_training import (
     Share,
     plan_step,
     read_feedback,
@@ -35,7 +35,7 @@ from common.self_training import (
     train_step,
     write_feedback,
 )
-from common.terminal import Interrupts, Progress
+from dialogue.trial import Asking, Drawing, Trial, draw_feedback, measure
 
 
 class WholeModel(Protocol):

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from common.arguments import Parser, add_checkpoint_arguments, add_engine_arguments, folder, number
-from common.tokens import BYTES
+
+from language.tokens import BYTES
 
 WORDS = 10_000  # tokens of a byte-pair encoding, unless the user says otherwise
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.dialogues import Encoded
+from dialogue.dialogues import Encoded
 
 IGNORED = -100  # the target of a token that counts in no loss
 Row = tuple[Encoded, ...]

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.archives import installed_files
 from common.job import JobError
+from downloads.archives import installed_files
 
 BBC = Path("data/bbc")  # of `make data`
 LEAST_PER_LABEL = 2  # one to train on, one held out

@@ -12,13 +12,13 @@ from typing import Any
 
 import partita
 import torch
-from partita.checkpoint import CheckpointError
-from torch.utils.data import Dataset, default_collate
-
 from common.job import FAILED, JobError, save_end, say_where_it_begins, sum_over_ranks
 from common.report import MetricsFile, Row, read_rows
 from common.terminal import Interrupts, Progress
-from common.text import Windows
+from partita.checkpoint import CheckpointError
+from torch.utils.data import Dataset, default_collate
+
+from language.text import Windows
 
 
 @dataclass(frozen=True)

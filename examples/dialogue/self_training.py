@@ -18,11 +18,11 @@ import partita
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from common.job import JobError
 from torch import Tensor
 
-from common.dialogues import History, Message
-from common.job import JobError
-from common.packing import IGNORED, Batch, Row, Rows, collate, valid_tokens
+from dialogue.dialogues import History, Message
+from dialogue.packing import IGNORED, Batch, Row, Rows, collate, valid_tokens
 
 DATA, GENERATED = "data", "generated"
 

@@ -1,0 +1,1 @@
+"""Chat fine-tuning: dialogues, packed rows, generation, scores, rounds of self-training."""

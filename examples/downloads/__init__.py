@@ -1,0 +1,1 @@
+"""Where the data of the examples come from."""

@@ -1,0 +1,1 @@
+"""Language models: their text, tokens, training, results and evaluation."""
