@@ -212,7 +212,9 @@ def held_out_of(model: LanguageModel, max_bytes: int) -> tuple[bytes, bytes, str
     """
     text = (model.description or {}).get("text")
     if text is None:
-        raise JobError(f"{model.name} does not say what was held out: give a text with --text FILE")
+        raise JobError(
+            f"{model.name} does not say what was held out: give a text with --text FILE, or --dialogues FILE"
+        )
     limit = int(text["megabytes"] * 1e6)
     whole = standard_library_text(limit) if text["file"] is None else read_text(Path(text["file"]), limit)
     train, held_out = cut(whole)
