@@ -12,7 +12,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: bench bench-quick chat classify clean custom-optimizer data docs evaluate finetune format help lint notebook setup site test test-all test-cpp test-python train train-two-phase
+.PHONY: bench bench-quick chat classify clean custom-optimizer data docs evaluate finetune format help lint notebook pipeline setup site test test-all test-cpp test-python train train-two-phase
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make classify   fine-tune a pretrained BERT on news of the BBC on $(RANKS) ranks"
 	@echo "make finetune   fine-tune a small model on dialogues, with rounds of self-training; make chat talks to it"
 	@echo "make custom-optimizer   train with an optimizer of one's own, every stage beside plain PyTorch"
+	@echo "make pipeline   train a GPT whose layers are on $(RANKS) ranks"
 	@echo "make data       brings the data of the examples into data/ (text, news, mails, dialogues, a pretrained BERT)"
 	@echo "make test       all tests of a change; make test-all adds the long ones"
 	@echo "make lint       ruff, mypy --strict, clang-format; make format repairs what can be"
@@ -71,6 +72,9 @@ evaluate: .venv/installed
 
 custom-optimizer: .venv/installed
 	$(LAUNCH) examples/custom_optimizer.py $(ARGS)
+
+pipeline: .venv/installed
+	$(LAUNCH) examples/pipeline_gpt.py --pipe $(RANKS) --schedule zb-v $(ARGS)
 
 notebook: .venv/installed
 	@mkdir -p runs

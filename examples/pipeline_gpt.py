@@ -1,7 +1,7 @@
 """Trains a small byte-level GPT as a pipeline: its layers are on several ranks, and micro-batches go through them.
 
     torchrun --nproc-per-node 2 examples/pipeline_gpt.py
-    torchrun --nproc-per-node 4 examples/pipeline_gpt.py --pipe 2 --schedule zb-v --zero 1
+    torchrun --nproc-per-node 4 examples/pipeline_gpt.py --pipe 2 --schedule zb-v --stage 1
 
 With more ranks than --pipe there are several pipelines, and each trains on its own part of the data. The embedding and
 the output layer share their weight, though they are on different ranks. Saves checkpoints into --checkpoints, and goes
@@ -22,11 +22,11 @@ import partita
 import torch
 import torch.distributed as dist
 from common.arguments import Parser, number, seed
-from common.job import JobError, process_group, run_job
-from common.terminal import Interrupts
+from common.job import JobError, config_from, process_group, run_job, say_where_it_begins
+from common.terminal import Interrupts, Progress
 from language.models import ModelConfig
 from language.pipeline_layers import Norm, PipelineBlock, Positions, Tokens, logits, mean_loss
-from language.text import Windows, read_text, split, standard_library_text
+from language.text import Corpus, Windows, read_text, split, standard_library_text, unigram_entropy
 from partita.pipeline import LayerSpec, PipelineModule, TiedLayerSpec
 from torch.utils.data import default_collate
 
@@ -56,10 +56,12 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--batch-size", type=count, default=4, help="windows in a micro-batch")
     run.add_argument("--lr", type=rate, default=3e-3, help="highest learning rate of AdamW")
     run.add_argument(
-        "--zero", type=int, choices=(0, 1, 2), default=1, help="ZeRO stage, among equal ranks of pipelines"
+        "--stage", type=int, choices=(0, 1, 2), default=1, help="ZeRO stage, among equal ranks of pipelines"
     )
     run.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the parameters")
     run.add_argument("--seed", type=seed, default=0, help="of the weights and the order of the data")
+    config = "JSON (or YAML) whose keys replace those of the engine's config"
+    run.add_argument("--config", type=Path, metavar="FILE", help=config)
     run.add_argument("--log-every", type=count, default=10, help="steps between two lines")
     kept = parser.add_argument_group("checkpoints", "where there is one, the run goes on from it")
     folder = "folder for checkpoints, which all hosts see; without it: no checkpoints"
@@ -86,7 +88,7 @@ def engine_config(args: argparse.Namespace) -> dict[str, Any]:
             "params": {"total_num_steps": args.steps, "warmup_num_steps": max(2, args.steps // 20)},
         },
         "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": args.zero},
+        "zero_optimization": {"stage": args.stage},
         "seed": args.seed,
         "steps_per_print": 0,
     }
@@ -94,7 +96,7 @@ def engine_config(args: argparse.Namespace) -> dict[str, Any]:
         config["checkpoint"] = {"dir": args.checkpoints, "interval_steps": args.save_every, "keep_last": 2}
     if args.precision != "fp32":
         config[args.precision] = {"enabled": True}
-    return config
+    return {**config, **config_from(args.config)}
 
 
 def gpt(args: argparse.Namespace) -> PipelineModule:
@@ -124,15 +126,23 @@ def held_out_loss(engine: Any, held_out: Windows, args: argparse.Namespace) -> f
     return float(engine.eval_batch(batches(), num_micro_batches=count))
 
 
-def train(engine: Any, args: argparse.Namespace, *, speaks: bool) -> None:
-    """Trains up to step `args.steps`, and prints how it goes."""
+def unigram(corpus: Corpus) -> float:
+    """The loss to beat, in nats per byte: that of a model that knows how often each byte is."""
+    return unigram_entropy(
+        corpus.train.data, corpus.held_out.targets(list(range(len(corpus.held_out)))), vocabulary=256
+    )
+
+
+def train(engine: Any, args: argparse.Namespace, progress: Progress) -> None:
+    """Trains up to step `args.steps`, and says how it goes."""
     started, first = time.perf_counter(), engine.global_steps
     while engine.global_steps < args.steps:
         loss = engine.train_batch()
         step = engine.global_steps
-        if speaks and (step % args.log_every == 0 or step == args.steps):
+        progress.step()
+        if step % args.log_every == 0 or step == args.steps:
             tokens = (step - first) * engine.train_batch_size() * args.context / (time.perf_counter() - started)
-            print(f"step {step}/{args.steps} loss {loss.item():.3f} {tokens:,.0f} tokens/s", flush=True)
+            progress.show(step, f"loss {loss.item():.3f} {tokens:,.0f} tokens/s")
 
 
 def run(args: argparse.Namespace) -> bool:
@@ -152,17 +162,21 @@ def run(args: argparse.Namespace) -> bool:
     except ValueError as error:  # a config, a schedule or a division into stages that cannot be
         raise JobError(str(error)) from None
     speaks = dist.get_rank() == 0
-    if speaks and engine.resumed_from is not None:
-        print(f"goes on from {engine.resumed_from}, step {engine.global_steps} of {args.steps}", flush=True)
+    if not say_where_it_begins(engine, args.steps):
+        engine.destroy()
+        return False
     interrupts = Interrupts(saves=True, speaks=speaks) if args.checkpoints else None
     try:
-        train(engine, args, speaks=speaks)
+        with Progress(args.steps, done=engine.global_steps, speaks=speaks) as progress:
+            train(engine, args, progress)
     except partita.Preempted:  # a signal ended it: the engine has saved, and has said so
         return interrupts is not None and interrupts.requested
     validation = held_out_loss(engine, corpus.held_out, args)
     if speaks:
         pipelines = f"{ranks // args.pipe} x {args.pipe} ranks"
-        print(f"{args.schedule} on {pipelines}: {args.steps} steps, validation {validation:.3f} nats", flush=True)
+        beaten = f"by the bytes' frequencies alone {unigram(corpus):.3f}"
+        done = f"{args.schedule} on {pipelines}: {args.steps} steps"
+        print(f"{done}, validation {validation:.3f} nats per byte; {beaten}", flush=True)
     engine.destroy()
     return False
 

@@ -42,7 +42,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, python: WarmPython) -> tuple
     folder = tmp_path_factory.mktemp("checkpoints")
     done = run(python, 2, "--checkpoints", folder, "--save-every", 20)
     assert done.returncode == 0, done.stderr
-    return done.stdout, folder
+    return done.stdout + done.stderr, folder
 
 
 def test_learns(plain):
@@ -50,7 +50,7 @@ def test_learns(plain):
     found = losses(output)
     assert list(found) == [5, 10, 15, 20]
     assert found[20] < found[5] - 0.5
-    assert validation(output) < 4
+    assert validation(output) < float(re.findall(r"frequencies alone ([\d.]+)", output)[0]) < 4
     assert output.count("validation") == 1  # one rank speaks
     assert "1f1b on 1 x 2 ranks: 20 steps" in output
 
@@ -60,19 +60,19 @@ def test_another_schedule_gives_the_same_losses(plain, python):
     """With two stages per rank, and activations that are recomputed; printed with three digits."""
     done = run(python, 2, "--schedule", "interleaved", "--chunks", 2, "--recompute", 1)
     assert done.returncode == 0, done.stderr
-    assert losses(done.stdout) == pytest.approx(losses(plain[0]), abs=0.0015)
+    assert losses(done.stderr) == pytest.approx(losses(plain[0]), abs=0.0015)
     assert validation(done.stdout) == pytest.approx(validation(plain[0]), abs=0.0015)
 
 
 def test_two_pipelines_go_on_from_a_checkpoint_of_one(plain, python):
     """2 x 2 ranks, another schedule and ZeRO stage, half the micro-batches in each: a step has as many samples."""
     output, folder = plain
-    more = ("--schedule", "zb-h1", "--zero", 2, "--micro-batches", 2, "--steps", 30)
+    more = ("--schedule", "zb-h1", "--stage", 2, "--micro-batches", 2, "--steps", 30)
     done = run(python, 4, "--checkpoints", folder, *more)
     assert done.returncode == 0, done.stderr
-    assert f"goes on from {folder}/global_step20, step 20 of 30" in done.stdout
-    assert list(losses(done.stdout)) == [25, 30]
-    assert losses(done.stdout)[25] < losses(output)[15]
+    assert f"goes on from {folder}/global_step20, step 20 of 30" in done.stderr
+    assert list(losses(done.stderr)) == [25, 30]
+    assert losses(done.stderr)[25] < losses(output)[15]
     assert "zb-h1 on 2 x 2 ranks" in done.stdout
 
 
@@ -113,7 +113,7 @@ def test_what_cannot_be_is_one_line(python, arguments, complaint):
     ("arguments", "complaint"),
     [
         ("--width 30 --heads 4", "--width 30 is not a multiple of --heads 4"),
-        ("--zero 3", "--zero: invalid choice"),
+        ("--stage 3", "--stage: invalid choice"),
         ("--chunks 0", "--chunks: '0' is not an integer from 1"),
     ],
 )
