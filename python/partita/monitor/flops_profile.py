@@ -15,7 +15,7 @@ from torch import nn
 from partita.device.streams import Streams
 from partita.model import FlopCounter, modules_to_watch, takes_hooks
 from partita.monitor.module_table import ModuleCosts, ProfiledStep, inclusive, summary_text, tree_text
-from partita.monitor.written import write_text
+from partita.monitor.written import write_whole
 
 if TYPE_CHECKING:
     from partita.config.profile_keys import FlopsProfilerConfig
@@ -90,7 +90,7 @@ class FlopsProfile:
             text += "\n\n" + tree_text(rows, self._config.module_depth)
         if self._path is None:
             logger.info(text)
-        elif write_text(self._path, text + "\n"):
+        elif write_whole(self._path, text + "\n"):
             logger.info(f"flops_profiler: the table is in {self._path}")
 
     def rows(self) -> list[ModuleCosts]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from partita.comm import Carried, Communicator, text_by_rank
 from partita.model import modules_to_watch, takes_hooks
-from partita.monitor.written import write_text
+from partita.monitor.written import write_whole
 
 logger = logging.getLogger("partita")
 
@@ -118,7 +118,7 @@ class Trace:
 
     def _write(self, told: list[dict[str, Any]]) -> None:
         self._spans = []
-        if self._path is not None and write_text(self._path, json.dumps(merged(told))):
+        if self._path is not None and write_whole(self._path, json.dumps(merged(told))):
             logger.info(f"trace: steps {self._first} to {self._last} are in {self._path}: open it in ui.perfetto.dev")
 
     @contextmanager

@@ -28,7 +28,7 @@ def place_for(key: str, path: str) -> Path:
     return place
 
 
-def write_text(place: Path, text: str) -> bool:
+def write_whole(place: Path, text: str) -> bool:
     """The file has this text, or what it had before: then a warning says why, and training goes on. Returns whether it
     has the text."""
     beside = place.with_name(f".{place.name}.new")
