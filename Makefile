@@ -85,14 +85,16 @@ data: .venv/installed
 
 test: test-cpp test-python
 
+BESIDE := tests/distributed/pipeline  # so that both take equally long
+
 # Half of the time one process computes or waits: so the tests of several ranks run beside the others. Last and alone
 # come those that look at what the whole machine has.
 test-python: .venv/installed
 ifneq ($(ARGS),)
 	$(PYTEST) -m "not slow" $(ARGS)
 else
-	@mkdir -p build; $(PYTEST) -m "not slow and not alone" tests/unit tests/e2e tests/gpu > build/tests-beside.log 2>&1 & \
-	beside=$$!; $(PYTEST) -m "not slow and not alone" tests/distributed; ranks=$$?; \
+	@mkdir -p build; $(PYTEST) -m "not slow and not alone" tests/unit tests/e2e tests/gpu $(BESIDE) > build/tests-beside.log 2>&1 & \
+	beside=$$!; $(PYTEST) -m "not slow and not alone" tests/distributed $(BESIDE:%=--ignore %); ranks=$$?; \
 	wait $$beside; beside=$$?; cat build/tests-beside.log; \
 	$(PYTEST) -m "not slow and alone" tests/distributed/promises; alone=$$?; \
 	exit $$((ranks || beside || alone))

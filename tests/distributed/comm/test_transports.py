@@ -186,7 +186,7 @@ def _trained_on_hosts(stage: int, hosts: tuple[str, ...]) -> Any:
     group = dist.group.WORLD
     assert group is not None
 
-    def connect(*_: Any, beside: Communicator | None = None) -> Communicator:
+    def connect(*_: Any, beside: Communicator | None = None, parts: Any = None) -> Communicator:
         return communicator_of(dist.new_group() if beside else group, "auto", TIMEOUT, host=hosts[dist.get_rank()])
 
     with inside.with_connect(connect):
