@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -120,15 +121,15 @@ class Blocked:
 
     name = "blocked"
 
-    def __init__(self, blocks_s: float) -> None:
-        self.blocks_s = blocks_s
+    def __init__(self) -> None:
+        self.is_free = threading.Event()
         self.written: list[Record] = []
 
     def go_on_from(self, step: int, samples: int) -> None:
         """Nothing to do."""
 
     def write(self, records: Sequence[Record]) -> None:
-        time.sleep(self.blocks_s)
+        self.is_free.wait()
         self.written += records
 
     def close(self) -> None:
@@ -137,18 +138,21 @@ class Blocked:
 
 def test_a_sink_that_is_held_up_holds_nobody_up_and_gets_everything(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(writer_module, "INTERVAL_S", 0.001)
-    sink = Blocked(0.3)
+    sink = Blocked()
     writer = RecordWriter([sink])
     for step in range(1, 1001):
         writer.put(record(step))
-    assert len(sink.written) < 1000
+    assert not sink.written
+    sink.is_free.set()
     writer.close()
     assert [one.step for one in sink.written] == list(range(1, 1001))
 
 
 def test_a_sink_that_hangs_is_given_up_at_the_end(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setattr(writer_module, "PATIENCE_S", 0.05)
-    write([Blocked(2.0)], record(1))
+    sink = Blocked()
+    write([sink], record(1))
+    sink.is_free.set()
     assert "monitor: blocked did not end within 0.05 s" in caplog.text
 
 
