@@ -49,8 +49,9 @@ TEST(GroupThreadsWaits, NoTimeIsCountedTwice) {
         for (int round = 0; round < 6; ++round) {
             if (rank == round % 3) std::this_thread::sleep_for(late / 10);
             CollectiveBuffer buffer(group, all_reduce_of(large), Bytes(4 * large), Place::in_place);
+            CollectiveBuffer other(group, all_reduce_of(1), Bytes(4), Place::in_place);
             const auto one = group.launch(all_reduce_of(large), buffer.data());
-            const auto two = group.launch(all_reduce_of(1), buffer.data());
+            const auto two = group.launch(all_reduce_of(1), other.data());
             group.wait(*two);
             group.wait(*one);
         }
