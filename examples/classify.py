@@ -41,8 +41,7 @@ from common.job import (
     JobError,
     config_from,
     device_of_this_rank,
-    process_group,
-    run_job,
+    run_on_ranks,
     save_end,
     say_where_it_begins,
     sum_over_ranks,
@@ -269,14 +268,8 @@ def run(args: argparse.Namespace) -> bool:
     return interrupted
 
 
-def job() -> bool:
-    args = parse_arguments((__doc__ or "").split("\n\n")[0])
-    with process_group(args.device):
-        return run(args)
-
-
 def main() -> int:
-    return run_job("classify.py", job)
+    return run_on_ranks("classify.py", lambda: parse_arguments((__doc__ or "").split("\n\n")[0]), run)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 
 import partita
 import torch.distributed as dist
-from common.job import FAILED, JobError, config_from, device_of_this_rank, process_group, run_job
+from common.job import FAILED, JobError, config_from, device_of_this_rank, run_on_ranks
 from common.terminal import Interrupts, Progress
 from dialogue.dialogues import (
     Dialogue,
@@ -238,14 +238,8 @@ def save_results(
     print(f"\n{title}: results in {args.out}; python examples/chat.py {args.out} talks to it", flush=True)
 
 
-def job() -> bool:
-    args = parse_arguments((__doc__ or "").split("\n\n")[0])
-    with process_group(args.device):
-        return run(args)
-
-
 def main() -> int:
-    return run_job("finetune_chat.py", job)
+    return run_on_ranks("finetune_chat.py", lambda: parse_arguments((__doc__ or "").split("\n\n")[0]), run)
 
 
 if __name__ == "__main__":

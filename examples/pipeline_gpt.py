@@ -22,7 +22,7 @@ import partita
 import torch
 import torch.distributed as dist
 from common.arguments import Parser, number, seed
-from common.job import JobError, config_from, process_group, run_job, say_where_it_begins
+from common.job import JobError, config_from, run_on_ranks, say_where_it_begins
 from common.terminal import Interrupts, Progress
 from language.models import ModelConfig
 from language.pipeline_layers import Norm, PipelineBlock, Positions, Tokens, logits, mean_loss
@@ -180,14 +180,8 @@ def run(args: argparse.Namespace) -> bool:
     return False
 
 
-def job() -> bool:
-    args = parse_arguments()
-    with process_group("cpu"):
-        return run(args)
-
-
 def main() -> int:
-    return run_job("pipeline_gpt.py", job)
+    return run_on_ranks("pipeline_gpt.py", parse_arguments, run)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 import partita
 import torch
 import torch.distributed as dist
-from common.job import config_from, device_of_this_rank, process_group, run_job
+from common.job import config_from, device_of_this_rank, run_on_ranks
 from common.report import Row
 from common.terminal import Interrupts
 from language import autoencoder
@@ -245,14 +245,8 @@ def run(args: argparse.Namespace) -> bool:
     return rows is None
 
 
-def job() -> bool:
-    args = parse_arguments((__doc__ or "").split("\n\n")[0])
-    with process_group(args.device):
-        return run(args)
-
-
 def main() -> int:
-    return run_job("pretrain_lm.py", job)
+    return run_on_ranks("pretrain_lm.py", lambda: parse_arguments((__doc__ or "").split("\n\n")[0]), run)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
@@ -52,6 +53,22 @@ def run_job(name: str, job: Callable[[], bool]) -> int:
         else:
             time.sleep(SPEAKER_SECONDS)  # torchrun ends all ranks when the first one exits, and rank 0 may be slower
         return failure.code
+
+
+def run_on_ranks(name: str, parse: Callable[[], argparse.Namespace], run: Callable[[argparse.Namespace], bool]) -> int:
+    """`run_job()` of a program whose ranks train together on --device.
+
+    Args:
+        parse: reads the command line.
+        run: the work of a rank; returns True if Ctrl-C cut it short.
+    """
+
+    def job() -> bool:
+        args = parse()
+        with process_group(getattr(args, "device", "cpu")):
+            return run(args)
+
+    return run_job(name, job)
 
 
 def _in_one_line(job: Callable[[], bool]) -> bool:

@@ -39,7 +39,7 @@ class Monitor:
         self._odd = OddSteps()
         self._progress = Progress(run.config, run.batch.train, self._peak_flops) if run.is_first else None
         self._writer: RecordWriter | None = None
-        self._begin = self._start = (0, 0)  # step and samples that the run goes on from
+        self._begin = (0, 0)  # step and samples that the run goes on from
         self._has_begun = False  # for the sinks
         self._pace: Pace | None = None  # from the first record on
         if run.config.records_steps:
