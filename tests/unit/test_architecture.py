@@ -35,8 +35,10 @@ LAYERS = (
     "zero",
     "engine",
     "utils",
-    "cli",
     "__init__",
+    "compat",
+    "integrations",
+    "cli",
 )
 CONFIG_MAY_NOT_IMPORT = ("torch", "numpy", "partita._core", "partita.device.kernels")
 

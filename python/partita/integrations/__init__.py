@@ -1,0 +1,1 @@
+"""Classes of other libraries that train with Partita: one package for each library, imported when it is used."""
