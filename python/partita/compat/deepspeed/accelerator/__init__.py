@@ -1,0 +1,5 @@
+"""DeepSpeed's `accelerator`: the device that programs train on."""
+
+from partita.compat.deepspeed.accelerator.real_accelerator import Accelerator, get_accelerator
+
+__all__ = ["Accelerator", "get_accelerator"]
