@@ -15,9 +15,10 @@ from partita.compat.deepspeed._surface import (
     tools,
     zero,
 )
+from partita.compat.deepspeed._surface.engine_config import QUESTIONS
 from partita.compat.deepspeed._surface.row import PACKAGE, Answer, Row
 
-__all__ = ["PACKAGE", "SECTIONS", "Answer", "Row", "advice", "all_rows"]
+__all__ = ["PACKAGE", "QUESTIONS", "SECTIONS", "Answer", "Row", "advice", "all_rows"]
 
 SECTIONS: dict[str, list[Row]] = {
     "Setting up": building.SETUP,

@@ -27,11 +27,6 @@ def _key(path: str) -> Question:
     return ask
 
 
-def _of(section: str, name: str, default: Any) -> Question:
-    """A value of a section that may be None."""
-    return lambda config: default if getattr(config, section) is None else getattr(getattr(config, section), name)
-
-
 def _offloads(section: str) -> Question:
     """A section of offloading, None if nothing is offloaded."""
 
@@ -42,16 +37,11 @@ def _offloads(section: str) -> Question:
     return ask
 
 
-def _stage_from(stage: int) -> Question:
-    return lambda config: config.zero_optimization.stage >= stage
-
-
 def _constant(value: Any) -> Question:
     return lambda config: value
 
 
 _KEYS: dict[str, str] = {
-    "bfloat16_enabled": "bf16.enabled",
     "dump_state": "dump_state",
     "flops_profiler_detailed": "flops_profiler.detailed",
     "flops_profiler_enabled": "flops_profiler.enabled",
@@ -60,17 +50,13 @@ _KEYS: dict[str, str] = {
     "flops_profiler_profile_step": "flops_profiler.profile_step",
     "flops_profiler_recompute_fwd_factor": "flops_profiler.recompute_fwd_factor",
     "flops_profiler_top_modules": "flops_profiler.top_modules",
-    "fp16_enabled": "fp16.enabled",
-    "gradient_clipping": "gradient_clipping",
     "gradient_predivide_factor": "gradient_predivide_factor",
     "memory_breakdown": "memory_breakdown",
-    "steps_per_print": "steps_per_print",
     "torch_autocast_enabled": "torch_autocast.enabled",
     "wall_clock_breakdown": "wall_clock_breakdown",
     "zero_allgather_bucket_size": "zero_optimization.allgather_bucket_size",
     "zero_contiguous_gradients": "zero_optimization.contiguous_gradients",
     "zero_max_live_parameters": "zero_optimization.stage3_max_live_parameters",
-    "zero_optimization_stage": "zero_optimization.stage",
     "zero_overlap_comm": "zero_optimization.overlap_comm",
     "zero_param_persistence_threshold": "zero_optimization.stage3_param_persistence_threshold",
     "zero_prefetch_bucket_size": "zero_optimization.stage3_prefetch_bucket_size",
@@ -96,14 +82,8 @@ _ANSWERED: dict[str, tuple[Question, str]] = {
         "of the `fp16` section, under DeepSpeed's names",
     ),
     "managed_gradient_accumulation": (_constant(True), "True; `set_gradient_accumulation_boundary()` decides by hand"),
-    "optimizer_name": (_of("optimizer", "type", None), "`optimizer.type`"),
-    "optimizer_params": (_of("optimizer", "params", None), "`optimizer.params`"),
-    "scheduler_name": (_of("scheduler", "type", None), "`scheduler.type`"),
-    "scheduler_params": (_of("scheduler", "params", None), "`scheduler.params`"),
+    "loss_scale": (_key("fp16.loss_scale"), "`fp16.loss_scale`; the present scale is `engine.optimizer.loss_scale`"),
     "postscale_gradients": (lambda c: not c.prescale_gradients, "the opposite of `prescale_gradients`"),
-    "zero_optimization": (_stage_from(1), "whether the stage is 1 or more"),
-    "zero_optimization_partition_gradients": (_stage_from(2), "whether the stage is 2 or more"),
-    "zero_optimization_partition_weights": (_stage_from(3), "whether the stage is 3"),
     "zero_offload_optimizer": (_offloads("offload_optimizer"), "the section, None if nothing is offloaded"),
     "zero_offload_param": (_offloads("offload_param"), "the section, None if nothing is offloaded"),
     "zero_cpu_offload zero_use_cpu_optimizer": (
@@ -111,7 +91,6 @@ _ANSWERED: dict[str, tuple[Question, str]] = {
         "whether `offload_optimizer.device` is cpu",
     ),
     "zero_partial_offload": (_key("zero_optimization.offload_optimizer.ratio"), "`offload_optimizer.ratio`"),
-    "zero_gather_16bit_weights_on_model_save": (_constant(True), "True: saving needs no gathering, and works always"),
     "zero_allow_untested_optimizer zero_ignore_unused_parameters zero_allgather_partitions zero_elastic_checkpoint "
     "zero_load_from_fp32_weights checkpoint_serialization_enabled": (_constant(True), "True: it is always so"),
     "zero_hpz_partition_size zero_nvme_offload_optimizer zero_quantized_gradients zero_quantized_weights "
@@ -141,9 +120,22 @@ QUESTIONS: dict[str, Question] = {
 }
 """What each method answers, from the config of an engine."""
 
+_OF_THE_CLASS: dict[str, str] = {
+    "bfloat16_enabled fp16_enabled": "`bf16.enabled` and `fp16.enabled`",
+    "gradient_clipping": "DeepSpeed's default: 1.0",
+    "optimizer_name optimizer_params scheduler_name scheduler_params": "of the config; None where it has none",
+    "steps_per_print": "`steps_per_print`",
+    "zero_gather_16bit_weights_on_model_save": "whether the config asks for whole weights in `save_16bit_model()`",
+    "zero_optimization": "whether the stage is 1 or more",
+    "zero_optimization_partition_gradients": "whether the stage is 2 or more",
+    "zero_optimization_partition_weights": "whether the stage is 3",
+    "zero_optimization_stage": "0 to 3",
+}
+
 _WORDS: dict[str, str] = {
     **{name: f"`{path}`" for name, path in _KEYS.items()},
     **{name: words for several, (_, words) in _ANSWERED.items() for name in several.split()},
+    **{name: words for several, words in _OF_THE_CLASS.items() for name in several.split()},
 }
 
 _ABSENT = {

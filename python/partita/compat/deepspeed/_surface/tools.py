@@ -80,9 +80,7 @@ COMMUNICATION: list[Row] = [
             "torch.distributed",
         },
     ),
-    *differs(
-        "comm.", {"log_summary": "the collectives of the engine, which `comms_logger` counts: `engine.log_comms()`"}
-    ),
+    *absent("comm.", {"log_summary": "set `comms_logger` and call `engine.log_comms()`"}),
     *works("accelerator.", {"get_accelerator": "the GPU if torch has one, else the CPU"}),
     *absent("accelerator.", {"set_accelerator": "the device is that of the model"}),
     *works(
