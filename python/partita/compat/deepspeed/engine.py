@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import partita
+from partita.compat.deepspeed._absent import absent_attribute
 from partita.compat.deepspeed._answers import ConfigAnswers
 from partita.compat.deepspeed._arguments import OF_ENGINE, OF_INITIALIZE, folder_of, for_partita, model_in
+from partita.compat.deepspeed._calls import PipelineCalls, SmallCalls
 from partita.compat.deepspeed._optimizer import DeepSpeedOptimizer
-from partita.compat.deepspeed._surface import QUESTIONS, advice
+from partita.compat.deepspeed._surface import QUESTIONS
 from partita.engine import EngineBase
 from partita.engine.as_module import AsModule
 from partita.pipeline import PipelineModule
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("partita")
 
 
-class DeepSpeedEngine(AsModule, ConfigAnswers):
+class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
     """An engine of Partita under DeepSpeed's calls. What is not here is the engine's, and then the model's.
 
     Args:
@@ -75,13 +77,7 @@ class DeepSpeedEngine(AsModule, ConfigAnswers):
         try:
             return getattr(engine, name)
         except AttributeError as error:
-            remedy = self._advice(name)
-            raise AttributeError(f"{error}: {remedy}" if remedy else str(error)) from None
-
-    def _advice(self, name: str) -> str:
-        """What to do without a call of DeepSpeed's."""
-        kinds = [f"deepspeed.{kind.__name__}.{name}" for kind in type(self).__mro__]
-        return next((said for said in map(advice, kinds) if said), "")
+            raise absent_attribute(name, f"deepspeed.{type(self).__name__}", error) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         engine = vars(self).get("_engine")
@@ -270,18 +266,8 @@ class DeepSpeedEngine(AsModule, ConfigAnswers):
         self._inner.destroy()
 
 
-class PipelineEngine(DeepSpeedEngine):
+class PipelineEngine(PipelineCalls, DeepSpeedEngine):
     """A pipeline in training; `train_batch()` and `eval_batch()` are those of `partita.PipelineEngine`."""
-
-    def train_batch(self, data_iter: Any = None) -> Tensor:
-        """One whole optimizer step; returns the mean loss."""
-        loss: Tensor = self._inner.train_batch(data_iter)
-        return loss
-
-    def eval_batch(self, data_iter: Any, num_micro_batches: int | None = None) -> Tensor:
-        """The mean loss of some micro-batches, in evaluation mode and without gradients."""
-        loss: Tensor = self._inner.eval_batch(data_iter, num_micro_batches)
-        return loss
 
 
 def initialize(*positional: Any, **named: Any) -> tuple[DeepSpeedEngine, Optimizer | None, Any, Any]:
