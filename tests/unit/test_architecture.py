@@ -39,6 +39,7 @@ LAYERS = (
     "compat",
     "integrations",
     "cli",
+    "__main__",
 )
 CONFIG_MAY_NOT_IMPORT = ("torch", "numpy", "partita._core", "partita.device.kernels")
 
