@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import partita
 from partita.compat.deepspeed._answers import ConfigAnswers
 from partita.compat.deepspeed._arguments import OF_ENGINE, OF_INITIALIZE, folder_of, for_partita, model_in
 from partita.compat.deepspeed._optimizer import DeepSpeedOptimizer
+from partita.compat.deepspeed._surface import QUESTIONS, advice
 from partita.engine import EngineBase
 from partita.engine.as_module import AsModule
 from partita.pipeline import PipelineModule
@@ -68,7 +70,18 @@ class DeepSpeedEngine(AsModule, ConfigAnswers):
         engine = vars(self).get("_engine")
         if engine is None or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(f"an engine has no attribute '{name}'")
-        return getattr(engine, name)
+        if name in QUESTIONS:
+            return partial(QUESTIONS[name], engine.config)
+        try:
+            return getattr(engine, name)
+        except AttributeError as error:
+            remedy = self._advice(name)
+            raise AttributeError(f"{error}: {remedy}" if remedy else str(error)) from None
+
+    def _advice(self, name: str) -> str:
+        """What to do without a call of DeepSpeed's."""
+        kinds = [f"deepspeed.{kind.__name__}.{name}" for kind in type(self).__mro__]
+        return next((said for said in map(advice, kinds) if said), "")
 
     def __setattr__(self, name: str, value: Any) -> None:
         engine = vars(self).get("_engine")

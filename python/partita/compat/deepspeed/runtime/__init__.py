@@ -1,17 +1,5 @@
 """DeepSpeed's `runtime`: the modules in it."""
 
-from __future__ import annotations
+from partita.compat.deepspeed._absent import absent_names
 
-import importlib
-from typing import Any
-
-
-def __getattr__(name: str) -> Any:
-    """A module of this package, imported when it is asked for."""
-    if not name.startswith("__"):
-        try:
-            return importlib.import_module(f"{__name__}.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"{__name__}.{name}":
-                raise
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = absent_names(__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from partita.compat.deepspeed._absent import absent_names
 from partita.compat.deepspeed._config import as_dict, translated
 from partita.config import ConfigError as DeepSpeedConfigError
 from partita.config import load_config, resolve_batch_sizes
@@ -49,3 +50,6 @@ class DeepSpeedConfig:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._config, name)
+
+
+__getattr__ = absent_names(__name__)

@@ -1,5 +1,6 @@
 """DeepSpeed's `zero`: partitioned parameters."""
 
+from partita.compat.deepspeed._absent import absent_names
 from partita.compat.deepspeed.runtime.zero.partition_parameters import (
     GatheredParameters,
     Init,
@@ -17,3 +18,5 @@ __all__ = [
     "register_external_parameter",
     "unregister_external_parameter",
 ]
+
+__getattr__ = absent_names(__name__)
