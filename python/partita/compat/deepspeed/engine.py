@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 import partita
 from partita.compat.deepspeed._answers import ConfigAnswers
 from partita.compat.deepspeed._arguments import OF_ENGINE, OF_INITIALIZE, folder_of, for_partita, model_in
+from partita.compat.deepspeed._calls import PipelineCalls, SmallCalls
 from partita.compat.deepspeed._optimizer import DeepSpeedOptimizer
 from partita.compat.deepspeed._surface import QUESTIONS, advice
 from partita.engine import EngineBase
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("partita")
 
 
-class DeepSpeedEngine(AsModule, ConfigAnswers):
+class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
     """An engine of Partita under DeepSpeed's calls. What is not here is the engine's, and then the model's.
 
     Args:
@@ -270,18 +271,8 @@ class DeepSpeedEngine(AsModule, ConfigAnswers):
         self._inner.destroy()
 
 
-class PipelineEngine(DeepSpeedEngine):
+class PipelineEngine(PipelineCalls, DeepSpeedEngine):
     """A pipeline in training; `train_batch()` and `eval_batch()` are those of `partita.PipelineEngine`."""
-
-    def train_batch(self, data_iter: Any = None) -> Tensor:
-        """One whole optimizer step; returns the mean loss."""
-        loss: Tensor = self._inner.train_batch(data_iter)
-        return loss
-
-    def eval_batch(self, data_iter: Any, num_micro_batches: int | None = None) -> Tensor:
-        """The mean loss of some micro-batches, in evaluation mode and without gradients."""
-        loss: Tensor = self._inner.eval_batch(data_iter, num_micro_batches)
-        return loss
 
 
 def initialize(*positional: Any, **named: Any) -> tuple[DeepSpeedEngine, Optimizer | None, Any, Any]:

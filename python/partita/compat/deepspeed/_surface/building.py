@@ -104,6 +104,7 @@ OPTIMIZERS: list[Row] = [
             "LRRangeTest OneCycle WarmupLR WarmupDecayLR WarmupCosineLR": "of the same parameters and values; a torch "
             "scheduler, usable without an engine",
             "VALID_LR_SCHEDULES": "their names",
+            "OneCycle.get_mom WarmupCosineLR.get_lr_ratio": "as there",
         },
     ),
     *works(
@@ -117,8 +118,6 @@ OPTIMIZERS: list[Row] = [
     *absent(
         "runtime.lr_schedules.",
         {
-            "OneCycle.get_mom": "read `optimizer.param_groups[i]['betas']`",
-            "WarmupCosineLR.get_lr_ratio": "call `get_last_lr()` and divide by the group's own `lr`",
             "add_tuning_arguments parse_arguments get_config_from_args get_lr_from_config": "write `scheduler` into "
             "the config, or make the schedule and give it to `initialize(lr_scheduler=...)`",
             "override_params override_1cycle_params override_lr_range_test_params override_warmupLR_params "

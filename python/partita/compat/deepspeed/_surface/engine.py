@@ -2,7 +2,6 @@
 
 from partita.compat.deepspeed._surface.row import Row, absent, differs, works
 
-_WEIGHTS = "whole weights come from `module_state_dict()`"
 _REDUCES = "the engine reduces gradients itself, during backward and in `step()`"
 _COMPILE = "call `engine.compile()` or `model.compile()`, in stages 0 to 2"
 _MOE = "there is no expert parallelism; experts are layers as others"
@@ -14,7 +13,7 @@ ROWS: list[Row] = [
         {
             "forward": "`engine(batch)`",
             "backward": "`retain_graph` and `scale_wrt_gas` too; returns the loss",
-            "step": "updates at a boundary of the accumulation; `lr_kwargs` are for schedules that take arguments",
+            "step": "updates at a boundary of the accumulation; `lr_kwargs` is refused",
             "scale": "for a `loss.backward()` of one's own",
             "zero_grad": "drops the gradients since the last update",
             "train eval": "as of any module",
@@ -25,15 +24,13 @@ ROWS: list[Row] = [
             "was_step_applied": "false between boundaries and after a skipped step",
             "get_lr": "of each param group",
             "get_mom": "momentum or betas of each param group",
-            "set_lr": "of all param groups",
             "get_type": "the optimizer's `type` by param group, None where there is none",
             "get_global_grad_norm": "before clipping",
             "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps": "numbers of samples, and of "
             "micro-batches",
             "save_checkpoint": "files of Partita's, see [the format](checkpoint-format.md); `tag`, `client_state`, "
             "`save_latest`",
-            "save_16bit_model save_fp16_model": "safetensors; a name that ends in .bin becomes one that ends in "
-            ".safetensors",
+            "save_16bit_model save_fp16_model": "a file of torch's, as there; `save_model()` writes safetensors",
             "module_state_dict load_module_state_dict": "whole, on all ranks, in every stage",
             "destroy": "ends the engine",
             "device": "of the parameters",
@@ -59,8 +56,6 @@ ROWS: list[Row] = [
             "load_checkpoint": "Partita's checkpoints only; `partita checkpoint import` makes one of DeepSpeed's. A "
             "missing one is an error. `custom_load_fn` is refused",
             "get_batch_info": "three numbers; in DeepSpeed they are three methods",
-            "loss_scale": "the present scale, a method here as there; DeepSpeed gives the config's",
-            "get_sequence_parallel_group get_sequence_parallel_world_size": "absent until sequence parallelism is",
         },
     ),
     *absent(
@@ -84,7 +79,6 @@ ROWS: list[Row] = [
             "get_wall_clock_timers": "set `wall_clock_breakdown`; the times are in the log and in the sinks",
             "print_forward_breakdown": "set `flops_profiler`",
             "get_optimizer_configuration": "`engine.optimizer.param_groups`",
-            "_zero3_consolidated_16bit_state_dict_to_disk": _WEIGHTS,
         },
     ),
 ]

@@ -12,6 +12,7 @@ ROWS: list[Row] = [
         {
             "Init": "`partita.zero.Init`",
             "GatheredParameters": "`partita.zero.GatheredParameters`",
+            "ZeroParamStatus ZeroParamType": "enumerations that others import",
             "register_external_parameter unregister_external_parameter": "accepted; a parameter is brought whenever "
             "the model computes with it",
         },
@@ -21,7 +22,7 @@ ROWS: list[Row] = [
         {
             "TiledLinear TiledLinearReturnBias": _TILED,
             "unwrap_model_for_generation": "`engine.module.generate()` works as it is",
-            "DeepSpeedZeRoOffload ZeroParamStatus ZeroParamType": "whether a parameter is there is seen by its shape",
+            "DeepSpeedZeRoOffload": "whether a parameter is there is seen by its shape",
         },
     ),
     *works(
