@@ -13,10 +13,15 @@ from transformers.trainer import SCHEDULER_NAME
 
 from partita import Engine
 from partita.integrations.huggingface.accelerator import PartitaAccelerator
-from partita.integrations.huggingface.resume import adapter_names, load_weights_of, require_own_checkpoint
+from partita.integrations.huggingface.resume import (
+    adapter_names,
+    load_weights_of,
+    newest_complete,
+    require_own_checkpoint,
+)
 from partita.integrations.huggingface.settings import Asked, PartitaConfig, Said
 from partita.integrations.huggingface.states import FOLDER, save
-from partita.integrations.huggingface.weights import whole_state_dict
+from partita.integrations.huggingface.weights import has_values, whole_state_dict
 
 
 class PartitaMixin:
@@ -35,8 +40,10 @@ class PartitaMixin:
     accelerator: PartitaAccelerator
     model: nn.Module
     model_wrapped: nn.Module
+    optimizer: Any
     lr_scheduler: Any
     state: Any
+    train_dataset: Any
 
     def __init__(self, *args: Any, partita_config: PartitaConfig = None, **kwargs: Any) -> None:
         self._partita_config = partita_config
@@ -73,7 +80,34 @@ class PartitaMixin:
         """That of the model in training; None before `train()`."""
         return self.model_wrapped if isinstance(self.model_wrapped, Engine) else None
 
+    # -- evaluation
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. Before `train()` the model is evaluated as it is; one of `zero.Init` needs its engine."""
+        prepared = self.accelerator.prepared_models
+        if not prepared and self.engine is None and not has_values(self.model):
+            if self.train_dataset is None:
+                self.model_wrapped = self.accelerator.prepare_model(self.model)
+            else:  # that of the training to come
+                self.create_optimizer()  # type: ignore[attr-defined]
+                self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        elif not prepared:  # Trainer evaluates `self.model`, with what an engine has attached to it
+            prepared.append(self.model_wrapped)
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's. Where parameters are partitioned, all ranks generate for as long as one of them does."""
+        if self.accelerator.zero_stage == 3 and hasattr(self, "_gen_kwargs"):
+            self._gen_kwargs.setdefault("synced_gpus", self.accelerator.num_processes > 1)
+        return super().prediction_step(*args, **kwargs)  # type: ignore[misc]
+
     # -- checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's. `resume_from_checkpoint=True` takes the newest checkpoint that is complete."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_complete(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.engine is not None
