@@ -141,6 +141,12 @@ class PartitaAccelerator(Accelerator):
         return int((self._given.get("zero_optimization") or {}).get("stage", 0))
 
     @property
+    def prepared_models(self) -> list[nn.Module]:
+        """What `prepare()` has returned for models, since the last `free_memory()`."""
+        models: list[nn.Module] = self._models
+        return models
+
+    @property
     def _engines(self) -> list[Engine]:
         return [model for model in self._models if isinstance(model, Engine)]
 

@@ -40,7 +40,7 @@ class PartitaOptimizer(AcceleratedOptimizer):
         if not self.gradient_state.sync_gradients:
             return
         if not self._is_early:
-            self._take_step()
+            self._take_step(self.engine.config.gradient_clipping)
         self._is_early = False
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
@@ -57,8 +57,7 @@ class PartitaOptimizer(AcceleratedOptimizer):
         """Takes the step, with gradients of at most this norm together, so that their norm is known; `step()` does
         nothing then. Returns the norm before clipping, float32."""
         if not self._is_early:
-            self.engine.set_gradient_clipping(max_norm)
-            self._take_step()
+            self._take_step(max_norm)
             self._is_early = True
         return self.norm()
 
@@ -89,6 +88,7 @@ class PartitaOptimizer(AcceleratedOptimizer):
         self.settle()
         return bool(self._is_overflow)
 
-    def _take_step(self) -> None:
+    def _take_step(self, max_norm: float) -> None:
+        self.engine.set_gradient_clipping(max_norm)
         self.engine.step()
         self._is_outcome_due = True

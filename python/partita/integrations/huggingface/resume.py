@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from partita import Engine
 from partita.integrations.huggingface.states import FOLDER
+
+logger = logging.getLogger("partita")
 
 _FOREIGN = ("optimizer.pt", "optimizer.bin")
 
@@ -25,6 +31,34 @@ def require_own_checkpoint(folder: str) -> None:
         f"'{folder}' has no folder '{FOLDER}', so there is nothing to go on from; with save_only_model=True a "
         "checkpoint has weights only: start from them by from_pretrained()"
     )
+
+
+def newest_complete(folder: str) -> str:
+    """The newest checkpoint of a run that was saved to its end: a run may have been killed while it saved or removed
+    one. All ranks see the same folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: dict[int, Path] = {}
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if (number := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal():
+            found[int(number)] = path
+    for step in sorted(found, reverse=True):
+        if _is_complete(found[step]):
+            return str(found[step])
+        logger.warning(
+            "'%s' is not complete, as the run ended while it was saved or removed: the one before", found[step]
+        )
+    raise ValueError(f"resume_from_checkpoint=True: '{folder}' has no complete checkpoint")
+
+
+def _is_complete(path: Path) -> bool:
+    try:  # the last file that Trainer writes, and the last one of the engine's
+        json.loads((path / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return (path / FOLDER / "manifest.json").exists()
 
 
 def load_weights_of(engine: Engine, folder: str) -> None:
