@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hf_runs import SUBJECTS, VOCABULARY, Subject, arguments, close, close_weights, job, logged, model_of, pad, texts
-from hf_runs import whole_weights as weights_of
+from hf_subjects import SUBJECTS, VOCABULARY, Subject, arguments, close, close_weights, job, logged, model_of, pad, texts
+from hf_subjects import whole_weights as weights_of
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hf_runs import SUBJECTS, Subject
+from hf_subjects import SUBJECTS, Subject
 
 pytest.importorskip("transformers")
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hf_runs import SUBJECTS, Subject, arguments, close, close_weights, job, logged, model_of, pad, texts, whole_weights
+from hf_subjects import SUBJECTS, Subject, arguments, close, close_weights, job, logged, model_of, pad, texts, whole_weights
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")

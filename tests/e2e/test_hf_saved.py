@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hf_runs import (
+from hf_subjects import (
     SUBJECTS,
     Subject,
     arguments,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hf_runs import SUBJECTS, Subject, arguments, close, close_weights, job, logged, model_of, tokenizer, whole_weights
+from hf_subjects import SUBJECTS, Subject, arguments, close, close_weights, job, logged, model_of, tokenizer, whole_weights
 
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")

@@ -50,7 +50,7 @@ def train(rank: int, world_size: int, request: dict[str, Any], answers: str) -> 
     """One rank: goes on from the last checkpoint as programs do, to the end."""
     import torch.distributed as dist
     import transformers
-    from hf_runs import Subject, arguments, job, logged, model_of, pad, texts, whole_weights
+    from hf_subjects import Subject, arguments, job, logged, model_of, pad, texts, whole_weights
     from transformers.trainer_utils import get_last_checkpoint
 
     sys.stdout = sys.stderr

@@ -95,12 +95,6 @@ class PartitaMixin:
             prepared.append(self.model_wrapped)
         return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As the trainer's. Where parameters are partitioned, all ranks generate for as long as one of them does."""
-        if self.accelerator.zero_stage == 3 and hasattr(self, "_gen_kwargs"):
-            self._gen_kwargs.setdefault("synced_gpus", self.accelerator.num_processes > 1)
-        return super().prediction_step(*args, **kwargs)  # type: ignore[misc]
-
     # -- checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
