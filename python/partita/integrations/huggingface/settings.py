@@ -85,7 +85,7 @@ def engine_config(given: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
     config = copy.deepcopy(dict(given))
     accumulation = _sizes(config, asked)
     _precision(config, asked.precision)
-    clipping = _filled(config, "gradient_clipping", asked.clipping)
+    clipping = filled(config, "gradient_clipping", asked.clipping)
     if clipping is not None:
         config["gradient_clipping"] = clipping
     if accumulation > 1:
@@ -104,9 +104,9 @@ def accumulation_of(config: Mapping[str, Any]) -> int | None:
 
 def _sizes(config: dict[str, Any], asked: Asked) -> int:
     """Takes the sizes of a step out of the config, and puts those of a micro-batch in; the micro-batches of a step."""
-    accumulation = int(_filled(config, _ACCUMULATION, asked.accumulation) or 1)
-    micro = _filled(config, _MICRO, asked.micro_batch)
-    train = _filled(config, _TRAIN, None)
+    accumulation = int(filled(config, _ACCUMULATION, asked.accumulation) or 1)
+    micro = filled(config, _MICRO, asked.micro_batch)
+    train = filled(config, _TRAIN, None)
     per_sample = accumulation * asked.world_size
     if train is not None and micro is None:
         if train % per_sample:
@@ -174,15 +174,22 @@ def _refuse_schedule(config: Mapping[str, Any]) -> None:
         )
 
 
-def _filled(config: Mapping[str, Any], key: str, said: Said | None) -> Any:
-    """The value of a key: the config's, or where it has none the argument's."""
+def filled(config: Mapping[str, Any], key: str, said: Said | None, section: str = "") -> Any:
+    """The value of a key: the config's, or where it has none or "auto" the argument's.
+
+    Args:
+        section: in which the key is, for people.
+
+    Raises:
+        ConfigError: both say something, and not the same; names both.
+    """
     value = config.get(key)
     if value is None or value == "auto":
         return None if said is None else said.value
     if said is not None and value != said.value:
         raise ConfigError(
-            f"{key} = {value} in the config, and {said.name} = {said.value}: make them equal, leave {key} out of the "
-            'config, or say "auto"'
+            f"{section}{key} = {value} in the config, and {said.name} = {said.value}: make them equal, or say "
+            f'"auto" in the config'
         )
     return value
 

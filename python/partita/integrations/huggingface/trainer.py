@@ -19,7 +19,8 @@ from partita.integrations.huggingface.resume import (
     newest_complete,
     require_own_checkpoint,
 )
-from partita.integrations.huggingface.settings import Asked, PartitaConfig, Said
+from partita.integrations.huggingface.sections import optimizer_of, schedule_of
+from partita.integrations.huggingface.settings import Asked, PartitaConfig, Said, read_config
 from partita.integrations.huggingface.states import FOLDER, save
 from partita.integrations.huggingface.weights import has_values, whole_state_dict
 
@@ -46,7 +47,9 @@ class PartitaMixin:
     train_dataset: Any
 
     def __init__(self, *args: Any, partita_config: PartitaConfig = None, **kwargs: Any) -> None:
-        self._partita_config = partita_config
+        self._config = read_config(partita_config)
+        # Trainer makes an optimizer and a schedule and steps them: in the place of those, what the config names.
+        self._sections = {name: self._config.pop(name, None) for name in ("optimizer", "scheduler")}
         self._accelerator_arguments: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
 
@@ -63,7 +66,7 @@ class PartitaMixin:
         accelerator = self.accelerator
         self.accelerator = PartitaAccelerator(
             **self._accelerator_arguments,
-            partita_config=self._partita_config,
+            partita_config=self._config,
             asked=_asked(self.args, accelerator.num_processes, accelerator.mixed_precision),
         )
         self.gather_function = partial(
@@ -80,6 +83,25 @@ class PartitaMixin:
         """That of the model in training; None before `train()`."""
         return self.model_wrapped if isinstance(self.model_wrapped, Engine) else None
 
+    # -- optimizer and schedule
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """As Trainer's; of the class and with the arguments that the config names, if it names one."""
+        given, section = self.optimizer, self._sections["optimizer"]
+        made = super().create_optimizer(model)  # type: ignore[misc]
+        if given is None and section is not None:
+            made = self.optimizer = optimizer_of(section, made.param_groups, self.args)
+        return made
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As Trainer's, or the one that the config names. Trainer steps it."""
+        section = self._sections["scheduler"]
+        if self.lr_scheduler is None and section is not None:
+            over = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = schedule_of(section, over, self.args, num_training_steps)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+
     # -- evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,7 +111,7 @@ class PartitaMixin:
             if self.train_dataset is None:
                 self.model_wrapped = self.accelerator.prepare_model(self.model)
             else:  # that of the training to come
-                self.create_optimizer()  # type: ignore[attr-defined]
+                self.create_optimizer()
                 self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         elif not prepared:  # Trainer evaluates `self.model`, with what an engine has attached to it
             prepared.append(self.model_wrapped)
