@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hf_subjects import SUBJECTS, Subject, arguments, close, close_weights, job, logged, model_of, pad, texts, whole_weights
+from hf_subjects import (
+    SUBJECTS,
+    Subject,
+    arguments,
+    close,
+    close_weights,
+    job,
+    logged,
+    model_of,
+    pad,
+    texts,
+    whole_weights,
+)
 from safetensors.torch import load_file
 
 transformers = pytest.importorskip("transformers")
@@ -99,5 +111,7 @@ def test_only_what_is_trained_moves_and_is_saved(ranks, tmp_path, subject, world
     assert ("adapter_model.safetensors" in names) == (kind == "adapted")
     again = pool.run(run_of, subject, str(tmp_path / "again"), kind, f"{tmp_path}/over/checkpoint-4")
     for actual, expected in zip(again, over, strict=True):
-        assert {k: v for k, v in actual.items() if k != "weights"} == {k: v for k, v in expected.items() if k != "weights"}
+        assert {k: v for k, v in actual.items() if k != "weights"} == {
+            k: v for k, v in expected.items() if k != "weights"
+        }
         close_weights(actual["weights"], expected["weights"], 0.0)

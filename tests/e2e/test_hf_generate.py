@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hf_subjects import SUBJECTS, VOCABULARY, Subject, arguments, close, close_weights, job, logged, model_of, pad, texts
+from hf_subjects import (
+    SUBJECTS,
+    VOCABULARY,
+    Subject,
+    arguments,
+    close,
+    close_weights,
+    job,
+    logged,
+    model_of,
+    pad,
+    texts,
+)
 from hf_subjects import whole_weights as weights_of
 
 transformers = pytest.importorskip("transformers")
@@ -17,7 +29,10 @@ transformers = pytest.importorskip("transformers")
 def pairs(count: int) -> list[dict[str, list[int]]]:
     source = random.Random(4)
     return [
-        {name: [source.randrange(3, VOCABULARY) for _ in range(source.randrange(2, 9))] for name in ("input_ids", "labels")}
+        {
+            name: [source.randrange(3, VOCABULARY) for _ in range(source.randrange(2, 9))]
+            for name in ("input_ids", "labels")
+        }
         for _ in range(count)
     ]
 
@@ -43,7 +58,9 @@ def evaluated(subject: Subject, folder: str) -> dict[str, Any]:
             train_dataset=pairs(16),
             eval_dataset=pairs(7),
             data_collator=pad,
-            compute_metrics=lambda result: seen.append(result.predictions.tolist()) or {"samples": len(result.predictions)},
+            compute_metrics=lambda result: (
+                seen.append(result.predictions.tolist()) or {"samples": len(result.predictions)}
+            ),
         )
         trainer.train()
         seen.append(trainer.predict(pairs(3), num_beams=2).predictions.tolist())
@@ -68,7 +85,9 @@ def between_steps(subject: Subject, folder: str) -> dict[str, Any]:
                 length = 4 + 5 * rank
                 was_training = model.training
                 model.eval()
-                said.extend(model.generate(prompt, max_new_tokens=length, min_new_tokens=length, do_sample=False).tolist())
+                said.extend(
+                    model.generate(prompt, max_new_tokens=length, min_new_tokens=length, do_sample=False).tolist()
+                )
                 model.train(was_training)
 
     with job():

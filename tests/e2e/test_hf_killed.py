@@ -13,6 +13,7 @@ import pytest
 from hf_subjects import SUBJECTS, Subject
 
 pytest.importorskip("transformers")
+get_last_checkpoint = pytest.importorskip("transformers.trainer_utils").get_last_checkpoint
 
 HARNESS = Path(__file__).parents[1] / "harness"
 STEPS = 5
@@ -25,10 +26,14 @@ class Program:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def run(self, subject: Subject, folder: Path, world_size: int, limit: int, **more: Any) -> dict[str, Any]:
-        """A job that goes on from the last checkpoint in the folder; `fatal`: the effect at which `killed` ranks end."""
+    def run(self, subject: Subject, folder: Path, world_size: int, **more: Any) -> dict[str, Any]:
+        """A job that goes on from the last checkpoint in the folder.
+
+        Args:
+            more: `fatal`, the effect on files at which the ranks `killed` end.
+        """
         parts = {name: getattr(subject, name) for name in ("kind", "stage", "transport")}
-        request = {"subject": parts, "folder": str(folder), "world_size": world_size, "limit": limit, "steps": STEPS}
+        request = {"subject": parts, "folder": str(folder), "world_size": world_size, "limit": 1, "steps": STEPS}
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request | {"fatal": None, "killed": []} | more) + "\n")
         self._process.stdin.flush()
@@ -47,30 +52,32 @@ def names_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.slow
 @pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_run_goes_on_after_kills_at_any_moment_of_its_saves(program, tmp_path, subject, world_size, limit):
-    """C2: each job dies some effects on files later in its saves than the one before, until one comes to the end."""
-    whole = program.run(subject, tmp_path / "whole", world_size, limit)
-    assert whole["codes"] == [0] * world_size, whole["errors"]
-    effects = [result["effects"] for result in whole["results"]]
-    per_save = effects[0] // STEPS
-    assert per_save > 5
+def test_a_run_goes_on_after_kills_at_any_moment_of_its_saves(program, tmp_path, subject, world_size):
+    """C2: each job dies some effects on files later in a save, or in the rotation after it, than the one before."""
     folder = tmp_path / "killed"
-    folder.mkdir()
-    began = []
-    for fatal in range(per_save + 3, 2 * per_save + 4, max(1, per_save // 12)):
-        rank = fatal % world_size if min(effects) >= 2 * fatal else 0
-        job = program.run(subject, folder, world_size, limit, fatal=fatal, killed=[rank])
-        if job["codes"] == [0] * world_size:
-            break
-        assert job["codes"][rank] == -9, job["errors"]
-        assert max(job["late"]) < ENDS_WITHIN_S
-        began.append(job)
-    print(began)
-    last = program.run(subject, folder, world_size, limit)
+    for place in (folder, tmp_path / "whole"):
+        place.mkdir()
+    whole = program.run(subject, tmp_path / "whole", world_size)
+    assert whole["codes"] == [0] * world_size, whole["errors"]
+    per_save = min(result["effects"] for result in whole["results"]) // STEPS
+    assert per_save > 3
+    begins = []
+    # The first job gets beyond its first save, and no later one does.
+    for n, fatal in enumerate([per_save + 2, *range(1, per_save + 1, max(1, per_save // 7))]):
+        killed = [[0], [world_size - 1], list(range(world_size))][n % 3]
+        job = program.run(subject, folder, world_size, fatal=fatal, killed=killed)
+        assert -9 in [job["codes"][rank] for rank in killed], job["errors"]
+        assert 0 not in job["codes"]
+        assert max(job["late"]) < ENDS_WITHIN_S  # the other ranks end, too
+        begins.append(int(newest.rpartition("-")[2]) if (newest := get_last_checkpoint(str(folder))) else 0)
+    assert 1 <= begins[0] <= begins[-1] < STEPS
+    last = program.run(subject, folder, world_size)
     assert last["codes"] == [0] * world_size, last["errors"]
-    assert [result["loss"] for result in last["results"]] == [result["loss"] for result in whole["results"]]
-    assert [result["sums"] for result in last["results"]] == [result["sums"] for result in whole["results"]]
+    for actual, expected in zip(last["results"], whole["results"], strict=True):
+        assert actual["began"] == begins[-1]
+        assert actual["loss"] == expected["loss"]
+        assert actual["sums"] == expected["sums"]
     assert names_in(folder) == names_in(tmp_path / "whole")

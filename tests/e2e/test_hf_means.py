@@ -1,4 +1,4 @@
-"""Trainer's means over tokens and samples: two ranks over Partita, and one process with the whole batch, train alike."""
+"""Trainer's means over tokens and samples: two ranks train as one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hf_subjects import SUBJECTS, Subject, arguments, close, close_weights, job, logged, model_of, pad, texts, whole_weights
+from hf_subjects import (
+    SUBJECTS,
+    Subject,
+    arguments,
+    close,
+    close_weights,
+    job,
+    logged,
+    model_of,
+    pad,
+    texts,
+    whole_weights,
+)
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
@@ -37,7 +49,7 @@ def points(count: int) -> list[dict[str, Tensor]]:
 def outcome_of(trainer: Any) -> dict[str, Any]:
     """Trains and evaluates; losses, norms and learning rates by step, the evaluation's numbers, the weights."""
     trainer.train()
-    shown = [row for row in logged(trainer, "loss")]
+    shown = logged(trainer, "loss")
     assert len(shown) == trainer.state.global_step
     predicted = trainer.predict(trainer.eval_dataset)
     return {

@@ -13,7 +13,6 @@ from hf_subjects import (
     Subject,
     arguments,
     close,
-    close_weights,
     job,
     logged,
     model_of,
@@ -39,10 +38,14 @@ BEST = {
 
 def trainer_of(subject: Subject, folder: str | Path, kind: str = "gpt2", callbacks: Any = None, **changes: Any) -> Any:
     """Nine steps with moments, dropout, a schedule and shuffled data."""
-    given = arguments(folder, **{"max_steps": 9, "optim": "adamw_torch", "learning_rate": 0.01, "warmup_steps": 3} | changes)
+    given = arguments(
+        folder, **{"max_steps": 9, "optim": "adamw_torch", "learning_rate": 0.01, "warmup_steps": 3} | changes
+    )
     model = model_of(kind, resid_pdrop=0.1)
     data = {"train_dataset": texts(24), "eval_dataset": texts(6, seed=9), "data_collator": pad}
-    return subject.trainer(transformers.Trainer, model, given, processing_class=tokenizer(), callbacks=callbacks, **data)
+    return subject.trainer(
+        transformers.Trainer, model, given, processing_class=tokenizer(), callbacks=callbacks, **data
+    )
 
 
 def checkpoints(folder: str | Path) -> list[str]:
@@ -142,7 +145,13 @@ def best_of(subject: Subject, folder: str, how: dict[str, Any]) -> dict[str, Any
     """A learning rate so large that the loss soon rises: stops early, and goes back to the best model."""
     patient = [transformers.EarlyStoppingCallback(early_stopping_patience=2)]
     with job():
-        changes = {"max_steps": 30, "learning_rate": 0.3, "warmup_steps": 0, "lr_scheduler_type": "constant", "optim": "sgd"}
+        changes = {
+            "max_steps": 30,
+            "learning_rate": 0.3,
+            "warmup_steps": 0,
+            "lr_scheduler_type": "constant",
+            "optim": "sgd",
+        }
         trainer = trainer_of(subject, folder, callbacks=patient, **KEPT | BEST | changes | how)
         trainer.train()
         state = trainer.state

@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hf_subjects import SUBJECTS, Subject, arguments, close, close_weights, job, logged, model_of, tokenizer, whole_weights
+from hf_subjects import (
+    SUBJECTS,
+    Subject,
+    arguments,
+    close,
+    close_weights,
+    job,
+    model_of,
+    tokenizer,
+    whole_weights,
+)
 
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
@@ -44,15 +54,30 @@ def lora() -> Any:
 
 def settings(folder: str, kind: str, **changes: Any) -> Any:
     """Seven steps, of which the last has one micro-batch on one rank; checkpointing of activations is TRL's default."""
-    given = {"max_steps": 5, "gradient_accumulation_steps": 2, "max_grad_norm": 0.8, "learning_rate": 0.3, "bf16": False}
-    given |= {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    given = {
+        "max_steps": 5,
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.8,
+        "learning_rate": 0.3,
+        "bf16": False,
+    }
+    given |= {
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": 1,
+    }
     return arguments(folder, kind=getattr(trl, kind), **given | changes)
 
 
 def numbers_of(trainer: Any, folder: str, **names: str) -> Numbers:
     """Trains; everything that was logged but times, and the weights."""
     trainer.train()
-    rows = [{k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k} for row in trainer.state.log_history]
+    rows = [
+        {k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k}
+        for row in trainer.state.log_history
+    ]
     weights = whole_weights(trainer)
     trainer.save_model(folder)
     return {"rows": rows[:-1], "weights": weights}
@@ -124,7 +149,9 @@ RUNS: list[tuple[Callable[..., Numbers], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("run,changes", RUNS, ids=lambda value: getattr(value, "__name__", None) or "+".join(value) or "as-is")
+@pytest.mark.parametrize(
+    "run,changes", RUNS, ids=lambda value: getattr(value, "__name__", None) or "+".join(value) or "as-is"
+)
 @pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_numbers_are_those_of_the_trainer_alone(ranks, tmp_path, subject, world_size, run, changes):

@@ -118,7 +118,7 @@ def wait_for(pids: list[int]) -> tuple[list[int], list[float]]:
 
 def main() -> None:
     import torch
-    import transformers  # noqa: F401
+    import transformers
     import transformers.trainer  # noqa: F401
 
     torch.set_num_threads(1)
@@ -127,7 +127,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as answers:
             world_size = request["world_size"]
             codes, late = wait_for([fork(rank, world_size, request, answers) for rank in range(world_size)])
-            found = {path.name: path.read_text() for path in Path(answers).iterdir() if path.suffix in (".json", ".error")}
+            found = {
+                path.name: path.read_text() for path in Path(answers).iterdir() if path.suffix in (".json", ".error")
+            }
         answer: dict[str, Any] = {"codes": codes, "late": late}
         answer["results"] = [json.loads(found.get(f"{rank}.json", "null")) for rank in range(world_size)]
         answer["errors"] = [found.get(f"{rank}.error", "") for rank in range(world_size)]

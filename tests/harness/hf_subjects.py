@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,5 +204,6 @@ def close_weights(actual: dict[str, Tensor], expected: dict[str, Tensor], tolera
     """Asserts that two models have the same weights to rounding."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(actual[name].float(), value.float(), rtol=1e-5, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-
+        torch.testing.assert_close(
+            actual[name].float(), value.float(), rtol=1e-5, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
