@@ -188,7 +188,6 @@ def test_a_model_is_compiled(engine: deepspeed.DeepSpeedEngine):
 @exercises("DeepSpeedEngine.", "save_16bit_model save_fp16_model")
 @exercises("utils.zero_to_fp32.", "get_fp32_state_dict_from_zero_checkpoint load_state_dict_from_zero_checkpoint")
 @exercises("utils.zero_to_fp32.", "convert_zero_checkpoint_to_fp32_state_dict")
-@exercises("", "zero utils")
 def test_a_run_is_saved_and_goes_on(engine: deepspeed.DeepSpeedEngine, tmp_path):
     tools = deepspeed.utils.zero_to_fp32
     for _ in range(2):
