@@ -83,13 +83,8 @@ class PartitaPrecision(Precision):
             engine.backward(tensor, scale_wrt_gas=False, **kwargs)
 
     def optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
-        """The last micro-batch of a step, and the engine's update.
-
-        Raises:
-            RuntimeError: there is no loss.
-        """
+        """The last micro-batch of a step, and the engine's update."""
         result = closure()
-        require_loss(model, result)
         self._after_closure(model, optimizer)
         _engine_of(model).step()
         return result
@@ -108,15 +103,6 @@ class PartitaPrecision(Precision):
                 f"clip_gradients({clip_val}, {gradient_clip_algorithm}): the engine clips at norm {self.clips_at:g} in "
                 "its step; say the norm by Trainer(gradient_clip_val=), the same for all steps"
             )
-
-
-def require_loss(model: Any, result: Any) -> None:
-    """Raises RuntimeError if an automatic optimization has no loss."""
-    if result is None and model.automatic_optimization:
-        raise RuntimeError(
-            "training_step() returned None: every micro-batch has a backward on every rank; return a loss that is zero "
-            "(loss * 0) to leave a batch out"
-        )
 
 
 def _engine_of(model: Any) -> Engine:

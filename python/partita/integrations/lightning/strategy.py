@@ -107,6 +107,12 @@ class PartitaStrategy(DDPStrategy):
         with partita.zero.Init(config=config, dtype=dtype, enabled=stage_of(self._settings) == 3):
             yield
 
+    def model_to_device(self) -> None:
+        """Moves what is not there; what was built partitioned is."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        if any(tensor.device != self.root_device for tensor in tensors):
+            self.model.to(self.root_device)
+
     def setup(self, trainer: Any) -> None:
         """Makes the engine, with the optimizer of `configure_optimizers` or else the config's."""
         self.accelerator.setup(trainer)
@@ -157,12 +163,21 @@ class PartitaStrategy(DDPStrategy):
     # -- steps
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, in the engine's forward; one that runs backwards and steps itself has the engine around it
-        only where it calls it."""
-        if self.lightning_module.automatic_optimization:
-            return super().training_step(*args, **kwargs)
-        with self.precision_plugin.autocast(self.root_device.type):
-            return self.lightning_module.training_step(*args, **kwargs)
+        """The module's, in the engine's forward. One that runs backwards and steps itself is not within a forward.
+
+        Raises:
+            RuntimeError: there is no loss.
+        """
+        if not self.lightning_module.automatic_optimization:
+            with self.precision_plugin.autocast(self.root_device.type):
+                return self.lightning_module.training_step(*args, **kwargs)
+        output = super().training_step(*args, **kwargs)
+        if output is None:
+            raise RuntimeError(
+                "training_step() returned None: every micro-batch has a backward, on every rank; return a loss that is "
+                "zero (loss * 0) to leave a batch out"
+            )
+        return output
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -201,9 +216,9 @@ class PartitaStrategy(DDPStrategy):
         and other strategies read: rank 0 gathers and writes it.
 
         Raises:
-            TypeError: the state of a callback or a data module cannot be saved; names it.
             ValueError: there are `storage_options`, or the path is not one of a file system.
-            CheckpointError: the checkpoint was not written.
+            CheckpointError: the checkpoint was not written, or the state of a callback or a data module is no such that
+                can be saved; names it.
         """
         path = self.broadcast(filepath)
         if "optimizer_states" not in checkpoint:
