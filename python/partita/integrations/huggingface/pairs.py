@@ -59,7 +59,16 @@ def engine_of(
     for name in dtype:
         if getattr(engine.config, name).enabled:
             cast_inputs(model, dtype[name])
+    if engine.config.zero_optimization.stage == 3 and engine.world_size > 1:
+        _mark_as_one_of_many(model)
     return engine
+
+
+def _mark_as_one_of_many(model: nn.Module) -> None:
+    """The ranks of this model run the same modules, as each has a part of the parameters. `transformers` asks for this
+    mark: `generate()` then goes on until the texts of all ranks are complete, and LayerDrop leaves no layer out."""
+    for module in model.modules():
+        module._is_fsdp_managed_module = True  # type: ignore[assignment]
 
 
 def _is_prepared(thing: Any) -> bool:

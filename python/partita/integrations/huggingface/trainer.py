@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from partita import Engine
 from partita.integrations.huggingface.accelerator import PartitaAccelerator
+from partita.integrations.huggingface.commit import UNFINISHED, publish, rename_best, unfinished_in
 from partita.integrations.huggingface.resume import (
     adapter_names,
     load_weights_of,
@@ -44,6 +46,7 @@ class PartitaMixin:
     optimizer: Any
     lr_scheduler: Any
     state: Any
+    _is_saving = False  # a checkpoint, in the folder of what is unfinished
     train_dataset: Any
 
     def __init__(self, *args: Any, partita_config: PartitaConfig = None, **kwargs: Any) -> None:
@@ -117,12 +120,6 @@ class PartitaMixin:
             prepared.append(self.model_wrapped)
         return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As the trainer's. Where parameters are partitioned, all ranks generate for as long as one of them does."""
-        if self.accelerator.zero_stage == 3 and hasattr(self, "_gen_kwargs"):
-            self._gen_kwargs.setdefault("synced_gpus", self.accelerator.num_processes > 1)
-        return super().prediction_step(*args, **kwargs)  # type: ignore[misc]
-
     # -- checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -130,6 +127,36 @@ class PartitaMixin:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_complete(self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)  # type: ignore[misc]
+        return str(Path(folder) / UNFINISHED) if self._is_saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the trainer's, but the checkpoint's folder appears when all ranks have written what belongs in it. Only
+        then older ones are removed: whenever the run ends, its last checkpoint is whole."""
+        folder, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            unfinished_in(folder)
+        self.accelerator.wait_for_everyone()
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self._is_saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            place = publish(folder, name, self.state)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(place))
+            best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+            rotate_checkpoints(folder, limit, best_model_checkpoint=best, use_mtime=True)
+        rename_best(self.state, folder)
+        self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._is_saving:  # as soon as the folder has its name
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.engine is not None
