@@ -59,7 +59,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _script(path: str) -> tuple[CodeType, dict[str, Any]]:
-    file = os.path.abspath(path)
+    file = os.path.join(os.getcwd(), path)  # as python writes it
     try:
         with io.open_code(file) as source:
             text = source.read()

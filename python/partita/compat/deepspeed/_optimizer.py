@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from partita.compat.deepspeed.runtime.zero.partitioned import ParameterOffload
 from partita.engine import EngineBase
 
 
@@ -15,9 +16,12 @@ class DeepSpeedOptimizer(Optimizer):
 
     Attributes:
         optimizer: the user's, or the one that the config names.
+        parameter_offload: in stage 3.
         overflow: whether the last step whose outcome is known was skipped. Nobody waits for it: on a GPU that is the
             step before the last one.
     """
+
+    parameter_offload: ParameterOffload
 
     def __init__(self, engine: EngineBase, sharded: Optimizer) -> None:  # has no groups and hooks of its own
         self._engine = engine
@@ -27,7 +31,7 @@ class DeepSpeedOptimizer(Optimizer):
         self._opt_called = True  # schedules warn when step() was not seen before theirs; engine.step() has it inside
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_engine", "_sharded", "optimizer"):
+        if name in ("_engine", "_sharded", "optimizer", "parameter_offload"):
             raise AttributeError(name)
         found = getattr(self._sharded, name, None)
         return getattr(self.optimizer, name) if found is None else found

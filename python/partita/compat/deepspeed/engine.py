@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from partita.compat.deepspeed._arguments import OF_ENGINE, OF_INITIALIZE, folder
 from partita.compat.deepspeed._calls import PipelineCalls, SmallCalls
 from partita.compat.deepspeed._optimizer import DeepSpeedOptimizer
 from partita.compat.deepspeed._surface import QUESTIONS, advice
+from partita.compat.deepspeed.runtime.zero.partitioned import ParameterOffload, mark
 from partita.engine import EngineBase
 from partita.engine.as_module import AsModule
 from partita.pipeline import PipelineModule
@@ -54,10 +56,15 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
         vars(self)["_engine"] = engine  # no child of this module
         self.config = written
         self.optimizer = None if sharded is None else DeepSpeedOptimizer(engine, sharded)
+        if self.zero_optimization_partition_weights():
+            mark(engine.module)
+            if self.optimizer is not None:
+                self.optimizer.parameter_offload = ParameterOffload(engine.module)
         self.training_dataloader = loader
         self.lr_scheduler = scheduler
         self._is_boundary: bool | None = None  # as the program has said
         self._is_committed = False  # the last backward was that of a micro-batch which is over
+        self._is_deferred = False  # in no_sync()
         self._compiled = False
 
     @classmethod
@@ -113,10 +120,8 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
             scale_wrt_gas: divide the loss by `gradient_accumulation_steps`, so that sums become means.
         """
         self._inner.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
-        self._is_committed = self._is_boundary is False
-        if (
-            self._is_committed
-        ):  # the next backward adds to this one in the accumulator's fp32, whether step() comes or not
+        self._is_committed = self._is_deferred or self._is_boundary is False
+        if self._is_committed:  # the next backward adds to this one in fp32, whether step() comes in between or not
             self._inner.step()
         return loss.detach() / self._inner.gradient_accumulation_steps() if scale_wrt_gas else loss.detach()
 
@@ -128,8 +133,9 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
         """
         if lr_kwargs:
             raise ValueError(f"step(lr_kwargs={dict(lr_kwargs)!r}): the engine steps its schedule without arguments")
-        if self._is_committed:
-            self._is_committed = False
+        if self._is_deferred:
+            raise RuntimeError("engine.step() was called inside engine.no_sync(): call it after the block")
+        if self._is_committed and self._is_boundary is False:
             return
         skipped = self._inner.skipped_steps
         self._inner.step()
@@ -139,7 +145,24 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Says whether the next backward is the last one of a step; `step()` need not be called after the others."""
         self._is_boundary = is_boundary
-        self._inner.set_gradient_accumulation_boundary(is_boundary)
+        self._inner.set_gradient_accumulation_boundary(False if self._is_deferred else is_boundary)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards in this block add to the step, and are none of its last one.
+
+        Raises:
+            RuntimeError: in stages 2 and 3, which have no room for gradients that are not reduced.
+        """
+        with self._inner.no_sync():  # says what is refused; backwards are not in this block, as each is ended by a step
+            pass
+        self._is_deferred = True
+        self.set_gradient_accumulation_boundary(self._is_boundary)
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+            self.set_gradient_accumulation_boundary(self._is_boundary)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops gradients since the last `step()`; those of finished micro-batches stay, as in ZeRO."""
