@@ -73,6 +73,7 @@ ENGINE_CALLS = [
     "save_under_way",
     "scale",
     "set_gradient_accumulation_boundary",
+    "set_gradient_clipping",
     "share_memory",
     "skipped_steps",
     "state_dict",

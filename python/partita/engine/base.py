@@ -133,6 +133,17 @@ class EngineBase(KeepsState):
         """2-norm of the last step's mean gradient over all parameters, before clipping; None before the first step."""
         return self._step.grad_norm()
 
+    def set_gradient_clipping(self, max_norm: float) -> None:
+        """From the next update on this is the largest norm of all gradients together, in the place of the config's
+        `gradient_clipping`; 0 does not clip. All ranks give the same number.
+
+        Raises:
+            ValueError: `max_norm` is negative or NaN.
+        """
+        if not max_norm >= 0:
+            raise ValueError(f"set_gradient_clipping({max_norm}): give a norm above 0, or 0 for no clipping")
+        self._step.clip = 0.0 if max_norm == float("inf") else float(max_norm)
+
     def get_lr(self) -> list[float]:
         """The learning rate of each param group."""
         self._step.learn()

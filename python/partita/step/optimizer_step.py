@@ -44,6 +44,7 @@ class OptimizerStep:
         exits: ExitStack,
     ) -> None:
         self.global_steps = self.global_samples = 0
+        self.clip = run.config.gradient_clipping  # the largest norm of the mean gradient; 0: no clipping
         self.controller = controller
         self.sharded: ShardedStep | None = None
         self._run = run
@@ -103,9 +104,7 @@ class OptimizerStep:
         for part in self._parts:
             part.before_update()
         try:
-            self.sharded.run(
-                mean=self._run.mean, clip=self._run.config.gradient_clipping, micro_batches=self._count_micro_batches()
-            )
+            self.sharded.run(mean=self._run.mean, clip=self.clip, micro_batches=self._count_micro_batches())
         except CommunicationError:
             self._gathers.abandon()
             raise

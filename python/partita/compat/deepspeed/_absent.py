@@ -56,6 +56,17 @@ def absent_names(module: str, elsewhere: Mapping[str, str] | None = None) -> Cal
     return get
 
 
+def absent_attribute(name: str, owner: str, error: AttributeError) -> AttributeError:
+    """The error for an attribute that an object does not have, with the advice if DeepSpeed's has it.
+
+    Args:
+        owner: the class, as DeepSpeed's pages call it.
+        error: without the advice.
+    """
+    remedy = advice(f"{owner}.{name}")
+    return AttributeError(f"{error}: {remedy}" if remedy else str(error))
+
+
 class Placeholder:
     """A class of DeepSpeed's that others import and that cannot be made.
 

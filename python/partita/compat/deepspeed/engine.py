@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import partita
+from partita.compat.deepspeed._absent import absent_attribute
 from partita.compat.deepspeed._answers import ConfigAnswers
 from partita.compat.deepspeed._arguments import OF_ENGINE, OF_INITIALIZE, folder_of, for_partita, model_in
 from partita.compat.deepspeed._calls import PipelineCalls, SmallCalls
 from partita.compat.deepspeed._optimizer import DeepSpeedOptimizer
-from partita.compat.deepspeed._surface import QUESTIONS, advice
+from partita.compat.deepspeed._surface import QUESTIONS
 from partita.compat.deepspeed.runtime.zero.partitioned import ParameterOffload, mark
 from partita.engine import EngineBase
 from partita.engine.as_module import AsModule
@@ -83,13 +84,7 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
         try:
             return getattr(engine, name)
         except AttributeError as error:
-            remedy = self._advice(name)
-            raise AttributeError(f"{error}: {remedy}" if remedy else str(error)) from None
-
-    def _advice(self, name: str) -> str:
-        """What to do without a call of DeepSpeed's."""
-        kinds = [f"deepspeed.{kind.__name__}.{name}" for kind in type(self).__mro__]
-        return next((said for said in map(advice, kinds) if said), "")
+            raise absent_attribute(name, f"deepspeed.{type(self).__name__}", error) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         engine = vars(self).get("_engine")

@@ -47,10 +47,29 @@ def _by_name() -> dict[str, Row]:
     return {row.name: row for row in all_rows()}
 
 
+_DOCUMENTED_AS = {
+    "deepspeed.runtime.activation_checkpointing.checkpointing": "deepspeed.checkpointing",
+    "deepspeed.runtime.pipe": "deepspeed.pipe",
+    "deepspeed.runtime.zero": "deepspeed.zero",
+}
+"""Where a module is -> the name that DeepSpeed's pages call it by."""
+
+
 def advice(name: str) -> str:
-    """What to do without a name, or without the absent thing that it is in; empty: nothing is known of it."""
+    """What to do without a name: its own row, that of the absent thing that it is in, or those of what is in it; empty:
+    nothing is known of it."""
+    names = [name, *(name.replace(real, shown, 1) for real, shown in _DOCUMENTED_AS.items() if name.startswith(real))]
+    return next((said for said in map(_advice, names) if said), "")
+
+
+def _advice(name: str) -> str:
     row, inside = _by_name().get(name), name
     while row is None and inside:
         inside = inside.rpartition(".")[0]
         row = _by_name().get(inside)
-    return "" if row is None or (inside != name and row.answer is not Answer.ABSENT) else row.how
+    if row is not None and (inside == name or row.answer is Answer.ABSENT):
+        return row.how
+    parts = [row for row in all_rows() if row.name.startswith(f"{name}.")]
+    return (
+        "" if any(row.answer is not Answer.ABSENT for row in parts) else "; ".join(dict.fromkeys(r.how for r in parts))
+    )

@@ -86,7 +86,6 @@ OPTIMIZERS: list[Row] = [
             "op_builder": "the native parts are in the wheel; nothing is compiled when a program runs",
             "aio gds": "nothing is offloaded to disks; `offload_optimizer` and `offload_param` use host memory",
             "fp_quantizer quantizer random_ltd": "there is no quantized training and no token dropping",
-            "__compatible_ops__": "the native parts are in the wheel",
         },
     ),
     *absent(

@@ -13,7 +13,7 @@ ROWS: list[Row] = [
             "LayerSpec LayerSpec.build TiedLayerSpec": "of `partita.pipeline`",
         },
     ),
-    *differs("pipe.", {"PipelineModule.forward": "refused before and in training: `train_batch()`, `eval_batch()`"}),
+    *differs("pipe.", {"PipelineModule.forward": "where all stages are on this rank; else refused"}),
     *works(
         "pipe.PipelineModule.",
         {

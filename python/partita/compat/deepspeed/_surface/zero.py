@@ -56,8 +56,8 @@ ROWS: list[Row] = [
             "stage_1_and_2.estimate_zero2_model_states_mem_needs_all_cold "
             "stage3.estimate_zero3_model_states_mem_needs_all_live "
             "stage3.estimate_zero3_model_states_mem_needs_all_cold": _ESTIMATE,
-            "config.DeepSpeedZeroConfig offload_config.DeepSpeedZeroOffloadParamConfig "
-            "offload_config.DeepSpeedZeroOffloadOptimizerConfig": "give the config as a dict; docs/config.md lists it",
+            "config.DeepSpeedZeroConfig config.DeepSpeedZeroOffloadParamConfig "
+            "config.DeepSpeedZeroOffloadOptimizerConfig": "give the config as a dict; docs/config.md lists it",
             "offload_states": "states are offloaded by the config's `offload_optimizer`, from the beginning",
             "offload_config.OffloadStateTypeEnum offload_config.OffloadDeviceEnum": "states are offloaded by the "
             "config's `offload_optimizer`, from the beginning",

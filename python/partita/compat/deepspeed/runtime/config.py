@@ -44,6 +44,7 @@ class DeepSpeedConfig:
         self.gradient_accumulation_steps = batch.accumulation
         self.zero_config = self._config.zero_optimization
         self.zero_optimization_stage = self.zero_config.stage
+        self.monitor_config = self._config  # what MonitorMaster takes
         self.zero_enabled = self.zero_config.stage > 0
 
     def __getattr__(self, name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from partita.compat.deepspeed._absent import absent_names
+from partita.compat.deepspeed._absent import absent_attribute, absent_names
 from partita.files import file_to_write
 from partita.model import FlopCounter, modules_to_watch
 from partita.monitor import ModuleCosts, ProfiledStep, inclusive, scaled, summary_text, tree_text
@@ -35,6 +35,10 @@ class FlopsProfiler:
         self._seconds = 0.0
         self._begun_at = 0.0
         self.started = False
+
+    def __getattr__(self, name: str) -> Any:
+        error = AttributeError(f"'FlopsProfiler' object has no attribute '{name}'")
+        raise absent_attribute(name, "deepspeed.profiling.flops_profiler.FlopsProfiler", error)
 
     def start_profile(self, ignore_list: Sequence[type[nn.Module]] | None = None) -> None:
         """Counts from here on, anew.

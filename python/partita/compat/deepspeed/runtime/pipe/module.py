@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import partita.pipeline
-from partita.compat.deepspeed._absent import absent_names
+from partita.compat.deepspeed._absent import absent_attribute, absent_names
 from partita.compat.deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
 from partita.pipeline import LayerSpec, TiedLayerSpec
 
@@ -55,6 +55,12 @@ class PipelineModule(partita.pipeline.PipelineModule):
             checkpointable_layers,
             dynamic_shape,
         )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise absent_attribute(name, "deepspeed.pipe.PipelineModule", error) from None
 
     def num_pipeline_stages(self) -> int:
         """Stages of the pipeline."""

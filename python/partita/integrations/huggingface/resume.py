@@ -1,0 +1,76 @@
+"""What a folder of Trainer's has, and what of it goes back into an engine."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from partita import Engine
+from partita.integrations.huggingface.states import FOLDER
+
+logger = logging.getLogger("partita")
+
+_FOREIGN = ("optimizer.pt", "optimizer.bin")
+
+
+def require_own_checkpoint(folder: str) -> None:
+    """Raises ValueError unless a run of Partita's has saved there all that it needs to go on."""
+    if (Path(folder) / FOLDER).is_dir():
+        return
+    if any((Path(folder) / name).exists() for name in _FOREIGN):
+        raise ValueError(
+            f"'{folder}' was saved by another Trainer: its optimizer's state is that of whole tensors. Start from its "
+            "weights instead, by from_pretrained(), without resume_from_checkpoint"
+        )
+    raise ValueError(
+        f"'{folder}' has no folder '{FOLDER}', so there is nothing to go on from; with save_only_model=True a "
+        "checkpoint has weights only: start from them by from_pretrained()"
+    )
+
+
+def newest_complete(folder: str) -> str:
+    """The newest checkpoint of a run that was saved to its end: a run may have been killed while it saved or removed
+    one. All ranks see the same folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: dict[int, Path] = {}
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if (number := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal():
+            found[int(number)] = path
+    for step in sorted(found, reverse=True):
+        if _is_complete(found[step]):
+            return str(found[step])
+        logger.warning(
+            "'%s' is not complete, as the run ended while it was saved or removed: the one before", found[step]
+        )
+    raise ValueError(f"resume_from_checkpoint=True: '{folder}' has no complete checkpoint")
+
+
+def _is_complete(path: Path) -> bool:
+    try:  # the last file that Trainer writes, and the last one of the engine's
+        json.loads((path / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return (path / FOLDER / "manifest.json").exists()
+
+
+def load_weights_of(engine: Engine, folder: str) -> None:
+    """The engine has the weights of a checkpoint, and goes on with its own states. A collective."""
+    if (Path(folder) / FOLDER).is_dir():
+        engine.load_checkpoint(folder, FOLDER, load_module_only=True)
+    else:
+        engine.load_module_state_dict(folder, strict=False)
+
+
+def adapter_names(model: nn.Module) -> set[str] | None:
+    """The tensors that are saved of a model with adapters: what is trained; None: all, as there are no adapters."""
+    if not hasattr(model, "peft_config"):
+        return None
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
