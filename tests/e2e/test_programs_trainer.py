@@ -64,7 +64,9 @@ def out(programs: Programs, name: str, program: str, *arguments: Any, **how: Any
     return folder
 
 
-def assert_same_run(ours: Path, theirs: Path, within: float = 2e-4, names: tuple[str, ...] = ("loss", "grad_norm")) -> None:
+def assert_same_run(
+    ours: Path, theirs: Path, within: float = 2e-4, names: tuple[str, ...] = ("loss", "grad_norm")
+) -> None:
     """The losses and norms of all steps, the evaluation, and the weights that were saved."""
     mine, other = logged(ours), logged(theirs)
     for name in (*names, "eval_loss"):

@@ -12,7 +12,9 @@ from typing import Any
 from warm_python import WarmPython
 
 PROGRAMS = Path(__file__).parents[1] / "e2e" / "programs"
-WORDS = "a of the and to in is it that was for on with as his her they at be this from had not but by what all were".split()
+WORDS = (
+    "a of the and to in is it that was for on with as his her they at be this from had not but by what all were".split()
+)
 VOCABULARY = ["<pad>", "<unk>", "<s>", "</s>", ":", "user", "assistant", *WORDS]
 CHAT = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' </s> ' }}{% endfor %}"
 
@@ -46,7 +48,9 @@ class Programs:
 def logged(out: Path) -> dict[str, list[float]]:
     """What Trainer logged in the run that wrote to `out`, by name, in order."""
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return {name: [line[name] for line in history if name in line] for name in sorted({n for line in history for n in line})}
+    return {
+        name: [line[name] for line in history if name in line] for name in sorted({n for line in history for n in line})
+    }
 
 
 def sentence(generator: random.Random, longest: int) -> str:
@@ -98,7 +102,12 @@ def save_config(path: Path, stage: int, **more: Any) -> Path:
     if stage == 3:
         zero |= dict.fromkeys(("stage3_prefetch_bucket_size", "reduce_bucket_size"), "auto")
         zero |= {"stage3_param_persistence_threshold": "auto", "stage3_gather_16bit_weights_on_model_save": True}
-    automatic = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    automatic = (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    )
     sixteen = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
     config = {**dict.fromkeys(automatic, "auto"), **sixteen, "zero_optimization": zero, "steps_per_print": 2000, **more}
     path.write_text(json.dumps(config))

@@ -79,7 +79,11 @@ def main(arguments: argparse.Namespace) -> None:
     net = Net()
     parameters = filter(lambda p: p.requires_grad, net.parameters())
     engine, _optimizer, loader, _schedule = deepspeed.initialize(
-        args=arguments, model=net, model_parameters=parameters, training_data=Pictures(96, 2), config=config_of(arguments)
+        args=arguments,
+        model=net,
+        model_parameters=parameters,
+        training_data=Pictures(96, 2),
+        config=config_of(arguments),
     )
     device = get_accelerator().device_name(engine.local_rank)
     dtype = None
