@@ -69,6 +69,8 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
         self._is_committed = False  # the last backward was that of a micro-batch which is over
         self._is_deferred = False  # in no_sync()
         self._compiled = False
+        if self.optimizer is not None:
+            self.optimizer.steps_by(self.step)
 
     @classmethod
     def initialize(cls, *positional: Any, **named: Any) -> tuple[DeepSpeedEngine, Optimizer | None, Any, Any]:
