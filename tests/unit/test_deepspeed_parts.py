@@ -64,7 +64,7 @@ def test_a_pipeline_trains():
     engine.destroy()
 
 
-@exercises("pipe.", "PipelineModule LayerSpec LayerSpec.build TiedLayerSpec")
+@exercises("pipe.", "PipelineModule LayerSpec LayerSpec.build TiedLayerSpec TiedLayerSpec.build")
 @exercises("pipe.", "PipelineModule", "num_pipeline_stages topology set_checkpoint_interval forward")
 @exercises("runtime.pipe.", "PipelineModule LayerSpec TiedLayerSpec")
 @exercises("runtime.pipe.module.", "PipelineModule LayerSpec TiedLayerSpec")
@@ -80,6 +80,7 @@ def test_a_model_as_layers():
     engine = deepspeed.initialize(model=model, config=CONFIG)[0]
     engine.train_batch(iter(SAMPLES))
     engine.destroy()
+    assert TiedLayerSpec("t", nn.Linear, 3, 3).build().bias.shape == (3,)
     tied = PipelineModule([TiedLayerSpec("t", nn.Linear, 3, 3), TiedLayerSpec("t", nn.Linear, 3, 3)], num_stages=1)
     assert len(list(tied.parameters())) == 2
 
@@ -220,6 +221,7 @@ def test_modules_that_are_gathered_whole():
 @exercises("comm.", "init_distributed is_initialized get_rank get_world_size get_local_rank barrier")
 @exercises("comm.", "all_reduce all_gather broadcast reduce_scatter new_group get_world_group ReduceOp")
 @exercises("utils.groups.", "get_data_parallel_group")
+@exercises("utils.", "get_data_parallel_group")
 def test_collectives_of_one_rank(monkeypatch):
     deepspeed.init_distributed(dist_backend="gloo")
     dist = deepspeed.comm

@@ -28,8 +28,8 @@ ROWS: list[Row] = [
             "get_global_grad_norm": "before clipping",
             "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps": "numbers of samples, and of "
             "micro-batches",
-            "save_checkpoint": "files of Partita's, see [the format](checkpoint-format.md); `tag`, `client_state`, "
-            "`save_latest`",
+            "save_checkpoint": "files of Partita's, see [the format](checkpoint-format.md); no zero_to_fp32.py is "
+            "put beside: `partita checkpoint export`",
             "save_16bit_model save_fp16_model": "a file of torch's, as there; `save_model()` writes safetensors",
             "module_state_dict load_module_state_dict": "whole, on all ranks, in every stage",
             "destroy": "ends the engine",
@@ -74,6 +74,9 @@ ROWS: list[Row] = [
             ),
             "clip_fp32_gradients": "set `gradient_clipping` in the config",
             "load_moe_state_dict": _MOE,
+            "collect_python_gc": "call `gc.collect()`",
+            "get_sequence_parallel_group": "there is no sequence parallelism",
+            "is_iterable_style_dataset is_map_style_dataset": "any data set may be given to `initialize()`",
             "random_ltd_initialize": "there is no token dropping",
             "get_deepcompile_backend get_deepspeed_compile_backend get_autosp_backend get_autotp_backend "
             "get_compile_time register_compile_pass is_deepcompile_enabled is_deepcompile_active": _COMPILE,

@@ -22,6 +22,7 @@ ROWS: list[Row] = [
         {
             "TiledLinear TiledLinearReturnBias": _TILED,
             "unwrap_model_for_generation": "`engine.module.generate()` works as it is",
+            "Init.get_dp_process_group Init.get_partition_rank": "parameters are partitioned over all ranks of the job",
             "DeepSpeedZeRoOffload": "whether a parameter is there is seen by its shape",
         },
     ),

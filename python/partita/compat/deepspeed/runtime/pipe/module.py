@@ -60,7 +60,7 @@ class PipelineModule(partita.pipeline.PipelineModule):
         try:
             return super().__getattr__(name)
         except AttributeError as error:
-            raise absent_attribute(name, "deepspeed.pipe.PipelineModule", error) from None
+            raise absent_attribute(name, ["deepspeed.pipe.PipelineModule"], error) from None
 
     def num_pipeline_stages(self) -> int:
         """Stages of the pipeline."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from partita.compat.deepspeed._absent import absent_attribute
 from partita.compat.deepspeed._config import one_config, translated
 from partita.compat.deepspeed.accelerator.real_accelerator import get_accelerator
 from partita.zero import GatheredParameters, register_external_parameter, unregister_external_parameter
@@ -51,6 +52,10 @@ class Init(PartitaInit):
     def __init__(self, module: nn.Module | None = None, **kwargs: Any) -> None:
         config = one_config(None, {name: kwargs.pop(name, None) for name in ("config_dict_or_path", "config")})
         super().__init__(module, config=None if config is None else translated(config), **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        error = AttributeError(f"'Init' object has no attribute '{name}'")
+        raise absent_attribute(name, ["deepspeed.zero.Init"], error)
 
 
 def zero_wrapper_for_fp_tensor_constructor(
