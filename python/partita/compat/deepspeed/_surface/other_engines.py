@@ -20,12 +20,10 @@ ROWS: list[Row] = [
     *works("compression.helper.", {"recursive_getattr recursive_setattr": "attributes by dotted names"}),
     *absent(
         "compression.",
-        dict.fromkeys(
-            (
-                "compress constants scheduler utils basic_layer helper.module_replacement helper.convert_conv1d_to_linear",
-            ),
-            "there is no compression; quantize or prune the saved model",
-        ),
+        {
+            "compress constants scheduler utils basic_layer helper.module_replacement "
+            "helper.convert_conv1d_to_linear": "there is no compression; quantize or prune the saved model",
+        },
     ),
     *differs("moe.", {"layer.MoE": f"can be imported and not made: {_EXPERTS}"}),
     *absent("moe.", {"experts sharded_moe mappings ep_router utils.configure_moe_param_groups": _EXPERTS}),
