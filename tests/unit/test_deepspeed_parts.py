@@ -98,6 +98,15 @@ def test_topologies_that_no_pipeline_has(topology: ProcessTopology, stages: int 
         pipeline(topology=topology, num_stages=stages)
 
 
+@exercises("checkpointing.", "checkpoint")
+def test_layers_are_recomputed_as_deepspeeds_function_does_it():
+    checkpoint = deepspeed.checkpointing.checkpoint
+    model = pipeline(activation_checkpoint_interval=1, activation_checkpoint_func=checkpoint)
+    assert model.activation_checkpoint_interval == 1
+    with pytest.raises(ValueError, match="activation_checkpoint_func is not supported"):
+        pipeline(activation_checkpoint_func=lambda function, *args: function(*args))
+
+
 # -- recomputation
 
 
@@ -171,6 +180,7 @@ def test_random_generators_by_name():
 @exercises("", "zero")
 @exercises("zero.", "Init GatheredParameters register_external_parameter unregister_external_parameter")
 @exercises("zero.", "ZeroParamStatus ZeroParamType")
+@exercises("runtime.zero.utils.", "is_zero_param")
 @exercises("utils.", "safe_get_full_fp32_param safe_get_full_grad safe_get_full_optimizer_state")
 @exercises("utils.", "safe_set_full_fp32_param safe_set_full_grad safe_set_full_optimizer_state")
 @exercises("utils.", "safe_update_full_grad_vectorized")
@@ -196,6 +206,8 @@ def test_whole_parameters_of_stage_3():
     with zero.GatheredParameters([model.weight], modifier_rank=0):
         model.weight.data.fill_(3)
     assert (tools.safe_get_full_fp32_param(model.weight) == 3).all()
+    is_zero_param = deepspeed.runtime.zero.utils.is_zero_param
+    assert is_zero_param(model.weight) and model.weight.ds_shape == (1, 3) and not is_zero_param(torch.ones(1))
     assert zero.ZeroParamStatus.AVAILABLE and zero.ZeroParamType.NORMAL
     engine.destroy()
 

@@ -12,10 +12,9 @@ ROWS: list[Row] = [
         "DeepSpeedEngine.",
         {
             "forward": "`engine(batch)`",
-            "backward": "`retain_graph` and `scale_wrt_gas` too; returns the loss",
-            "step": "updates at a boundary of the accumulation; `lr_kwargs` is refused",
+            "backward": "`retain_graph` and `scale_wrt_gas` too",
             "scale": "for a `loss.backward()` of one's own",
-            "zero_grad": "drops the gradients since the last update",
+            "zero_grad": "drops the gradients since the last `step()`",
             "train eval": "as of any module",
             "no_sync": "stages 0 and 1",
             "coalesce_grad_reduction": "a block; several backwards before a step all count without it, too",
@@ -28,8 +27,6 @@ ROWS: list[Row] = [
             "get_global_grad_norm": "before clipping",
             "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps": "numbers of samples, and of "
             "micro-batches",
-            "save_checkpoint": "files of Partita's, see [the format](checkpoint-format.md); no zero_to_fp32.py is "
-            "put beside: `partita checkpoint export`",
             "save_16bit_model save_fp16_model": "a file of torch's, as there; `save_model()` writes safetensors",
             "module_state_dict load_module_state_dict": "whole, on all ranks, in every stage",
             "destroy": "ends the engine",
@@ -54,8 +51,11 @@ ROWS: list[Row] = [
     *differs(
         "DeepSpeedEngine.",
         {
-            "load_checkpoint": "Partita's checkpoints only; `partita checkpoint import` makes one of DeepSpeed's. A "
-            "missing one is an error. `custom_load_fn` is refused",
+            "step": "updates at a boundary of the accumulation, as there; `lr_kwargs` is refused",
+            "save_checkpoint": "the files are Partita's, see [the format](checkpoint-format.md), and always of the "
+            "whole model; no zero_to_fp32.py is put beside: `partita checkpoint export`",
+            "load_checkpoint": "Partita's checkpoints; `partita checkpoint import` makes one of DeepSpeed's. "
+            "`custom_load_fn` is refused",
             "get_batch_info": "three numbers; in DeepSpeed they are three methods",
         },
     ),
