@@ -88,7 +88,7 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
         try:
             return getattr(engine, name)
         except AttributeError as error:
-            raise absent_attribute(name, f"deepspeed.{type(self).__name__}", error) from None
+            raise absent_attribute(name, self._kinds, error) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("optimizer", "lr_scheduler") and name in vars(self):
@@ -99,6 +99,8 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
             setattr(engine, name, value)
         else:
             super().__setattr__(name, value)
+
+    _kinds: tuple[str, ...] = ("deepspeed.DeepSpeedEngine",)
 
     def _settings(self) -> Config:
         return self._inner.config
@@ -137,12 +139,18 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
             raise ValueError(f"step(lr_kwargs={dict(lr_kwargs)!r}): the engine steps its schedule without arguments")
         if self._is_deferred:
             raise RuntimeError("engine.step() was called inside engine.no_sync(): call it after the block")
-        if self._is_committed and self._is_boundary is False:
+        if self._is_committed and (self._is_boundary is False or self._is_amid):
             return
         skipped = self._inner.skipped_steps
         self._inner.step()
         if self.optimizer is not None:
             self.optimizer.overflow = self._inner.skipped_steps > skipped
+
+    @property
+    def _is_amid(self) -> bool:
+        """Whether the micro-batches so far, of which the last one was in `no_sync()`, are not all of a step."""
+        taken: int = self.micro_steps
+        return self._is_boundary is None and taken % self.gradient_accumulation_steps() != 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Says whether the next backward is the last one of a step; `step()` need not be called after the others."""
@@ -298,6 +306,8 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
 
 class PipelineEngine(PipelineCalls, DeepSpeedEngine):
     """A pipeline in training; `train_batch()` and `eval_batch()` are those of `partita.PipelineEngine`."""
+
+    _kinds = ("deepspeed.PipelineEngine", "deepspeed.DeepSpeedEngine")
 
 
 def initialize(*positional: Any, **named: Any) -> tuple[DeepSpeedEngine, Optimizer | None, Any, Any]:
