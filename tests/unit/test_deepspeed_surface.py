@@ -99,13 +99,13 @@ def test_what_is_absent_says_what_to_do(row: Row, objects: dict[str, Any]):
 @pytest.mark.parametrize(
     "statement",
     [
-        "import partita.compat.deepspeed.moe.layer",
-        "from partita.compat.deepspeed.moe.layer import MoE",
-        "from partita.compat.deepspeed import moe, init_inference",
+        "import partita.compat.deepspeed.autotuning.autotuner",
+        "from partita.compat.deepspeed.autotuning.autotuner import Autotuner",
+        "from partita.compat.deepspeed import autotuning, init_inference",
     ],
 )
 def test_imports_of_what_is_absent_say_what_to_do(statement: str):
-    with pytest.raises(ModuleNotFoundError, match=r"^Partita has no deepspeed\.moe: there is no expert parallelism"):
+    with pytest.raises(ModuleNotFoundError, match=r"^Partita has no deepspeed\.autotuning: `memory_breakdown`"):
         exec(statement, {})
 
 

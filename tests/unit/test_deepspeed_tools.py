@@ -244,6 +244,25 @@ def test_the_device_is_there():
     assert torch.ones(1, device=get_accelerator().current_device_name()).device.type == get_accelerator().device_name()
 
 
+@exercises("moe.utils.", "has_moe_layers is_moe_param is_moe_param_group")
+@exercises("moe.utils.", "split_params_into_different_moe_groups_for_optimizer")
+@exercises("moe.", "layer.MoE")
+def test_a_model_has_no_experts():
+    tools, model = deepspeed.moe.utils, nn.Linear(2, 2)
+    assert tools.has_moe_layers(model) == (False, 0) and not tools.is_moe_param(model.weight)
+    groups = tools.split_params_into_different_moe_groups_for_optimizer({"params": model.parameters()})
+    assert groups[0]["params"] == [model.weight, model.bias] and not tools.is_moe_param_group(groups[0])
+    with pytest.raises(NotImplementedError, match="no expert parallelism"):
+        deepspeed.moe.layer.MoE(4, model)
+
+
+@exercises("compression.helper.", "recursive_getattr recursive_setattr")
+def test_attributes_by_dotted_names():
+    helper, model = deepspeed.compression.helper, nn.Sequential(nn.Sequential(nn.ReLU()))
+    helper.recursive_setattr(model, "0.0", nn.Tanh())
+    assert helper.recursive_getattr(model, "0.0") is model[0][0] and isinstance(model[0][0], nn.Tanh)
+
+
 # -- topologies
 
 

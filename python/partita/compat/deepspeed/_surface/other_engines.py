@@ -22,7 +22,8 @@ ROWS: list[Row] = [
         "compression.",
         dict.fromkeys(
             (
-                "compress constants scheduler utils basic_layer helper.module_replacement helper.convert_conv1d_to_linear",
+                "compress constants scheduler utils basic_layer "
+                "helper.module_replacement helper.convert_conv1d_to_linear",
             ),
             "there is no compression; quantize or prune the saved model",
         ),
