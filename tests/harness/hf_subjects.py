@@ -195,9 +195,9 @@ def whole_weights(trainer: Any) -> dict[str, Tensor]:
     return found[0]
 
 
-def close(actual: Any, expected: Any, relative: float = 2e-5) -> None:
+def close(actual: Any, expected: Any, relative: float = 2e-5, absolute: float = 1e-7) -> None:
     """Asserts that two lists of numbers are the same to rounding."""
-    np.testing.assert_allclose(np.array(actual, float), np.array(expected, float), rtol=relative, atol=1e-7)
+    np.testing.assert_allclose(np.array(actual, float), np.array(expected, float), rtol=relative, atol=absolute)
 
 
 def close_weights(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-6) -> None:
