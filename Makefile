@@ -29,7 +29,7 @@ help:
 	@echo "make lint       ruff, mypy --strict, clang-format; make format repairs what can be"
 	@echo "make bench      speed against the floors and the peers, with DeepSpeed installed for it;"
 	@echo "                make bench-quick does a part of it in about five minutes"
-	@echo "make docs       rewrites docs/config.md and docs/config.schema.json"
+	@echo "make docs       rewrites docs/config.md, docs/config.schema.json and docs/deepspeed.md"
 	@echo "make site       builds the pages of docs/ and a reference of all calls into build/site"
 
 setup: .venv/installed
@@ -132,6 +132,7 @@ site: .venv/installed
 
 docs: .venv/installed
 	$(BIN)/python -m partita.config.document docs
+	$(BIN)/python -m partita.compat.deepspeed.document docs
 
 .venv/bench: .venv/installed
 	$(BIN)/pip install -q '.[bench]'

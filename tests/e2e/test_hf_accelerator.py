@@ -123,10 +123,10 @@ def test_it_trains_and_resumes_as_accelerate_does(ranks, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transport", ["auto", "torch"])
+@pytest.mark.parametrize("over", ["auto", "torch"])
 @pytest.mark.parametrize("world", [1, 2])
-def test_it_trains_and_resumes_as_accelerate_does_in_every_stage(ranks, tmp_path, world, transport):
-    ranks(world).run(as_launched, _trains_as_accelerate, str(tmp_path), (0, 1, 2, 3), ORDERS, transport)
+def test_it_trains_and_resumes_as_accelerate_does_in_every_stage(ranks, tmp_path, world, over):
+    ranks(world).run(as_launched, _trains_as_accelerate, str(tmp_path), (0, 1, 2, 3), ORDERS, over)
 
 
 # -- the calls of a loop

@@ -22,7 +22,10 @@ sys.path.insert(0, str(ROOT / "bench"))
 from front_page import PICTURE, draw, front_ratios
 
 SLOW = {f"docs/{name}.md" for name in ("quick-start", "migration")}  # many runs
-SLOW |= {f"docs/how-to/{name}.md" for name in ("custom-optimizer", "data", "huggingface", "profiling")}
+SLOW |= {
+    f"docs/how-to/{name}.md"
+    for name in ("custom-optimizer", "data", "huggingface", "lightning", "profiling", "trainer")
+}
 INLINE = re.compile(r'`("(\w+)": [^`]+)`')
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 NAMED = re.compile(r"`((?:bench|cpp|cuda|docs|examples|python|tests|\.ci)/[\w./-]*\w)`")
@@ -94,6 +97,15 @@ def test_the_pipeline_learns(read):
     found = sorted(re.findall(r"rank (\d): stages \[(\d, \d)\], loss ([\d.]+)", output))
     assert [(rank, stages) for rank, stages, _ in found] == [("0", "0, 2"), ("1", "1, 3")]
     assert len({loss for *_, loss in found}) == 1 and float(found[0][2]) < 0.2  # it begins above 1
+
+
+@pytest.mark.slow
+def test_lightning_trains_and_a_second_run_is_complete(read):
+    page = read("docs/how-to/lightning.md")
+    found = [re.findall(r"(\d+) steps, val ([\d.]+)", output) for output in page.outputs]
+    assert found[0] == found[1] and [steps for ((steps, _),) in found] == ["48", "48"]
+    assert float(found[0][0][1]) < 1  # it begins near 16
+    assert {path.name for path in (page.folder / "checkpoints").iterdir()} >= {"last.ckpt"}
 
 
 def test_the_first_table_has_the_measured_ratios():

@@ -85,7 +85,8 @@ def trainer_of(
 ) -> Any:
     from transformers import TrainingArguments
 
-    kind = (given or {}).pop("arguments_class", TrainingArguments) if given else TrainingArguments
+    data: dict[str, Any] = {"train_dataset": Texts(), "eval_dataset": Texts(), **(given or {})}
+    kind = data.pop("arguments_class", TrainingArguments)
     defaults = {"max_steps": 6, "logging_steps": 1, "learning_rate": 1e-2, "warmup_steps": 2, "save_strategy": "no"}
     args = kind(
         folder,
@@ -95,7 +96,6 @@ def trainer_of(
         report_to=[],
         disable_tqdm=True,
     )
-    data: dict[str, Any] = {"train_dataset": Texts(), "eval_dataset": Texts(), **(given or {})}
     return cls(gpt2() if model is None else model, args, **data)
 
 

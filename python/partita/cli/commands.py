@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from partita.cli import audit, checkpoints, plot, schedule
+from partita.cli import audit, checkpoints, plot, program, schedule
 from partita.config import Answer, ConfigError, Finding, answers_to, clean_form, load_config
 from partita.files import file_to_write
 from partita.optim import require_buildable
@@ -33,6 +33,12 @@ _File = Annotated[str, typer.Argument(metavar="FILE", help="JSON (with comments 
 @app.callback()
 def partita() -> None:
     """Tools for Partita."""
+
+
+@app.command("run", add_help_option=False, context_settings={"ignore_unknown_options": True})
+def run(arguments: Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGS]...")]) -> None:
+    """Run a Python program with `import deepspeed` meaning Partita; `-m MODULE` in place of SCRIPT runs a module."""
+    program.run(arguments)
 
 
 @config.command()

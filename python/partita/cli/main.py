@@ -7,6 +7,10 @@ import sys
 
 def main() -> None:
     """Runs the command line."""
+    if sys.argv[1:2] == ["run"]:  # without typer
+        from partita.cli.program import run
+
+        return run(sys.argv[2:])
     try:
         from partita.cli.commands import app
     except ModuleNotFoundError as error:

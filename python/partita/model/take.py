@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -79,6 +80,8 @@ def take_model(model: nn.Module, optimizer: Optimizer | None, run: Run, exits: E
     exits.callback(units.close)
     partitioned = {p for unit in units.frozen for p in unit.parameters}
     place_untrained(model, untrained, partitioned, data, run.precision.compute, run.precision.buffers)
+    if trained:
+        _warn_of_forgotten(untrained, warns=data.rank == 0)
     return TakenModel(units, untrained, gathering)
 
 
@@ -232,8 +235,11 @@ def place_untrained(
                 cast = buffers is not None and buffer.is_floating_point()
                 placed[buffer] = _from_rank_0(buffer.to(buffers) if cast else buffer, communicator)
             module._buffers[name] = placed[buffer]
+
+
+def _warn_of_forgotten(untrained: Mapping[str, nn.Parameter], *, warns: bool) -> None:
     forgotten = [name for name, p in untrained.items() if p.requires_grad]
-    if forgotten and communicator.rank == 0:
+    if forgotten and warns:
         logger.warning(
             "%d parameters require gradients but are in no optimizer group and will not be trained: '%s'%s",
             len(forgotten),

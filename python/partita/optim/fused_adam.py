@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -145,9 +146,14 @@ def _is_number(value: Any, below: float) -> bool:
 
 def is_native(optimizer: Optimizer) -> bool:
     """Whether the native update computes what this optimizer computes."""
-    if type(optimizer) not in (FusedAdam, torch.optim.Adam, torch.optim.AdamW):
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) and not _updates_as_fused_adam(type(optimizer)):
         return False
     return not any(group.get(option) for group in optimizer.param_groups for option in UNSUPPORTED_OPTIONS)
+
+
+def _updates_as_fused_adam(kind: type[Optimizer]) -> bool:
+    """Whether a class is FusedAdam, perhaps with other arguments; torch wraps the `step` of the first that is made."""
+    return issubclass(kind, FusedAdam) and inspect.unwrap(kind.step) is inspect.unwrap(FusedAdam.step)
 
 
 def adam_group(group: dict[str, Any], waited: int = 0) -> AdamGroup:

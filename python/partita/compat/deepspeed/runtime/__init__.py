@@ -1,0 +1,5 @@
+"""DeepSpeed's `runtime`: the modules in it."""
+
+from partita.compat.deepspeed._absent import absent_names
+
+__getattr__ = absent_names(__name__)

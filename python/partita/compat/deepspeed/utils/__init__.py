@@ -1,0 +1,88 @@
+"""DeepSpeed's tools: whole parameters of a partitioned model, logging, building a model elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import partita
+from partita.compat.deepspeed._absent import absent_names
+from partita.compat.deepspeed.utils import groups
+from partita.compat.deepspeed.utils.init_on_device import OnDevice
+from partita.compat.deepspeed.utils.logging import log_dist, log_dist_once, logger, set_log_level_from_string
+from partita.utils import (
+    RepeatingLoader,
+    get_z3_leaf_modules,
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+    safe_set_full_optimizer_state,
+    set_z3_leaf_module,
+    set_z3_leaf_modules,
+    set_z3_leaf_modules_by_name,
+    set_z3_leaf_modules_by_suffix,
+    unset_z3_leaf_modules,
+    z3_leaf_module,
+    z3_leaf_parameter,
+)
+
+__all__ = [
+    "OnDevice",
+    "RepeatingLoader",
+    "get_default_deepspeed_config",
+    "get_z3_leaf_modules",
+    "groups",
+    "instrument_w_nvtx",
+    "log_dist",
+    "log_dist_once",
+    "logger",
+    "safe_get_full_fp32_param",
+    "safe_get_full_grad",
+    "safe_get_full_optimizer_state",
+    "safe_set_full_fp32_param",
+    "safe_set_full_grad",
+    "safe_set_full_optimizer_state",
+    "safe_update_full_grad_vectorized",
+    "set_log_level_from_string",
+    "set_z3_leaf_module",
+    "set_z3_leaf_modules",
+    "set_z3_leaf_modules_by_name",
+    "set_z3_leaf_modules_by_suffix",
+    "unset_z3_leaf_modules",
+    "z3_leaf_module",
+    "z3_leaf_parameter",
+]
+
+
+def get_default_deepspeed_config() -> dict[str, Any]:
+    """A config to begin with, a dict: see `partita.default_config`."""
+    return partita.default_config()
+
+
+def safe_update_full_grad_vectorized(
+    param_list: Iterable[nn.Parameter], update_func: Callable[[Tensor, nn.Parameter], Tensor]
+) -> None:
+    """Replaces the gradient of each parameter that has one by `update_func(gradient, parameter)`; a collective."""
+    for parameter in param_list:
+        gradient = safe_get_full_grad(parameter)
+        if gradient is not None:
+            safe_set_full_grad(parameter, update_func(gradient, parameter))
+
+
+def instrument_w_nvtx(func: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, as a range of its name in a profile of a GPU."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.nvtx.range(func.__qualname__) if torch.cuda.is_available() else nullcontext():
+            return func(*args, **kwargs)
+
+    return wrapped
+
+
+__getattr__ = absent_names(__name__)
