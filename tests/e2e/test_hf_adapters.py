@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from hf_subjects import (
-    SUBJECTS,
     Subject,
     arguments,
     close,
@@ -17,6 +16,7 @@ from hf_subjects import (
     job,
     logged,
     model_of,
+    on_ranks,
     pad,
     texts,
     whole_weights,
@@ -94,8 +94,7 @@ def _read_back(kind: str, folder: str, weights: dict[str, Any]) -> None:
     close_weights(loaded.state_dict(), weights, 0.0)
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-@pytest.mark.parametrize("world_size", [1, 2])
+@on_ranks(1, 2)
 @pytest.mark.parametrize("kind", MODELS)
 def test_only_what_is_trained_moves_and_is_saved(ranks, tmp_path, subject, world_size, kind):
     """O6: Trainer's own numbers; the best model at the end; a resumed run is the unbroken one."""

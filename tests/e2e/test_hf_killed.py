@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hf_subjects import SUBJECTS, Subject
+from hf_subjects import Subject, on_ranks
 
 pytest.importorskip("transformers")
 get_last_checkpoint = pytest.importorskip("transformers.trainer_utils").get_last_checkpoint
@@ -52,9 +52,7 @@ def names_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-@pytest.mark.parametrize("world_size", [1, 2])
+@on_ranks(1, 2)
 def test_a_run_goes_on_after_kills_at_any_moment_of_its_saves(program, tmp_path, subject, world_size):
     """C2: each job dies some effects on files later in a save, or in the rotation after it, than the one before."""
     folder = tmp_path / "killed"

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from hf_subjects import (
-    SUBJECTS,
     Subject,
     arguments,
     close,
@@ -16,6 +15,7 @@ from hf_subjects import (
     job,
     logged,
     model_of,
+    on_ranks,
     pad,
     texts,
     whole_weights,
@@ -102,11 +102,11 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any], *names: str) -
     close_weights(actual["weights"], expected["weights"])
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-def test_ragged_texts_on_two_ranks_train_as_one_whole_batch(ranks, tmp_path, subject):
+@on_ranks(2, quick=True)
+def test_ragged_texts_on_two_ranks_train_as_one_whole_batch(ranks, tmp_path, world_size, subject):
     """G6: with micro-batches and ranks of unequal numbers of tokens, the mean is over the tokens of the step."""
     whole = ranks(1).run(of_tokens, Subject(), str(tmp_path), 8, 1, UNEVEN)[0]
-    for result in ranks(2).run(two_ranks, subject, str(tmp_path), UNEVEN):
+    for result in ranks(world_size).run(two_ranks, subject, str(tmp_path), UNEVEN):
         assert_same(result, whole)
 
 
@@ -114,8 +114,7 @@ def two_ranks(subject: Subject, folder: str, changes: dict[str, Any]) -> dict[st
     return of_tokens(subject, folder, 8, 2, changes)
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-@pytest.mark.parametrize("world_size", [1, 2])
+@on_ranks(1, 2)
 def test_other_means_are_those_of_trainer_alone(ranks, tmp_path, subject, world_size):
     """Padded last batches; the mean of ranks' own means; a model that takes no number of items."""
     for run, *args in ((two_ranks, {}), (two_ranks, UNEVEN | MEAN_OF_RANKS), (of_samples,)):

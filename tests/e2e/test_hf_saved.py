@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from hf_subjects import (
-    SUBJECTS,
     Subject,
     arguments,
     close,
     job,
     logged,
     model_of,
+    on_ranks,
     pad,
     texts,
     tokenizer,
@@ -92,8 +92,7 @@ def _barrier() -> None:
         dist.barrier()
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-@pytest.mark.parametrize("world_size", [1, 2])
+@on_ranks(1, 2)
 def test_a_saved_model_has_tied_weights_once_and_is_read_by_from_pretrained(ranks, tmp_path, subject, world_size):
     """C5, and no hub."""
     ranks(world_size).run(_saves, subject, str(tmp_path))
@@ -115,8 +114,7 @@ def run_of(subject: Subject, folder: str, changes: dict[str, Any], resume_from: 
         }
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-@pytest.mark.parametrize("world_size", [1, 2])
+@on_ranks(1, 2, quick=True)
 def test_a_resumed_run_is_the_unbroken_one(ranks, tmp_path, subject, world_size):
     """O5, C9: bits of the weights, and so of the moments, data and dropout; the learning rates; what is logged."""
     changes = {"max_grad_norm": 0.5, "gradient_accumulation_steps": 2}
@@ -166,8 +164,7 @@ def best_of(subject: Subject, folder: str, how: dict[str, Any]) -> dict[str, Any
         return {"steps": state.global_step, "best": state.best_global_step, "losses": logged(trainer, "eval_loss")}
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-@pytest.mark.parametrize("world_size", [1, 2])
+@on_ranks(1, 2)
 def test_early_stopping_ends_with_the_best_model(ranks, tmp_path, subject, world_size):
     for how in ({}, {"save_total_limit": 1}):
         alone = ranks(world_size).run(best_of, Subject(), str(tmp_path / "alone"), how)

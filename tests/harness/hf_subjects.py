@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -151,8 +152,21 @@ class Subject:
 
 
 SUBJECTS = [Subject("partita", stage) for stage in (0, 1, 2, 3)] + [Subject("partita", 3, "torch")]
-if os.environ.get("PLAIN"):
-    SUBJECTS = [Subject("plain")]
+
+
+def on_ranks(*world_sizes: int, quick: bool = False) -> pytest.MarkDecorator:
+    """Cases `world_size, subject` of a test; slow ones, but for stage 3 on two ranks if that is quick."""
+    cases = [(world_size, subject) for world_size in world_sizes for subject in SUBJECTS]
+    return pytest.mark.parametrize(
+        "world_size, subject",
+        [
+            pytest.param(*case, id=f"{case[0]}-{case[1]}", marks=() if quick and case == QUICK else pytest.mark.slow)
+            for case in cases
+        ],
+    )
+
+
+QUICK = (2, Subject("partita", 3))
 
 
 def arguments(folder: Path | str, kind: str | type | None = None, **changes: Any) -> Any:
