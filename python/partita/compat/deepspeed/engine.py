@@ -29,6 +29,8 @@ from partita.pipeline import PipelineModule
 if TYPE_CHECKING:
     from partita.config import Config
 
+OWN = ("config", "optimizer", "lr_scheduler", "training_dataloader")  # attributes that the engine beneath has too
+
 logger = logging.getLogger("partita")
 
 
@@ -87,8 +89,11 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
             raise absent_attribute(name, f"deepspeed.{type(self).__name__}", error) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("optimizer", "lr_scheduler") and name in vars(self):
+            raise AttributeError(f"engine.{name} is what trains the model, and stays: give another one to initialize()")
         engine = vars(self).get("_engine")
-        if engine is not None and not hasattr(type(self), name) and hasattr(type(engine), name):
+        is_own = engine is None or name in OWN or name.startswith("_") or hasattr(type(self), name)
+        if not is_own and (hasattr(type(engine), name) or name in vars(engine)):
             setattr(engine, name, value)
         else:
             super().__setattr__(name, value)
