@@ -88,7 +88,7 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
         try:
             return getattr(engine, name)
         except AttributeError as error:
-            raise absent_attribute(name, f"deepspeed.{type(self).__name__}", error) from None
+            raise absent_attribute(name, self._kinds, error) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("optimizer", "lr_scheduler") and name in vars(self):
@@ -99,6 +99,8 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
             setattr(engine, name, value)
         else:
             super().__setattr__(name, value)
+
+    _kinds: tuple[str, ...] = ("deepspeed.DeepSpeedEngine",)
 
     def _settings(self) -> Config:
         return self._inner.config
@@ -123,9 +125,8 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
         """
         self._inner.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         self._is_ended = False
-        if (
-            self._is_deferred or self._is_boundary is False
-        ):  # the next backward adds to this one in fp32, whether step() comes in between or not
+        if self._is_deferred or self._is_boundary is False:
+            # The next backward adds to this one in fp32, whether step() comes in between or not.
             self._is_ended = not self._is_last()
             self._inner.step()
         return loss.detach() / self._inner.gradient_accumulation_steps() if scale_wrt_gas else loss.detach()
@@ -307,6 +308,8 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
 
 class PipelineEngine(PipelineCalls, DeepSpeedEngine):
     """A pipeline in training; `train_batch()` and `eval_batch()` are those of `partita.PipelineEngine`."""
+
+    _kinds = ("deepspeed.PipelineEngine", "deepspeed.DeepSpeedEngine")
 
 
 def initialize(*positional: Any, **named: Any) -> tuple[DeepSpeedEngine, Optimizer | None, Any, Any]:
