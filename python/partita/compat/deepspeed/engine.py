@@ -66,7 +66,7 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
         self.training_dataloader = loader
         self.lr_scheduler = scheduler
         self._is_boundary: bool | None = None  # as the program has said
-        self._is_committed = False  # the last backward was that of a micro-batch which is over
+        self._is_ended = False  # the micro-batch of the last backward, for which step() has nothing to do
         self._is_deferred = False  # in no_sync()
         self._compiled = False
         if self.optimizer is not None:
@@ -124,10 +124,18 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
             scale_wrt_gas: divide the loss by `gradient_accumulation_steps`, so that sums become means.
         """
         self._inner.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
-        self._is_committed = self._is_deferred or self._is_boundary is False
-        if self._is_committed:  # the next backward adds to this one in fp32, whether step() comes in between or not
+        self._is_ended = False
+        if self._is_deferred or self._is_boundary is False:
+            # The next backward adds to this one in fp32, whether step() comes in between or not.
+            self._is_ended = not self._is_last()
             self._inner.step()
         return loss.detach() / self._inner.gradient_accumulation_steps() if scale_wrt_gas else loss.detach()
+
+    def _is_last(self) -> bool:
+        """Whether this micro-batch is the last one of its step, as the program says, or by count."""
+        if self._is_boundary is not None:
+            return self._is_boundary
+        return bool((self.micro_steps + 1) % self._inner.gradient_accumulation_steps() == 0)
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         """Ends a micro-batch; at the boundary, updates the parameters and the learning rate.
@@ -139,18 +147,12 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
             raise ValueError(f"step(lr_kwargs={dict(lr_kwargs)!r}): the engine steps its schedule without arguments")
         if self._is_deferred:
             raise RuntimeError("engine.step() was called inside engine.no_sync(): call it after the block")
-        if self._is_committed and (self._is_boundary is False or self._is_amid):
+        if self._is_ended:
             return
         skipped = self._inner.skipped_steps
         self._inner.step()
         if self.optimizer is not None:
             self.optimizer.overflow = self._inner.skipped_steps > skipped
-
-    @property
-    def _is_amid(self) -> bool:
-        """Whether the micro-batches so far, of which the last one was in `no_sync()`, are not all of a step."""
-        taken: int = self.micro_steps
-        return self._is_boundary is None and taken % self.gradient_accumulation_steps() != 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Says whether the next backward is the last one of a step; `step()` need not be called after the others."""

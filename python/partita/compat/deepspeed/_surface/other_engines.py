@@ -37,9 +37,19 @@ ROWS: list[Row] = [
             "linear": "use PEFT's LoRA",
             "nvme io": "nothing is offloaded to disks",
             "datastates": "set `checkpoint.async_save`",
-            "launcher": "start programs with torchrun, and `partita run` for those that import deepspeed",
             "elasticity": "any number of ranks goes on from a checkpoint",
             "model_implementations": "layers stay as the model has them",
+        },
+    ),
+    *differs(
+        "launcher.",
+        {"runner.DEEPSPEED_ENVIRONMENT_NAME": "for `accelerate launch` on one host; use torchrun on each of several"},
+    ),
+    *absent(
+        "launcher.",
+        {
+            "runner.main runner.parse_args launch multinode_runner": "start programs with torchrun, and `partita run` "
+            "for those that import deepspeed"
         },
     ),
     *absent(
