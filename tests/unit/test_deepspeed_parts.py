@@ -167,6 +167,12 @@ def test_random_generators_by_name():
     own.set_states(states)
     with own.fork("a"):
         assert torch.rand(1, device=device) == first
+    with own.fork("a"):
+        assert torch.rand(1, device=device) != first  # it goes on
+    ds.model_parallel_cuda_manual_seed(7)
+    with own.fork("a"):
+        torch.rand(3, device=device)
+    assert torch.rand(1, device=device) == drawn[0][1]  # and leaves the program's as it was
     with pytest.raises(ValueError, match="'a' or of the seed 1"):
         own.add("a", 1)
     own.reset()
