@@ -22,7 +22,10 @@ sys.path.insert(0, str(ROOT / "bench"))
 from front_page import PICTURE, draw, front_ratios
 
 SLOW = {f"docs/{name}.md" for name in ("quick-start", "migration")}  # many runs
-SLOW |= {f"docs/how-to/{name}.md" for name in ("custom-optimizer", "data", "huggingface", "lightning", "profiling")}
+SLOW |= {
+    f"docs/how-to/{name}.md"
+    for name in ("custom-optimizer", "data", "huggingface", "lightning", "profiling", "trainer")
+}
 INLINE = re.compile(r'`("(\w+)": [^`]+)`')
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 NAMED = re.compile(r"`((?:bench|cpp|cuda|docs|examples|python|tests|\.ci)/[\w./-]*\w)`")

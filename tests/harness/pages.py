@@ -118,7 +118,8 @@ class Reader:
                 else:
                     self._run(words)
             elif words[0] == "partita":
-                self._run_if_due()
+                if words[1] != "run":
+                    self._run_if_due()
                 self._run(words)
             else:
                 assert words[0] in ELSEWHERE, f"{self.page}:{block.line}: what is {words[0]}?"
@@ -158,7 +159,7 @@ class Reader:
             return [*self._python.command, *rest]
         if first == "partita":
             return [*self._python.command, "-c", "import partita.cli; partita.cli.main()", *rest]
-        script = next(index for index, word in enumerate(rest) if word.endswith(".py"))
+        script = next(index for index, word in enumerate(rest) if word == "-m" or word.endswith(".py"))
         return [*self._python.torchrun("--standalone", *rest[:script]), *rest[script:]]
 
 

@@ -137,6 +137,28 @@ def test_was_step_applied_tells_of_the_last_step():
     assert other.global_samples == 12
 
 
+def test_the_bound_on_the_norm_may_change_between_steps():
+    """Against the config's bound; 0 and infinity bound nothing, and a bound that is none is refused."""
+    settings = config(optimizer={"type": "SGD", "params": {"lr": 0.5}})
+    moved = []
+    for given, bounds in (({"gradient_clipping": 1e-3}, [None]), ({}, [1e-3, 0.0, 1e-3, float("inf")])):
+        engine = Engine(seeded(), config={**settings, **given})
+        for bound in bounds:
+            if bound is not None:
+                engine.set_gradient_clipping(bound)
+            before = torch.cat([p.detach().flatten().clone() for p in engine.module.parameters()])
+            engine.backward(engine(inputs()))
+            engine.step()
+            after = torch.cat([p.detach().flatten() for p in engine.module.parameters()])
+            moved.append((after - before).norm().item() / 0.5)
+    by_config, bounded, free, bounded_again, unbounded = moved
+    assert bounded == by_config == pytest.approx(1e-3, rel=1e-2)
+    assert bounded_again == pytest.approx(1e-3, rel=1e-2)
+    assert free > 1e-2 and unbounded > 1e-2
+    with pytest.raises(ValueError, match=r"set_gradient_clipping\(nan\)"):
+        engine.set_gradient_clipping(float("nan"))
+
+
 # -- notes on errors about types
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from partita import RepeatingLoader
 from partita.compat.deepspeed.monitor.monitor import MonitorMaster
 from partita.engine import EngineBase, PipelineEngine
 
@@ -126,8 +127,8 @@ class PipelineCalls(_HoldsEngine):
         self._data = iterator
 
     def set_dataloader(self, loader: Iterable[Any]) -> None:
-        """The same; a loader is read epoch after epoch."""
-        self._data = loader
+        """The same, epoch after epoch."""
+        self._data = RepeatingLoader(loader)
 
     def get_pipeline_parallel_rank(self) -> int:
         """The first stage that this rank has."""

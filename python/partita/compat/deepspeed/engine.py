@@ -29,6 +29,8 @@ from partita.pipeline import PipelineModule
 if TYPE_CHECKING:
     from partita.config import Config
 
+OWN = ("config", "optimizer", "lr_scheduler", "training_dataloader")  # attributes that the engine beneath has too
+
 logger = logging.getLogger("partita")
 
 
@@ -67,6 +69,8 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
         self._is_committed = False  # the last backward was that of a micro-batch which is over
         self._is_deferred = False  # in no_sync()
         self._compiled = False
+        if self.optimizer is not None:
+            self.optimizer.steps_by(self.step)
 
     @classmethod
     def initialize(cls, *positional: Any, **named: Any) -> tuple[DeepSpeedEngine, Optimizer | None, Any, Any]:
@@ -84,14 +88,19 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
         try:
             return getattr(engine, name)
         except AttributeError as error:
-            raise absent_attribute(name, f"deepspeed.{type(self).__name__}", error) from None
+            raise absent_attribute(name, self._kinds, error) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("optimizer", "lr_scheduler") and name in vars(self):
+            raise AttributeError(f"engine.{name} is what trains the model, and stays: give another one to initialize()")
         engine = vars(self).get("_engine")
-        if engine is not None and not hasattr(type(self), name) and hasattr(type(engine), name):
+        is_own = engine is None or name in OWN or name.startswith("_") or hasattr(type(self), name)
+        if not is_own and (hasattr(type(engine), name) or name in vars(engine)):
             setattr(engine, name, value)
         else:
             super().__setattr__(name, value)
+
+    _kinds: tuple[str, ...] = ("deepspeed.DeepSpeedEngine",)
 
     def _settings(self) -> Config:
         return self._inner.config
@@ -130,12 +139,18 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
             raise ValueError(f"step(lr_kwargs={dict(lr_kwargs)!r}): the engine steps its schedule without arguments")
         if self._is_deferred:
             raise RuntimeError("engine.step() was called inside engine.no_sync(): call it after the block")
-        if self._is_committed and self._is_boundary is False:
+        if self._is_committed and (self._is_boundary is False or self._is_amid):
             return
         skipped = self._inner.skipped_steps
         self._inner.step()
         if self.optimizer is not None:
             self.optimizer.overflow = self._inner.skipped_steps > skipped
+
+    @property
+    def _is_amid(self) -> bool:
+        """Whether the micro-batches so far, of which the last one was in `no_sync()`, are not all of a step."""
+        taken: int = self.micro_steps
+        return self._is_boundary is None and taken % self.gradient_accumulation_steps() != 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Says whether the next backward is the last one of a step; `step()` need not be called after the others."""
@@ -291,6 +306,8 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
 
 class PipelineEngine(PipelineCalls, DeepSpeedEngine):
     """A pipeline in training; `train_batch()` and `eval_batch()` are those of `partita.PipelineEngine`."""
+
+    _kinds = ("deepspeed.PipelineEngine", "deepspeed.DeepSpeedEngine")
 
 
 def initialize(*positional: Any, **named: Any) -> tuple[DeepSpeedEngine, Optimizer | None, Any, Any]:

@@ -29,8 +29,8 @@ def paired(args: Sequence[Any], engines: Sequence[Engine]) -> list[tuple[nn.Modu
     trained = [engine for engine in engines if engine.optimizer is not None]
     if len(optimizers) + len(trained) > 1:
         raise ValueError(
-            "a PartitaAccelerator trains one model: give the second one to a PartitaAccelerator of its own, or to "
-            "partita.initialize()"
+            "a PartitaAccelerator trains one model with one optimizer: give the second one to a "
+            "PartitaAccelerator of its own, or to partita.initialize()"
         )
     [optimizer] = optimizers
     wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -59,7 +59,16 @@ def engine_of(
     for name in dtype:
         if getattr(engine.config, name).enabled:
             cast_inputs(model, dtype[name])
+    if engine.config.zero_optimization.stage == 3 and engine.world_size > 1:
+        _mark_as_one_of_many(model)
     return engine
+
+
+def _mark_as_one_of_many(model: nn.Module) -> None:
+    """The ranks of this model run the same modules, as each has a part of the parameters. `transformers` asks for this
+    mark: `generate()` then goes on until the texts of all ranks are complete, and LayerDrop leaves no layer out."""
+    for module in model.modules():
+        module._is_fsdp_managed_module = True  # type: ignore[assignment]
 
 
 def _is_prepared(thing: Any) -> bool:

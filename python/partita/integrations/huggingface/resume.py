@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from partita import Engine
 from partita.integrations.huggingface.states import FOLDER
 
+ADAPTERS = "adapter_model.safetensors"
 logger = logging.getLogger("partita")
 
 _FOREIGN = ("optimizer.pt", "optimizer.bin")
@@ -65,8 +68,22 @@ def load_weights_of(engine: Engine, folder: str) -> None:
     """The engine has the weights of a checkpoint, and goes on with its own states. A collective."""
     if (Path(folder) / FOLDER).is_dir():
         engine.load_checkpoint(folder, FOLDER, load_module_only=True)
+    elif (adapters := Path(folder) / ADAPTERS).exists():
+        engine.load_module_state_dict(_adapter_weights(engine.module, adapters), strict=False)
     else:
         engine.load_module_state_dict(folder, strict=False)
+
+
+def _adapter_weights(model: Any, path: Path) -> dict[str, Tensor]:
+    """A file of adapters by the names of the model's state dict, which have the adapter's name in them."""
+    from peft import get_peft_model_state_dict
+
+    names = {name: name for name in model.state_dict(keep_vars=True)}
+    of_file = get_peft_model_state_dict(
+        model, names, adapter_name=model.active_adapters[0], save_embedding_layers=False
+    )
+    weights = load_file(path)
+    return {full: weights[name] for name, full in of_file.items() if name in weights}
 
 
 def adapter_names(model: nn.Module) -> set[str] | None:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from partita import Engine
 from partita.integrations.huggingface.accelerator import PartitaAccelerator
+from partita.integrations.huggingface.commit import UNFINISHED, publish, rename_best, unfinished_in
 from partita.integrations.huggingface.resume import (
     adapter_names,
     load_weights_of,
@@ -43,7 +45,9 @@ class PartitaMixin:
     model_wrapped: nn.Module
     optimizer: Any
     lr_scheduler: Any
+    control: Any
     state: Any
+    _is_saving = False  # a checkpoint, in the folder of what is unfinished
     train_dataset: Any
 
     def __init__(self, *args: Any, partita_config: PartitaConfig = None, **kwargs: Any) -> None:
@@ -81,7 +85,14 @@ class PartitaMixin:
     @property
     def engine(self) -> Engine | None:
         """That of the model in training; None before `train()`."""
-        return self.model_wrapped if isinstance(self.model_wrapped, Engine) else None
+        wrapped = getattr(self, "model_wrapped", None)
+        return wrapped if isinstance(wrapped, Engine) else None
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As the trainer's. The engine of the model before ends."""
+        if self.engine is not None:
+            self.engine.destroy()
+        return super().call_model_init(trial)  # type: ignore[misc]
 
     # -- optimizer and schedule
 
@@ -102,6 +113,19 @@ class PartitaMixin:
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
 
+    # -- a step
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """The engine clips when `optimizer.step()` asks for the step: `max_grad_norm` is in its config."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """It is known after the step, and read when it is logged."""
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log and self.engine is not None:
+            grad_norm = self.engine.get_global_grad_norm()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)  # type: ignore[misc]
+
     # -- evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -117,12 +141,6 @@ class PartitaMixin:
             prepared.append(self.model_wrapped)
         return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As the trainer's. Where parameters are partitioned, all ranks generate for as long as one of them does."""
-        if self.accelerator.zero_stage == 3 and hasattr(self, "_gen_kwargs"):
-            self._gen_kwargs.setdefault("synced_gpus", self.accelerator.num_processes > 1)
-        return super().prediction_step(*args, **kwargs)  # type: ignore[misc]
-
     # -- checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -130,6 +148,36 @@ class PartitaMixin:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_complete(self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)  # type: ignore[misc]
+        return str(Path(folder) / UNFINISHED) if self._is_saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the trainer's, but the checkpoint's folder appears when all ranks have written what belongs in it. Only
+        then older ones are removed: whenever the run ends, its last checkpoint is whole."""
+        folder, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            unfinished_in(folder)
+        self.accelerator.wait_for_everyone()
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self._is_saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            place = publish(folder, name, self.state)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(place))
+            best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+            rotate_checkpoints(folder, limit, best_model_checkpoint=best, use_mtime=True)
+        rename_best(self.state, folder)
+        self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._is_saving:  # as soon as the folder has its name
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.engine is not None
@@ -198,6 +246,12 @@ def _refuse(args: TrainingArguments) -> None:
             "TrainingArguments(auto_find_batch_size=True): an engine is built for one batch size; set "
             "per_device_train_batch_size"
         )
+    for name in ("fp16", "bf16"):
+        if getattr(args, f"{name}_full_eval") and not getattr(args, name):
+            raise ValueError(
+                f"TrainingArguments({name}_full_eval=True) would convert the model, whose parameters are the engine's: "
+                f"train in {name}, by {name}=True, or leave it out"
+            )
     if args.optim in ("lomo", "adalomo") or "layerwise" in args.optim:
         raise ValueError(f"optim = {str(args.optim)!r} updates while it computes gradients; use adamw_torch, say")
     if args.n_gpu > 1:

@@ -20,12 +20,10 @@ ROWS: list[Row] = [
     *works("compression.helper.", {"recursive_getattr recursive_setattr": "attributes by dotted names"}),
     *absent(
         "compression.",
-        dict.fromkeys(
-            (
-                "compress constants scheduler utils basic_layer helper.module_replacement helper.convert_conv1d_to_linear",
-            ),
-            "there is no compression; quantize or prune the saved model",
-        ),
+        {
+            "compress constants scheduler utils basic_layer helper.module_replacement "
+            "helper.convert_conv1d_to_linear": "there is no compression; quantize or prune the saved model",
+        },
     ),
     *differs("moe.", {"layer.MoE": f"can be imported and not made: {_EXPERTS}"}),
     *absent("moe.", {"experts sharded_moe mappings ep_router utils.configure_moe_param_groups": _EXPERTS}),
@@ -52,7 +50,8 @@ ROWS: list[Row] = [
             "sequence_parallel": _LONG,
             "data_pipeline": "there is no curriculum and no token dropping; select samples in the data set",
             "progressive_layer_drop": "drop layers in the model's forward",
-            "eigenvalue quantize weight_quantizer": "there is no quantized training",
+            "eigenvalue": "there is no schedule of precisions by eigenvalues",
+            "quantize weight_quantizer": "there is no quantized training",
             "swap_tensor": "nothing is offloaded to disks",
             "hybrid_engine": "`engine.module.generate()` works in every stage",
             "tensor_parallel domino": "there is no tensor parallelism",

@@ -10,10 +10,10 @@ ROWS: list[Row] = [
         "pipe.",
         {
             "PipelineModule": "`partita.pipeline.PipelineModule`, with `topology` too",
-            "LayerSpec LayerSpec.build TiedLayerSpec": "of `partita.pipeline`",
+            "LayerSpec LayerSpec.build TiedLayerSpec TiedLayerSpec.build": "of `partita.pipeline`",
         },
     ),
-    *differs("pipe.", {"PipelineModule.forward": "refused before and in training: `train_batch()`, `eval_batch()`"}),
+    *differs("pipe.", {"PipelineModule.forward": "where all stages are on this rank; else refused"}),
     *works(
         "pipe.PipelineModule.",
         {
