@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hf_subjects import Subject, activate_alias
 from hypothesis import HealthCheck, settings
 from pairwise import pairwise
 from partita.comm import leave_job
@@ -59,6 +60,24 @@ def ranks(transport: str) -> Iterator[Callable[[int], RankPool]]:
     yield lambda world_size: pools.setdefault(world_size, RankPool(world_size, transport))
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def ranks_of(ranks: Callable[[int], RankPool], transport: str) -> Iterator[Callable[..., RankPool]]:
+    """ranks_of(subject, n): the pool in which a subject of `hf_subjects` trains; that of the alias has nothing else."""
+    aliased: dict[int, RankPool] = {}
+
+    def pool(subject: Subject, world_size: int) -> RankPool:
+        if subject.kind != "alias":
+            return ranks(world_size)
+        if world_size not in aliased:
+            aliased[world_size] = RankPool(world_size, transport)
+            aliased[world_size].run(activate_alias)
+        return aliased[world_size]
+
+    yield pool
+    for made in aliased.values():
+        made.close()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from hf_subjects import (
-    SUBJECTS,
     Subject,
     arguments,
     close,
@@ -17,6 +16,7 @@ from hf_subjects import (
     job,
     logged,
     model_of,
+    on_ranks,
     pad,
     texts,
     whole_weights,
@@ -94,13 +94,12 @@ def _read_back(kind: str, folder: str, weights: dict[str, Any]) -> None:
     close_weights(loaded.state_dict(), weights, 0.0)
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-@pytest.mark.parametrize("world_size", [1, 2])
+@on_ranks(1, 2, alias=True)
 @pytest.mark.parametrize("kind", MODELS)
-def test_only_what_is_trained_moves_and_is_saved(ranks, tmp_path, subject, world_size, kind):
+def test_only_what_is_trained_moves_and_is_saved(ranks, ranks_of, tmp_path, subject, world_size, kind):
     """O6: Trainer's own numbers; the best model at the end; a resumed run is the unbroken one."""
-    pool = ranks(world_size)
-    alone = pool.run(run_of, Subject(), str(tmp_path / "alone"), kind)
+    pool = ranks_of(subject, world_size)
+    alone = ranks(world_size).run(run_of, Subject(), str(tmp_path / "alone"), kind)
     over = pool.run(run_of, subject, str(tmp_path / "over"), kind)
     for actual, expected in zip(over, alone, strict=True):
         for name in ("loss", "norm"):

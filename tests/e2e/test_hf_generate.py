@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from hf_subjects import (
-    SUBJECTS,
     VOCABULARY,
     Subject,
     arguments,
@@ -18,6 +17,7 @@ from hf_subjects import (
     job,
     logged,
     model_of,
+    on_ranks,
     pad,
     texts,
 )
@@ -104,13 +104,12 @@ def between_steps(subject: Subject, folder: str) -> dict[str, Any]:
         return {"tokens": said, "loss": logged(trainer, "loss"), "weights": weights_of(trainer)}
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_generation_says_what_it_says_under_trainer_alone(ranks, tmp_path, subject, world_size):
+@on_ranks(1, 2, alias=True)
+def test_generation_says_what_it_says_under_trainer_alone(ranks, ranks_of, tmp_path, subject, world_size):
     """S2, S5: the ranks' texts have different lengths; the training goes on as if nothing had been generated."""
     for run in (evaluated, between_steps):
         alone = ranks(world_size).run(run, Subject(), str(tmp_path))
-        over = ranks(world_size).run(run, subject, str(tmp_path))
+        over = ranks_of(subject, world_size).run(run, subject, str(tmp_path))
         for actual, expected in zip(over, alone, strict=True):
             assert expected["tokens"][0] != expected["tokens"][1]  # the steps change what is said
             assert actual["tokens"] == expected["tokens"]

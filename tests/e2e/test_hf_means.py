@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from hf_subjects import (
-    SUBJECTS,
     Subject,
     arguments,
     close,
@@ -16,6 +15,7 @@ from hf_subjects import (
     job,
     logged,
     model_of,
+    on_ranks,
     pad,
     texts,
     whole_weights,
@@ -102,11 +102,11 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any], *names: str) -
     close_weights(actual["weights"], expected["weights"])
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-def test_ragged_texts_on_two_ranks_train_as_one_whole_batch(ranks, tmp_path, subject):
+@on_ranks(2, alias=True, quick=True)
+def test_ragged_texts_on_two_ranks_train_as_one_whole_batch(ranks, ranks_of, tmp_path, world_size, subject):
     """G6: with micro-batches and ranks of unequal numbers of tokens, the mean is over the tokens of the step."""
     whole = ranks(1).run(of_tokens, Subject(), str(tmp_path), 8, 1, UNEVEN)[0]
-    for result in ranks(2).run(two_ranks, subject, str(tmp_path), UNEVEN):
+    for result in ranks_of(subject, world_size).run(two_ranks, subject, str(tmp_path), UNEVEN):
         assert_same(result, whole)
 
 
@@ -114,10 +114,9 @@ def two_ranks(subject: Subject, folder: str, changes: dict[str, Any]) -> dict[st
     return of_tokens(subject, folder, 8, 2, changes)
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_other_means_are_those_of_trainer_alone(ranks, tmp_path, subject, world_size):
+@on_ranks(1, 2, alias=True)
+def test_other_means_are_those_of_trainer_alone(ranks, ranks_of, tmp_path, subject, world_size):
     """Padded last batches; the mean of ranks' own means; a model that takes no number of items."""
     for run, *args in ((two_ranks, {}), (two_ranks, UNEVEN | MEAN_OF_RANKS), (of_samples,)):
         alone = ranks(world_size).run(run, Subject(), str(tmp_path), *args)[0]
-        assert_same(ranks(world_size).run(run, subject, str(tmp_path), *args)[0], alone)
+        assert_same(ranks_of(subject, world_size).run(run, subject, str(tmp_path), *args)[0], alone)

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from hf_subjects import (
-    SUBJECTS,
     Subject,
     arguments,
     close,
     job,
     logged,
     model_of,
+    on_ranks,
     pad,
     texts,
     tokenizer,
@@ -92,11 +92,10 @@ def _barrier() -> None:
         dist.barrier()
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_saved_model_has_tied_weights_once_and_is_read_by_from_pretrained(ranks, tmp_path, subject, world_size):
+@on_ranks(1, 2, alias=True)
+def test_a_saved_model_has_tied_weights_once_and_is_read_by_from_pretrained(ranks_of, tmp_path, subject, world_size):
     """C5, and no hub."""
-    ranks(world_size).run(_saves, subject, str(tmp_path))
+    ranks_of(subject, world_size).run(_saves, subject, str(tmp_path))
 
 
 # -- resumed runs
@@ -115,13 +114,12 @@ def run_of(subject: Subject, folder: str, changes: dict[str, Any], resume_from: 
         }
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_resumed_run_is_the_unbroken_one(ranks, tmp_path, subject, world_size):
+@on_ranks(1, 2, alias=True, quick=True)
+def test_a_resumed_run_is_the_unbroken_one(ranks, ranks_of, tmp_path, subject, world_size):
     """O5, C9: bits of the weights, and so of the moments, data and dropout; the learning rates; what is logged."""
     changes = {"max_grad_norm": 0.5, "gradient_accumulation_steps": 2}
-    pool = ranks(world_size)
-    alone = pool.run(run_of, Subject(), str(tmp_path / "alone"), changes)
+    pool = ranks_of(subject, world_size)
+    alone = ranks(world_size).run(run_of, Subject(), str(tmp_path / "alone"), changes)
     whole = pool.run(run_of, subject, str(tmp_path), changes)
     assert checkpoints(tmp_path) == checkpoints(tmp_path / "alone") == ["checkpoint-8", "checkpoint-9"]
     for actual, expected in zip(whole, alone, strict=True):
@@ -166,12 +164,11 @@ def best_of(subject: Subject, folder: str, how: dict[str, Any]) -> dict[str, Any
         return {"steps": state.global_step, "best": state.best_global_step, "losses": logged(trainer, "eval_loss")}
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_early_stopping_ends_with_the_best_model(ranks, tmp_path, subject, world_size):
+@on_ranks(1, 2, alias=True)
+def test_early_stopping_ends_with_the_best_model(ranks, ranks_of, tmp_path, subject, world_size):
     for how in ({}, {"save_total_limit": 1}):
         alone = ranks(world_size).run(best_of, Subject(), str(tmp_path / "alone"), how)
-        over = ranks(world_size).run(best_of, subject, str(tmp_path / "over"), how)
+        over = ranks_of(subject, world_size).run(best_of, subject, str(tmp_path / "over"), how)
         for actual, expected in zip(over, alone, strict=True):
             assert expected["best"] < expected["steps"] < 30
             assert (actual["steps"], actual["best"]) == (expected["steps"], expected["best"])

@@ -6,6 +6,7 @@ answers each with a line.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 EFFECTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "shutil.rmtree")
+IMPORTED = ("torch._dynamo", "hf_subjects", "partita.integrations.huggingface.trainer", "transformers.models.gpt2")
 JOB_S = 90  # more than any job needs
 
 
@@ -74,7 +76,7 @@ def train(rank: int, world_size: int, request: dict[str, Any], answers: str) -> 
             transformers.Trainer, model_of("gpt2", resid_pdrop=0.1), given, train_dataset=texts(24), data_collator=pad
         )
         last = get_last_checkpoint(folder)
-        counter = Counter(folder, request["fatal"] if rank in request["killed"] else None)
+        counter = Counter(folder, request["fatal"][rank])
         trainer.train(resume_from_checkpoint=last)
         answer = {
             "began": 0 if last is None else int(last.rpartition("-")[2]),
@@ -118,10 +120,10 @@ def wait_for(pids: list[int]) -> tuple[list[int], list[float]]:
 
 def main() -> None:
     import torch
-    import transformers
-    import transformers.trainer  # noqa: F401
 
     torch.set_num_threads(1)
+    for name in IMPORTED:
+        importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
         with tempfile.TemporaryDirectory() as answers:

@@ -6,11 +6,12 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ T5: dict[str, Any] = {
     "dropout_rate": 0.0,
     "decoder_start_token_id": 0,
 }
+AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 SIZES = {"llama": LLAMA, "gpt2": GPT2, "t5": T5}
 
 
@@ -116,7 +118,8 @@ def _begin_anew() -> None:
 
 @dataclass(frozen=True)
 class Subject:
-    """What trains: "plain" is the library alone; "partita" is its class with the mixin before it."""
+    """What trains: "plain" is the library alone; "partita" is its class with the mixin before it; "alias" is the class
+    itself with a config of DeepSpeed's, in a process in which DeepSpeed is Partita."""
 
     kind: str = "plain"
     stage: int = 0
@@ -130,6 +133,8 @@ class Subject:
     def config(self) -> dict[str, Any]:
         """Of the engine. Small thresholds: nothing of a tiny model stays whole in stage 3."""
         zero = {"stage": self.stage, "reduce_bucket_size": 3000, "stage3_param_persistence_threshold": 30}
+        if self.kind == "alias":
+            zero["stage3_gather_16bit_weights_on_model_save"] = True
         return {
             "zero_optimization": zero | self.zero,
             "comm": {"transport": self.transport, "timeout_seconds": 30},
@@ -138,7 +143,7 @@ class Subject:
 
     def class_of(self, base: type) -> type:
         """The trainer's class."""
-        if self.kind == "plain":
+        if self.kind != "partita":
             return base
         from partita.integrations.huggingface import PartitaMixin
 
@@ -146,13 +151,32 @@ class Subject:
 
     def trainer(self, base: type, model: nn.Module, arguments: Any, **given: Any) -> Any:
         """`base(model, arguments, ...)`, or the same over Partita."""
-        config = {} if self.kind == "plain" else {"partita_config": self.config}
+        config = {"partita_config": self.config} if self.kind == "partita" else {}
+        if self.kind == "alias":
+            arguments = replace(arguments, deepspeed=self.config | dict.fromkeys(AUTO, "auto"))
         return self.class_of(base)(model=model, args=arguments, **config, **given)
 
 
 SUBJECTS = [Subject("partita", stage) for stage in (0, 1, 2, 3)] + [Subject("partita", 3, "torch")]
-if os.environ.get("PLAIN"):
-    SUBJECTS = [Subject("plain")]
+
+
+ALIASED = [replace(subject, kind="alias") for subject in SUBJECTS]
+
+
+def on_ranks(*world_sizes: int, quick: bool = False, alias: bool = False) -> pytest.MarkDecorator:
+    """Cases `world_size, subject` of a test; slow ones, but for stage 3 on two ranks if that is quick."""
+    subjects = SUBJECTS + ALIASED if alias else SUBJECTS
+    cases = [(world_size, subject) for world_size in world_sizes for subject in subjects]
+    return pytest.mark.parametrize(
+        "world_size, subject",
+        [
+            pytest.param(*case, id=f"{case[0]}-{case[1]}", marks=() if quick and case == QUICK else pytest.mark.slow)
+            for case in cases
+        ],
+    )
+
+
+QUICK = (2, Subject("partita", 3))
 
 
 def arguments(folder: Path | str, kind: str | type | None = None, **changes: Any) -> Any:
@@ -195,9 +219,9 @@ def whole_weights(trainer: Any) -> dict[str, Tensor]:
     return found[0]
 
 
-def close(actual: Any, expected: Any, relative: float = 2e-5) -> None:
+def close(actual: Any, expected: Any, relative: float = 2e-5, absolute: float = 1e-7) -> None:
     """Asserts that two lists of numbers are the same to rounding."""
-    np.testing.assert_allclose(np.array(actual, float), np.array(expected, float), rtol=relative, atol=1e-7)
+    np.testing.assert_allclose(np.array(actual, float), np.array(expected, float), rtol=relative, atol=absolute)
 
 
 def close_weights(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-6) -> None:
@@ -207,3 +231,10 @@ def close_weights(actual: dict[str, Tensor], expected: dict[str, Tensor], tolera
         torch.testing.assert_close(
             actual[name].float(), value.float(), rtol=1e-5, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def activate_alias() -> None:
+    """On the ranks of a pool that has run nothing yet: DeepSpeed is Partita from now on."""
+    from partita.compat import deepspeed
+
+    deepspeed.activate()

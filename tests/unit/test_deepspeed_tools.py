@@ -168,8 +168,13 @@ def test_small_tools():
     "get_data_parallel_world_size get_data_parallel_rank get_model_parallel_world_size get_model_parallel_rank "
     "get_tensor_model_parallel_world_size get_tensor_model_parallel_rank get_tensor_model_parallel_src_rank",
 )
-def test_groups_of_a_rank_alone():
-    groups = deepspeed.utils.groups
+@exercises(
+    "utils.",
+    "get_data_parallel_world_size get_data_parallel_rank get_model_parallel_world_size get_model_parallel_rank "
+    "get_tensor_model_parallel_world_size get_tensor_model_parallel_rank get_tensor_model_parallel_src_rank",
+)
+@pytest.mark.parametrize("groups", [deepspeed.utils.groups, deepspeed.utils], ids=["groups", "utils"])
+def test_groups_of_a_rank_alone(groups: Any):
     ones = (
         groups.get_data_parallel_world_size,
         groups.get_model_parallel_world_size,

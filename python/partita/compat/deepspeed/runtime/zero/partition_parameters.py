@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from partita.compat.deepspeed._absent import absent_attribute
 from partita.compat.deepspeed._config import one_config, translated
 from partita.compat.deepspeed.accelerator.real_accelerator import get_accelerator
 from partita.compat.deepspeed.runtime.zero.absent import name_all, name_all_that_is_built
@@ -70,6 +71,10 @@ class Init(PartitaInit):
         if self._handle is not None:
             self._handle.remove()
         super().__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        error = AttributeError(f"'Init' object has no attribute '{name}'")
+        raise absent_attribute(name, ["deepspeed.zero.Init"], error)
 
 
 def zero_wrapper_for_fp_tensor_constructor(
