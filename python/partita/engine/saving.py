@@ -202,8 +202,7 @@ class KeepsState(AsModule):
             client_state: what the program wants back: numbers, strings, bytes, tensors, and lists, tuples and dicts of
                 such. Rank 0's is saved. None: `engine.client_state`.
             save_latest: the checkpoint is the one that is loaded when no tag is given.
-            earlier: a checkpoint whose files of frozen parameters are linked where they are the same; None: the
-                latest one in `save_dir`.
+            earlier: a checkpoint whose files of frozen parameters are linked if they are the same; None: the latest.
 
         Raises:
             RuntimeError: in the midst of a step.
