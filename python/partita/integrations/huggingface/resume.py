@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -76,18 +76,31 @@ def load_weights_of(engine: Engine, folder: str) -> None:
 
 def _adapter_weights(model: Any, path: Path) -> dict[str, Tensor]:
     """A file of adapters by the names of the model's state dict, which have the adapter's name in them."""
+    active = model.active_adapters  # of a PeftModel, or of a model that has adapters by itself
+    names = _names_in_file(model, (active() if callable(active) else active)[0])
+    weights = load_file(path)
+    found = {full: weights.get(name, weights.get(f"base_model.model.{name}")) for name, full in names.items()}
+    return {full: value for full, value in found.items() if value is not None}
+
+
+def adapter_names(model: Any) -> set[str] | None:
+    """The tensors that may be saved of a model with adapters: all adapters, what is trained beside them, embeddings.
+    None: all tensors, as there are no adapters."""
+    if not hasattr(model, "peft_config"):
+        return None
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for adapter in model.peft_config:
+        wanted |= set(_names_in_file(model, adapter).values())
+    embeddings = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    for prefix, module in model.named_modules():
+        if any(module is embedding for embedding in embeddings):
+            wanted |= {f"{prefix}.{name}" for name, _ in module.named_parameters()}
+    return wanted
+
+
+def _names_in_file(model: Any, adapter: str) -> dict[str, str]:
+    """The names that peft gives to the tensors of an adapter in its file, and those of the model's state dict."""
     from peft import get_peft_model_state_dict
 
     names = {name: name for name in model.state_dict(keep_vars=True)}
-    of_file = get_peft_model_state_dict(
-        model, names, adapter_name=model.active_adapters[0], save_embedding_layers=False
-    )
-    weights = load_file(path)
-    return {full: weights[name] for name, full in of_file.items() if name in weights}
-
-
-def adapter_names(model: nn.Module) -> set[str] | None:
-    """The tensors that are saved of a model with adapters: what is trained; None: all, as there are no adapters."""
-    if not hasattr(model, "peft_config"):
-        return None
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return dict(get_peft_model_state_dict(model, names, adapter_name=adapter, save_embedding_layers=False))
