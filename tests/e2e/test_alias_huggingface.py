@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -91,3 +93,18 @@ def test_from_pretrained_reads_what_save_model_wrote(runs, stage):
     checkpoint = load_file(own / "checkpoint-6" / "global_step6" / "model.safetensors")
     assert len(checkpoint) >= len(loaded) - 1
     assert all(torch.equal(loaded[name], value) for name, value in checkpoint.items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_the_recorded_figures_are_those_of_deepspeed(tmp_path):
+    """The same program, with the DeepSpeed that is installed."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]
+    command = [*launcher, str(tmp_path), ",".join(STAGES), '{"resume": false}']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    recorded = json.loads(RECORDED.read_text())["2"]
+    for stage, figures in json.loads((tmp_path / "figures.json").read_text()).items():
+        for by, own in figures.items():
+            for name in own:
+                assert numbers(own, name) == pytest.approx(numbers(recorded[stage][by], name), rel=1e-6), (stage, name)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from partita.cli.program import run
+from partita.compat.deepspeed.launcher import runner
+from surface import exercises
 
 SAYS = """
 import os, pickle, sys
@@ -110,3 +112,35 @@ def test_under_torchrun(python, folder):
     code, out, err = outcome([*launcher, "-m", "partita", "run", "ranks.py", "--lr", "1"], folder)
     assert code == 0, err
     assert sorted(out.splitlines()) == [f"rank {rank} of 2: ['ranks.py', '--lr', '1']" for rank in range(2)]
+
+
+ACCELERATED = """
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+
+PartialState(cpu=True)
+accelerator = Accelerator()
+model = torch.nn.Linear(4, 4)
+loader = torch.utils.data.DataLoader(torch.randn(16, 4), batch_size=2)
+model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(model.parameters()), loader)
+for x in loader:
+    accelerator.backward(model(x).square().mean())
+    optimizer.step()
+print(f"{type(model).__module__} {model.zero_optimization_stage()} {model.global_steps}\\n", end="")
+"""
+
+
+@pytest.mark.slow
+@exercises("launcher.runner.", "DEEPSPEED_ENVIRONMENT_NAME")
+def test_under_accelerate_launch(folder):
+    """The launcher looks for DeepSpeed, too; `-m partita run` gives the alias to its ranks."""
+    pytest.importorskip("accelerate")
+    assert runner.DEEPSPEED_ENVIRONMENT_NAME  # what it looks for
+    (folder / "accelerated.py").write_text(ACCELERATED)
+    options = ["--use_deepspeed", "--zero_stage", "2", "--num_processes", "2", "--num_machines", "1"]
+    options += ["--machine_rank", "0", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launcher = [sys.executable, "-m", "partita", "run", "-m", "accelerate.commands.launch", *options]
+    code, out, err = outcome([*launcher, "-m", "partita", "run", "accelerated.py"], folder)
+    assert code == 0, err
+    assert out.splitlines() == ["partita.compat.deepspeed.engine 2 4"] * 2

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from hf_runs import furthest, launched, stage
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -305,6 +306,58 @@ def _takes_floats_in_bf16() -> None:
         accelerator.backward(F.mse_loss(outputs.float(), y))
         optimizer.step()
     assert outputs.dtype == torch.bfloat16 and x.dtype == torch.float32
+
+
+def _saves_a_model(folder: str) -> None:
+    """One safetensors file with each tied weight once, from parameters that no rank has alone."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(7, 5)
+            self.head = nn.Linear(5, 7, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.embed(x))
+
+    accelerator, model = ours(3), Tied()
+    weight = model.embed.weight.detach().clone()
+    ready, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.save_model(ready, folder)
+    accelerator.wait_for_everyone()
+    [(_, saved)] = load_file(f"{folder}/model.safetensors").items()
+    assert torch.equal(saved, weight)
+
+
+@pytest.mark.slow
+def test_save_model_writes_the_whole_model(ranks, tmp_path):
+    ranks(2).run(as_launched, _saves_a_model, str(tmp_path))
+
+
+def _scales_losses() -> None:
+    """fp16: the first steps overflow, and say so; the schedule stands still meanwhile."""
+    accelerator = ours(1, mixed_precision="fp16")
+    model, optimizer = prepared(accelerator, lr=1e-3)
+    schedule = accelerator.prepare(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
+    (x, y), *_ = batches(2)
+    skipped = 0
+    for _ in range(8):
+        loss = 10 * F.mse_loss(model(x).float(), y)
+        accelerator.backward(loss)
+        optimizer.step()
+        skipped += accelerator.optimizer_step_was_skipped
+        schedule.step()
+        optimizer.zero_grad()
+    assert 0 < skipped < 8 and model.skipped_steps == skipped
+    taken = accelerator.num_processes * (8 - skipped)  # Accelerate's schedules step once for each process
+    assert schedule.get_last_lr()[0] == pytest.approx(1e-3 * 0.5**taken)
+
+
+@pytest.mark.slow
+def test_fp16_skips_steps_and_their_schedule(ranks):
+    """N1, O5"""
+    ranks(2).run(as_launched, _scales_losses)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hf_runs import Texts, furthest, gpt2, launched, run, stage, trainer_of
+from partita.zero import GatheredParameters
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -127,6 +128,25 @@ def test_a_trainer_may_train_twice(ranks, tmp_path, number):
     ranks(2).run(as_launched, _trains_twice, str(tmp_path), number)
 
 
+def _begins_anew(folder: str) -> None:
+    """With `model_init` each train() has a new model, and the engine of the one before ends."""
+    trainer = trainer_of(ours(), folder, given={**stage(1), "model_init": lambda: gpt2()}, has_model=False)
+    found = []
+    for _ in range(2):
+        trainer.train()
+        found.append((trainer.state.log_history[-2]["loss"], trainer.evaluate()["eval_loss"]))
+        engine = trainer.engine
+    assert found[0] == found[1]
+    trainer.train()
+    with pytest.raises(RuntimeError, match="destroy"):
+        engine.save_model("nowhere")
+
+
+@pytest.mark.slow
+def test_a_model_made_by_model_init_begins_anew(ranks, tmp_path):
+    ranks(2).run(as_launched, _begins_anew, str(tmp_path))
+
+
 # -- generation
 
 
@@ -199,6 +219,19 @@ class _Watches(transformers.TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.events: list[str] = []
+        self.before = torch.zeros(0)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = self._weights(kwargs["model"])
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        moved = not torch.equal(self.before, self._weights(kwargs["model"]))
+        self.events.append(f"optimizer_step {state.global_step} {moved}")
+
+    def _weights(self, model: Any) -> Tensor:
+        """Of the first layer."""
+        with GatheredParameters(first := model.transformer.h[0].mlp.c_fc.weight):
+            return first.detach().clone()  # type: ignore[no-any-return]
 
 
 def _note(event: str) -> Any:
@@ -232,6 +265,7 @@ def _calls_back(folder: str) -> None:
         )
         events.append(watches.events)
     assert events[1] == events[0]
+    assert "optimizer_step 0 False" in events[0] and "optimizer_step 1 True" in events[0], "the first has no rate"
     assert events[0][-1] == "train_end 4 GPT2LMHeadModel"
 
 

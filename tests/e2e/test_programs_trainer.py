@@ -103,7 +103,7 @@ def test_a_language_model_trains_as_by_trainer_alone(programs, stage):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", range(4))
 def test_with_the_configs_optimizer_and_schedule_and_several_micro_batches(programs, stage, ranks):
-    """`WarmupDecayLR` warms up over a logarithm or a line, as its name says in DeepSpeed; the rate is in the table below."""
+    """`AdamW` and `WarmupDecayLR` with every parameter "auto"; the learning rate is that of a table."""
     more = ["--gradient_accumulation_steps", 3, "--max_grad_norm", 0.5]
     given = ["--deepspeed", f"whole{stage}.json", "--save_strategy", "no"]
     ours = out(programs, f"whole-{stage}-{ranks}", "language_model.py", *LANGUAGE_MODEL, *given, *more, ranks=ranks)

@@ -81,8 +81,15 @@ def run(
 
 
 def trainer_of(
-    cls: type[Any], folder: str, model: nn.Module | None = None, given: dict[str, Any] | None = None, **arguments: Any
+    cls: type[Any],
+    folder: str,
+    model: nn.Module | None = None,
+    given: dict[str, Any] | None = None,
+    *,
+    has_model: bool = True,
+    **arguments: Any,
 ) -> Any:
+    """A trainer before `train()`, of `gpt2()` unless another model is given, or none: `has_model`."""
     from transformers import TrainingArguments
 
     data: dict[str, Any] = {"train_dataset": Texts(), "eval_dataset": Texts(), **(given or {})}
@@ -96,7 +103,7 @@ def trainer_of(
         report_to=[],
         disable_tqdm=True,
     )
-    return cls(gpt2() if model is None else model, args, **data)
+    return cls((gpt2() if model is None else model) if has_model else None, args, **data)
 
 
 def stage(number: int, **changes: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Programs written for DeepSpeed and Hugging Face, run as a user runs them: torchrun, `partita run`, the program's file."""
+"""Programs written for DeepSpeed and Hugging Face, run as users do: by torchrun and `partita run`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from typing import Any
 from warm_python import WarmPython
 
 PROGRAMS = Path(__file__).parents[1] / "e2e" / "programs"
-WORDS = (
-    "a of the and to in is it that was for on with as his her they at be this from had not but by what all were".split()
-)
+TEXT = "a of the and to in is it that was for on with as his her they at be this from had not but by what all were"
+WORDS = TEXT.split()
 VOCABULARY = ["<pad>", "<unk>", "<s>", "</s>", ":", "user", "assistant", *WORDS]
 CHAT = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' </s> ' }}{% endfor %}"
 

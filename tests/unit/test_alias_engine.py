@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import partita
@@ -76,17 +77,22 @@ def test_a_step_is_called_once_or_after_each_backward(stage):
         assert_same(accumulated(stage, way), counted)
 
 
-def test_gradients_of_steps_by_hand_are_those_of_plain_torch():
-    """`scale_wrt_gas=False`: the program has divided, and gradients are sums."""
+@pytest.mark.parametrize("way", ["boundary", "no_sync"])
+def test_gradients_of_steps_by_hand_are_those_of_plain_torch(way):
+    """`scale_wrt_gas=False`: the program has divided, and gradients are sums. Without a boundary said by hand, each
+    micro-batch would be a step here."""
     model, reference = model_of(), model_of()
-    engine, *_ = deepspeed.initialize(model=model, config=config_of(1, 2))
+    engine, *_ = deepspeed.initialize(model=model, config=config_of(1, 2 if way == "boundary" else 1))
     for number in range(6):
-        engine.set_gradient_accumulation_boundary(number % 3 == 2)
-        loss = engine(batch_of(number)).mean() / 3
-        returned = engine.backward(loss, scale_wrt_gas=False)
+        last = number % 3 == 2
+        if way == "boundary":
+            engine.set_gradient_accumulation_boundary(last)
+        with nullcontext() if last or way == "boundary" else engine.no_sync():
+            loss = engine(batch_of(number)).mean() / 3
+            returned = engine.backward(loss, scale_wrt_gas=False)
         assert torch.equal(returned, loss.detach()) and not returned.requires_grad
         (reference(batch_of(number)).mean() / 3).backward()
-        if number % 3 == 2:
+        if last:
             engine.step()
             with torch.no_grad():
                 for p in reference.parameters():

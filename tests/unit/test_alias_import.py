@@ -20,7 +20,7 @@ import partita.compat.deepspeed.runtime.zero.partition_parameters as own_paramet
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import Init
 
-assert deepspeed is own and partition_parameters is own_parameters
+assert deepspeed is own and partition_parameters is own_parameters and deepspeed.__spec__.name == own.__name__
 assert deepspeed.runtime.zero.partition_parameters is partition_parameters
 assert DeepSpeedEngine is deepspeed.DeepSpeedEngine is own.DeepSpeedEngine and Init is deepspeed.zero.Init
 assert issubclass(deepspeed.PipelineEngine, DeepSpeedEngine)

@@ -13,6 +13,7 @@ import torch
 from partita.compat.deepspeed._surface import QUESTIONS
 from partita.compat.deepspeed.monitor.monitor import MonitorMaster
 from partita.compat.deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from safetensors.torch import load_file
 from surface import exercises
 from torch import Tensor, nn
 
@@ -187,7 +188,7 @@ def test_a_model_is_compiled(engine: deepspeed.DeepSpeedEngine):
 @exercises("DeepSpeedEngine.", "save_checkpoint load_checkpoint module_state_dict load_module_state_dict")
 @exercises("DeepSpeedEngine.", "save_16bit_model save_fp16_model")
 @exercises("utils.zero_to_fp32.", "get_fp32_state_dict_from_zero_checkpoint load_state_dict_from_zero_checkpoint")
-@exercises("utils.zero_to_fp32.", "convert_zero_checkpoint_to_fp32_state_dict")
+@exercises("utils.zero_to_fp32.", "convert_zero_checkpoint_to_fp32_state_dict convert_zero_checkpoint_to_state_dict")
 def test_a_run_is_saved_and_goes_on(engine: deepspeed.DeepSpeedEngine, tmp_path):
     tools = deepspeed.utils.zero_to_fp32
     for _ in range(2):
@@ -207,7 +208,11 @@ def test_a_run_is_saved_and_goes_on(engine: deepspeed.DeepSpeedEngine, tmp_path)
     fresh = tools.load_state_dict_from_zero_checkpoint(nn.Linear(3, 2), tmp_path / "runs", tag="first")
     torch.testing.assert_close(dict(fresh.state_dict()), weights)
     tools.convert_zero_checkpoint_to_fp32_state_dict(tmp_path / "runs", tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert load_file(tmp_path / "out" / "model.safetensors")["weight"].dtype == torch.float32
+    tools.convert_zero_checkpoint_to_state_dict(tmp_path / "runs", tmp_path / "half", torch.float16)
+    assert load_file(tmp_path / "half" / "model.safetensors")["weight"].dtype == torch.float16
+    with pytest.raises(ValueError, match="safe_serialization=True"):
+        tools.convert_zero_checkpoint_to_fp32_state_dict(tmp_path / "runs", tmp_path / "x", safe_serialization=False)
 
     for save in (engine.save_16bit_model, engine.save_fp16_model):
         assert save(str(tmp_path / "saved"), "m.bin")

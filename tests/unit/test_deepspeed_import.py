@@ -22,6 +22,10 @@ from deepspeed_writer import (
 )
 from partita.checkpoint import CheckpointError, DeepSpeedImport, new_key
 from partita.cli.commands import app
+from partita.compat.deepspeed.utils.zero_to_fp32 import (
+    get_fp32_state_dict_from_zero_checkpoint,
+    load_state_dict_from_zero_checkpoint,
+)
 from partita.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor
 from typer.testing import CliRunner, Result
@@ -285,3 +289,15 @@ def test_an_import_with_a_key_is_encrypted(tmp_path, monkeypatch):
 
 def told(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("stage", "ranks", "precision"), [(0, 1, "fp32"), (1, 2, "bf16"), (3, 2, "bf16")])
+def test_zero_to_fp32_reads_deepspeeds_checkpoints(tmp_path, stage: int, ranks: int, precision: str):
+    """DeepSpeed's own function, under its name: the float32 weights, and a model with them."""
+    run, _ = trained(precision=precision)
+    folder = write(tmp_path / "from", run, stage, ranks)
+    state = get_fp32_state_dict_from_zero_checkpoint(tmp_path / "from")
+    masters = run.masters
+    assert state.keys() >= masters.keys() and all(torch.equal(state[name], masters[name]) for name in masters)
+    other = load_state_dict_from_zero_checkpoint(new_model(), tmp_path / "from", tag=folder.name)
+    assert all(torch.equal(p, masters[name]) for name, p in other.named_parameters() if name in masters)

@@ -64,7 +64,7 @@ def test_a_pipeline_trains():
     engine.destroy()
 
 
-@exercises("pipe.", "PipelineModule LayerSpec LayerSpec.build TiedLayerSpec")
+@exercises("pipe.", "PipelineModule LayerSpec LayerSpec.build TiedLayerSpec TiedLayerSpec.build")
 @exercises("pipe.", "PipelineModule", "num_pipeline_stages topology set_checkpoint_interval forward")
 @exercises("runtime.pipe.", "PipelineModule LayerSpec TiedLayerSpec")
 @exercises("runtime.pipe.module.", "PipelineModule LayerSpec TiedLayerSpec")
@@ -80,6 +80,7 @@ def test_a_model_as_layers():
     engine = deepspeed.initialize(model=model, config=CONFIG)[0]
     engine.train_batch(iter(SAMPLES))
     engine.destroy()
+    assert TiedLayerSpec("t", nn.Linear, 3, 3).build().bias.shape == (3,)
     tied = PipelineModule([TiedLayerSpec("t", nn.Linear, 3, 3), TiedLayerSpec("t", nn.Linear, 3, 3)], num_stages=1)
     assert len(list(tied.parameters())) == 2
 
@@ -95,6 +96,15 @@ def test_a_model_as_layers():
 def test_topologies_that_no_pipeline_has(topology: ProcessTopology, stages: int | None, error: str):
     with pytest.raises(ValueError, match=error):
         pipeline(topology=topology, num_stages=stages)
+
+
+@exercises("checkpointing.", "checkpoint")
+def test_layers_are_recomputed_as_deepspeeds_function_does_it():
+    checkpoint = deepspeed.checkpointing.checkpoint
+    model = pipeline(activation_checkpoint_interval=1, activation_checkpoint_func=checkpoint)
+    assert model.activation_checkpoint_interval == 1
+    with pytest.raises(ValueError, match="activation_checkpoint_func is not supported"):
+        pipeline(activation_checkpoint_func=lambda function, *args: function(*args))
 
 
 # -- recomputation
@@ -157,6 +167,12 @@ def test_random_generators_by_name():
     own.set_states(states)
     with own.fork("a"):
         assert torch.rand(1, device=device) == first
+    with own.fork("a"):
+        assert torch.rand(1, device=device) != first  # it goes on
+    ds.model_parallel_cuda_manual_seed(7)
+    with own.fork("a"):
+        torch.rand(3, device=device)
+    assert torch.rand(1, device=device) == drawn[0][1]  # and leaves the program's as it was
     with pytest.raises(ValueError, match="'a' or of the seed 1"):
         own.add("a", 1)
     own.reset()
@@ -170,6 +186,7 @@ def test_random_generators_by_name():
 @exercises("", "zero")
 @exercises("zero.", "Init GatheredParameters register_external_parameter unregister_external_parameter")
 @exercises("zero.", "ZeroParamStatus ZeroParamType")
+@exercises("runtime.zero.utils.", "is_zero_param")
 @exercises("utils.", "safe_get_full_fp32_param safe_get_full_grad safe_get_full_optimizer_state")
 @exercises("utils.", "safe_set_full_fp32_param safe_set_full_grad safe_set_full_optimizer_state")
 @exercises("utils.", "safe_update_full_grad_vectorized")
@@ -195,6 +212,8 @@ def test_whole_parameters_of_stage_3():
     with zero.GatheredParameters([model.weight], modifier_rank=0):
         model.weight.data.fill_(3)
     assert (tools.safe_get_full_fp32_param(model.weight) == 3).all()
+    is_zero_param = deepspeed.runtime.zero.utils.is_zero_param
+    assert is_zero_param(model.weight) and model.weight.ds_shape == (1, 3) and not is_zero_param(torch.ones(1))
     assert zero.ZeroParamStatus.AVAILABLE and zero.ZeroParamType.NORMAL
     engine.destroy()
 
@@ -220,6 +239,7 @@ def test_modules_that_are_gathered_whole():
 @exercises("comm.", "init_distributed is_initialized get_rank get_world_size get_local_rank barrier")
 @exercises("comm.", "all_reduce all_gather broadcast reduce_scatter new_group get_world_group ReduceOp")
 @exercises("utils.groups.", "get_data_parallel_group")
+@exercises("utils.", "get_data_parallel_group")
 def test_collectives_of_one_rank(monkeypatch):
     deepspeed.init_distributed(dist_backend="gloo")
     dist = deepspeed.comm

@@ -168,8 +168,13 @@ def test_small_tools():
     "get_data_parallel_world_size get_data_parallel_rank get_model_parallel_world_size get_model_parallel_rank "
     "get_tensor_model_parallel_world_size get_tensor_model_parallel_rank get_tensor_model_parallel_src_rank",
 )
-def test_groups_of_a_rank_alone():
-    groups = deepspeed.utils.groups
+@exercises(
+    "utils.",
+    "get_data_parallel_world_size get_data_parallel_rank get_model_parallel_world_size get_model_parallel_rank "
+    "get_tensor_model_parallel_world_size get_tensor_model_parallel_rank get_tensor_model_parallel_src_rank",
+)
+@pytest.mark.parametrize("groups", [deepspeed.utils.groups, deepspeed.utils], ids=["groups", "utils"])
+def test_groups_of_a_rank_alone(groups: Any):
     ones = (
         groups.get_data_parallel_world_size,
         groups.get_model_parallel_world_size,
@@ -242,6 +247,25 @@ def test_views_are_cloned_for_saving(tmp_path):
 def test_the_device_is_there():
     assert deepspeed.get_accelerator() is get_accelerator()
     assert torch.ones(1, device=get_accelerator().current_device_name()).device.type == get_accelerator().device_name()
+
+
+@exercises("moe.utils.", "has_moe_layers is_moe_param is_moe_param_group")
+@exercises("moe.utils.", "split_params_into_different_moe_groups_for_optimizer")
+@exercises("moe.", "layer.MoE")
+def test_a_model_has_no_experts():
+    tools, model = deepspeed.moe.utils, nn.Linear(2, 2)
+    assert tools.has_moe_layers(model) == (False, 0) and not tools.is_moe_param(model.weight)
+    groups = tools.split_params_into_different_moe_groups_for_optimizer({"params": model.parameters()})
+    assert groups[0]["params"] == [model.weight, model.bias] and not tools.is_moe_param_group(groups[0])
+    with pytest.raises(NotImplementedError, match="no expert parallelism"):
+        deepspeed.moe.layer.MoE(4, model)
+
+
+@exercises("compression.helper.", "recursive_getattr recursive_setattr")
+def test_attributes_by_dotted_names():
+    helper, model = deepspeed.compression.helper, nn.Sequential(nn.Sequential(nn.ReLU()))
+    helper.recursive_setattr(model, "0.0", nn.Tanh())
+    assert helper.recursive_getattr(model, "0.0") is model[0][0] and isinstance(model[0][0], nn.Tanh)
 
 
 # -- topologies

@@ -349,6 +349,15 @@ def test_a_config_is_saved_without_a_path_too(tmp_path, engine, monkeypatch):
     assert [path.name] == [found.name for found in tmp_path.iterdir()] == ["partita_config.json"]
 
 
+def test_a_config_without_a_path_is_beside_the_last_checkpoint(tmp_path, engine, caplog):
+    engine.save_checkpoint(tmp_path / "runs")
+    with caplog.at_level("INFO", logger="partita"):
+        path = engine.save_config()
+    assert path == tmp_path / "runs" / "partita_config.json" and str(path) in caplog.text
+    assert Engine(seeded(), config=path).config == engine.config
+    engine.load_checkpoint(tmp_path / "runs")  # which has another file beside it now
+
+
 def test_optimizer_step_and_state_dict_point_to_the_engine(engine):
     """Promise 7: the calls of a plain loop that would silently do the wrong thing."""
     after_backward(engine)

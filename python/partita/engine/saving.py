@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from partita.checkpoint import Protection
     from partita.config import Config
 
+logger = logging.getLogger("partita")
+
 
 class KeepsState(AsModule):
     """The part of an engine that reads, writes, saves and loads what it trains. See `EngineBase` for the attributes."""
@@ -42,6 +45,7 @@ class KeepsState(AsModule):
     _parts: list[ModelPart]
     _step: OptimizerStep
     _beside: SaveBeside
+    _saves_in: Path | None = None  # the folder of the last checkpoint
     _is_torn = False  # a load has failed after it had begun to write
     _protection: Protection
 
@@ -159,10 +163,21 @@ class KeepsState(AsModule):
             whole = save_filename != "model.safetensors"
             self.save_model(Path(save_dir) / save_filename if whole else save_dir)
 
-    def save_config(self, path: str | os.PathLike[str] = "partita_config.json") -> Path:
-        """Writes the whole config as JSON, batch sizes resolved; returns the path."""
-        save_config(self.config, path)
-        return Path(path)
+    def save_config(self, path: str | os.PathLike[str] | None = None) -> Path:
+        """Writes the whole config as JSON, batch sizes resolved; returns the path.
+
+        Args:
+            path: None: partita_config.json beside the last checkpoint that this engine has saved, else in the working
+                directory; rank 0 alone writes it, and logs where.
+        """
+        if path is not None:
+            save_config(self.config, path)
+            return Path(path)
+        place = (Path() if self._saves_in is None else self._saves_in) / "partita_config.json"
+        if self._run.is_first:
+            save_config(self.config, place)
+            logger.info("the config is in '%s'", place.absolute())
+        return place
 
     def save_checkpoint(
         self,
@@ -201,7 +216,9 @@ class KeepsState(AsModule):
             about = About(self._step.global_steps, self._step.global_samples, self._facts(), save_latest)
             client = self.client_state if client_state is None else client_state
             save = partial(Save, self.train_state(), Path(save_dir), name, about, client, protection=self._protection)
-            return self._beside.begin(save) if self.config.checkpoint.async_save else save().finish()
+            path = self._beside.begin(save) if self.config.checkpoint.async_save else save().finish()
+            self._saves_in = Path(save_dir)
+            return path
 
     @property
     def save_under_way(self) -> Path | None:

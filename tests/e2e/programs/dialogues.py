@@ -1,4 +1,4 @@
-"""A program for TRL: fine-tuning on dialogues (`sft`), or on answers of which one is preferred (`dpo`), with LoRA or not.
+"""A program for TRL: training on dialogues (`sft`) or on preferred and other answers (`dpo`), with LoRA or not.
 
 Nothing in it knows of Partita. The calls are those of TRL's own scripts.
 """

@@ -1,4 +1,4 @@
-"""Made-up pictures, and a small network for them: what programs for DeepSpeed and the loops beside them have in common."""
+"""Made-up pictures, and a small network for them: what programs for DeepSpeed and loops of torch share."""
 
 from __future__ import annotations
 

@@ -56,14 +56,14 @@ def absent_names(module: str, elsewhere: Mapping[str, str] | None = None) -> Cal
     return get
 
 
-def absent_attribute(name: str, owner: str, error: AttributeError) -> AttributeError:
-    """The error for an attribute that an object does not have, with the advice if DeepSpeed's has it.
+def absent_attribute(name: str, owners: Sequence[str], error: AttributeError) -> AttributeError:
+    """The error for an attribute that an object does not have, with the advice if one of DeepSpeed's has it.
 
     Args:
-        owner: the class, as DeepSpeed's pages call it.
+        owners: its classes, as DeepSpeed's pages call them.
         error: without the advice.
     """
-    remedy = advice(f"{owner}.{name}")
+    remedy = next((said for owner in owners if (said := advice(f"{owner}.{name}"))), "")
     return AttributeError(f"{error}: {remedy}" if remedy else str(error))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from partita.compat.deepspeed._config import CONFIG_NAMES, one_config, translated
+from partita.compat.deepspeed._data import in_its_order
 
 ORDER = ("args", "model", "optimizer", "model_parameters", "training_data", "lr_scheduler")
 OF_INITIALIZE = (*ORDER, "distributed_port", "mpu", "dist_init_required", "collate_fn", "config", "mesh_param")
@@ -48,6 +49,9 @@ def for_partita(
     written = one_config(given.get("args"), {name: given.pop(name, None) for name in CONFIG_NAMES})
     given["config"] = {} if written is None else translated(written)
     given["args"] = None  # the config is known
+    if given.get("training_data") is not None:
+        stages = getattr(given.get("model"), "num_stages", 1)
+        given["training_data"] = in_its_order(given["training_data"], given.get("collate_fn"), given["config"], stages)
     return given, {} if written is None else written
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from torch.optim import Optimizer
@@ -48,9 +49,20 @@ class DeepSpeedOptimizer(Optimizer):
 
     loss_scale = cur_scale
 
+    def steps_by(self, step: Callable[[], None]) -> None:
+        """`step()` of this optimizer and of the user's is this function, the engine's."""
+
+        def own_step(optimizer: Optimizer, closure: Any = None) -> None:
+            if closure is not None:
+                raise RuntimeError("optimizer.step(closure): the engine has no loss to compute again; leave it out")
+            step()
+
+        own_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # schedules warn of a step that is not theirs
+        vars(self.optimizer)["step"] = MethodType(own_step, self.optimizer)  # updates themselves are the class's
+
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Refused: `engine.step()` reduces and scales gradients first."""
-        return self._sharded.step(closure)
+        """The same as `engine.step()`."""
+        return self.optimizer.step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops gradients since the last `engine.step()`."""

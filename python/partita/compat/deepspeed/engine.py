@@ -66,9 +66,11 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
         self.training_dataloader = loader
         self.lr_scheduler = scheduler
         self._is_boundary: bool | None = None  # as the program has said
-        self._is_committed = False  # the last backward was that of a micro-batch which is over
+        self._is_ended = False  # the micro-batch of the last backward, for which step() has nothing to do
         self._is_deferred = False  # in no_sync()
         self._compiled = False
+        if self.optimizer is not None:
+            self.optimizer.steps_by(self.step)
 
     @classmethod
     def initialize(cls, *positional: Any, **named: Any) -> tuple[DeepSpeedEngine, Optimizer | None, Any, Any]:
@@ -86,7 +88,7 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
         try:
             return getattr(engine, name)
         except AttributeError as error:
-            raise absent_attribute(name, f"deepspeed.{type(self).__name__}", error) from None
+            raise absent_attribute(name, self._kinds, error) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("optimizer", "lr_scheduler") and name in vars(self):
@@ -97,6 +99,8 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
             setattr(engine, name, value)
         else:
             super().__setattr__(name, value)
+
+    _kinds: tuple[str, ...] = ("deepspeed.DeepSpeedEngine",)
 
     def _settings(self) -> Config:
         return self._inner.config
@@ -120,10 +124,18 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
             scale_wrt_gas: divide the loss by `gradient_accumulation_steps`, so that sums become means.
         """
         self._inner.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
-        self._is_committed = self._is_deferred or self._is_boundary is False
-        if self._is_committed:  # the next backward adds to this one in fp32, whether step() comes in between or not
+        self._is_ended = False
+        if self._is_deferred or self._is_boundary is False:
+            # The next backward adds to this one in fp32, whether step() comes in between or not.
+            self._is_ended = not self._is_last()
             self._inner.step()
         return loss.detach() / self._inner.gradient_accumulation_steps() if scale_wrt_gas else loss.detach()
+
+    def _is_last(self) -> bool:
+        """Whether this micro-batch is the last one of its step, as the program says, or by count."""
+        if self._is_boundary is not None:
+            return self._is_boundary
+        return bool((self.micro_steps + 1) % self._inner.gradient_accumulation_steps() == 0)
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         """Ends a micro-batch; at the boundary, updates the parameters and the learning rate.
@@ -135,7 +147,7 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
             raise ValueError(f"step(lr_kwargs={dict(lr_kwargs)!r}): the engine steps its schedule without arguments")
         if self._is_deferred:
             raise RuntimeError("engine.step() was called inside engine.no_sync(): call it after the block")
-        if self._is_committed and self._is_boundary is False:
+        if self._is_ended:
             return
         skipped = self._inner.skipped_steps
         self._inner.step()
@@ -296,6 +308,8 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
 
 class PipelineEngine(PipelineCalls, DeepSpeedEngine):
     """A pipeline in training; `train_batch()` and `eval_batch()` are those of `partita.PipelineEngine`."""
+
+    _kinds = ("deepspeed.PipelineEngine", "deepspeed.DeepSpeedEngine")
 
 
 def initialize(*positional: Any, **named: Any) -> tuple[DeepSpeedEngine, Optimizer | None, Any, Any]:

@@ -29,8 +29,8 @@ def paired(args: Sequence[Any], engines: Sequence[Engine]) -> list[tuple[nn.Modu
     trained = [engine for engine in engines if engine.optimizer is not None]
     if len(optimizers) + len(trained) > 1:
         raise ValueError(
-            "a PartitaAccelerator trains one model: give the second one to a PartitaAccelerator of its own, or to "
-            "partita.initialize()"
+            "a PartitaAccelerator trains one model with one optimizer: give the second one to a "
+            "PartitaAccelerator of its own, or to partita.initialize()"
         )
     [optimizer] = optimizers
     wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -45,6 +45,7 @@ class PartitaMixin:
     model_wrapped: nn.Module
     optimizer: Any
     lr_scheduler: Any
+    control: Any
     state: Any
     _is_saving = False  # a checkpoint, in the folder of what is unfinished
     train_dataset: Any
@@ -84,7 +85,14 @@ class PartitaMixin:
     @property
     def engine(self) -> Engine | None:
         """That of the model in training; None before `train()`."""
-        return self.model_wrapped if isinstance(self.model_wrapped, Engine) else None
+        wrapped = getattr(self, "model_wrapped", None)
+        return wrapped if isinstance(wrapped, Engine) else None
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As the trainer's. The engine of the model before ends."""
+        if self.engine is not None:
+            self.engine.destroy()
+        return super().call_model_init(trial)  # type: ignore[misc]
 
     # -- optimizer and schedule
 
@@ -104,6 +112,19 @@ class PartitaMixin:
             self.lr_scheduler = schedule_of(section, over, self.args, num_training_steps)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+
+    # -- a step
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """The engine clips when `optimizer.step()` asks for the step: `max_grad_norm` is in its config."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """It is known after the step, and read when it is logged."""
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log and self.engine is not None:
+            grad_norm = self.engine.get_global_grad_norm()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)  # type: ignore[misc]
 
     # -- evaluation
 
@@ -225,6 +246,12 @@ def _refuse(args: TrainingArguments) -> None:
             "TrainingArguments(auto_find_batch_size=True): an engine is built for one batch size; set "
             "per_device_train_batch_size"
         )
+    for name in ("fp16", "bf16"):
+        if getattr(args, f"{name}_full_eval") and not getattr(args, name):
+            raise ValueError(
+                f"TrainingArguments({name}_full_eval=True) would convert the model, whose parameters are the engine's: "
+                f"train in {name}, by {name}=True, or leave it out"
+            )
     if args.optim in ("lomo", "adalomo") or "layerwise" in args.optim:
         raise ValueError(f"optim = {str(args.optim)!r} updates while it computes gradients; use adamw_torch, say")
     if args.n_gpu > 1:

@@ -6,7 +6,7 @@ SETUP: list[Row] = [
     *works(
         "",
         {
-            "initialize": "`partita.initialize`; `args.deepspeed_config`, `config` and `config_params` are the config",
+            "initialize": "`partita.initialize`; the config is `config`, `config_params` or `args.deepspeed_config`",
             "init_distributed": "`partita.init_distributed`",
             "add_config_arguments": "`partita.add_config_arguments`",
             "DeepSpeedEngine": "holds a `partita.Engine`; made by `initialize()` or called itself",

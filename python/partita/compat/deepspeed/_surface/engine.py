@@ -12,10 +12,9 @@ ROWS: list[Row] = [
         "DeepSpeedEngine.",
         {
             "forward": "`engine(batch)`",
-            "backward": "`retain_graph` and `scale_wrt_gas` too; returns the loss",
-            "step": "updates at a boundary of the accumulation; `lr_kwargs` is refused",
+            "backward": "`retain_graph` and `scale_wrt_gas` too",
             "scale": "for a `loss.backward()` of one's own",
-            "zero_grad": "drops the gradients since the last update",
+            "zero_grad": "drops the gradients since the last `step()`",
             "train eval": "as of any module",
             "no_sync": "stages 0 and 1",
             "coalesce_grad_reduction": "a block; several backwards before a step all count without it, too",
@@ -28,14 +27,13 @@ ROWS: list[Row] = [
             "get_global_grad_norm": "before clipping",
             "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps": "numbers of samples, and of "
             "micro-batches",
-            "save_checkpoint": "files of Partita's, see [the format](checkpoint-format.md); `tag`, `client_state`, "
-            "`save_latest`",
             "save_16bit_model save_fp16_model": "a file of torch's, as there; `save_model()` writes safetensors",
             "module_state_dict load_module_state_dict": "whole, on all ranks, in every stage",
             "destroy": "ends the engine",
             "device": "of the parameters",
             "module": "the model",
-            "optimizer lr_scheduler": "None where there is none",
+            "optimizer": "None where there is none; its `step()`, and that of the user's optimizer, is the engine's",
+            "lr_scheduler": "None where there is none",
             "training_dataloader": "the loader of `training_data`",
             "global_steps global_samples micro_steps skipped_steps": "counts since the beginning",
             "global_rank local_rank world_size": "of this process",
@@ -53,8 +51,11 @@ ROWS: list[Row] = [
     *differs(
         "DeepSpeedEngine.",
         {
-            "load_checkpoint": "Partita's checkpoints only; `partita checkpoint import` makes one of DeepSpeed's. A "
-            "missing one is an error. `custom_load_fn` is refused",
+            "step": "updates at a boundary of the accumulation, as there; `lr_kwargs` is refused",
+            "save_checkpoint": "the files are Partita's, see [the format](checkpoint-format.md), and always of the "
+            "whole model; no zero_to_fp32.py is put beside: `partita checkpoint export`",
+            "load_checkpoint": "Partita's checkpoints; `partita checkpoint import` makes one of DeepSpeed's. "
+            "`custom_load_fn` is refused",
             "get_batch_info": "three numbers; in DeepSpeed they are three methods",
         },
     ),
@@ -73,6 +74,9 @@ ROWS: list[Row] = [
             ),
             "clip_fp32_gradients": "set `gradient_clipping` in the config",
             "load_moe_state_dict": _MOE,
+            "collect_python_gc": "call `gc.collect()`",
+            "get_sequence_parallel_group": "there is no sequence parallelism",
+            "is_iterable_style_dataset is_map_style_dataset": "any data set may be given to `initialize()`",
             "random_ltd_initialize": "there is no token dropping",
             "get_deepcompile_backend get_deepspeed_compile_backend get_autosp_backend get_autotp_backend "
             "get_compile_time register_compile_pass is_deepcompile_enabled is_deepcompile_active": _COMPILE,

@@ -144,7 +144,7 @@ _ABSENT = {
     "torch_autocast_lower_precision_safe_modules torch_autocast_dtype": "read `engine.config`'s `torch_autocast`",
     "communication_data_type get_data_types": "read `communication_data_type` and `data_types` in the config",
     "log_level": 'call `logging.getLogger("partita").level`',
-    "dataloader_drop_last": "an epoch's last, smaller batch is dropped over ranks; see `partita.data`",
+    "dataloader_drop_last": "read the key in `engine.config`, a dict",
     "is_first_weights_partition_group": "there is one group of ranks",
 }
 

@@ -20,12 +20,10 @@ ROWS: list[Row] = [
     *works("compression.helper.", {"recursive_getattr recursive_setattr": "attributes by dotted names"}),
     *absent(
         "compression.",
-        dict.fromkeys(
-            (
-                "compress constants scheduler utils basic_layer helper.module_replacement helper.convert_conv1d_to_linear",
-            ),
-            "there is no compression; quantize or prune the saved model",
-        ),
+        {
+            "compress constants scheduler utils basic_layer helper.module_replacement "
+            "helper.convert_conv1d_to_linear": "there is no compression; quantize or prune the saved model",
+        },
     ),
     *differs("moe.", {"layer.MoE": f"can be imported and not made: {_EXPERTS}"}),
     *absent("moe.", {"experts sharded_moe mappings ep_router utils.configure_moe_param_groups": _EXPERTS}),
@@ -39,9 +37,19 @@ ROWS: list[Row] = [
             "linear": "use PEFT's LoRA",
             "nvme io": "nothing is offloaded to disks",
             "datastates": "set `checkpoint.async_save`",
-            "launcher": "start programs with torchrun, and `partita run` for those that import deepspeed",
             "elasticity": "any number of ranks goes on from a checkpoint",
             "model_implementations": "layers stay as the model has them",
+        },
+    ),
+    *differs(
+        "launcher.",
+        {"runner.DEEPSPEED_ENVIRONMENT_NAME": "for `accelerate launch` on one host; use torchrun on each of several"},
+    ),
+    *absent(
+        "launcher.",
+        {
+            "runner.main runner.parse_args launch multinode_runner": "start programs with torchrun, and `partita run` "
+            "for those that import deepspeed"
         },
     ),
     *absent(
@@ -52,7 +60,8 @@ ROWS: list[Row] = [
             "sequence_parallel": _LONG,
             "data_pipeline": "there is no curriculum and no token dropping; select samples in the data set",
             "progressive_layer_drop": "drop layers in the model's forward",
-            "eigenvalue quantize weight_quantizer": "there is no quantized training",
+            "eigenvalue": "there is no schedule of precisions by eigenvalues",
+            "quantize weight_quantizer": "there is no quantized training",
             "swap_tensor": "nothing is offloaded to disks",
             "hybrid_engine": "`engine.module.generate()` works in every stage",
             "tensor_parallel domino": "there is no tensor parallelism",

@@ -10,7 +10,7 @@ ROWS: list[Row] = [
         "pipe.",
         {
             "PipelineModule": "`partita.pipeline.PipelineModule`, with `topology` too",
-            "LayerSpec LayerSpec.build TiedLayerSpec": "of `partita.pipeline`",
+            "LayerSpec LayerSpec.build TiedLayerSpec TiedLayerSpec.build": "of `partita.pipeline`",
         },
     ),
     *differs("pipe.", {"PipelineModule.forward": "where all stages are on this rank; else refused"}),

@@ -46,16 +46,16 @@ CHECKPOINTS: list[Row] = [
             "get_fp32_state_dict_from_zero_checkpoint": f"{_FP32}; `lazy_mode` and `exclude_frozen_parameters` are "
             "refused",
             "load_state_dict_from_zero_checkpoint": _FP32,
-            "convert_zero_checkpoint_to_fp32_state_dict": f"{_FP32}; writes safetensors only, in files of at most 5 GB",
+            "convert_zero_checkpoint_to_fp32_state_dict convert_zero_checkpoint_to_state_dict": f"{_FP32}; writes "
+            "safetensors only, in files of at most 5 GB",
         },
     ),
     *absent(
         "utils.zero_to_fp32.",
         {
             "parse_model_states parse_optim_states get_model_state_file get_model_state_files get_optim_files "
-            "get_checkpoint_files zero3_partitioned_param_info to_torch_tensor natural_keys zero_model_state": (
-                "`partita checkpoint import` reads DeepSpeed's files"
-            )
+            "get_checkpoint_files zero3_partitioned_param_info to_torch_tensor natural_keys zero_model_state "
+            "GatheredTensor": ("`partita checkpoint import` reads DeepSpeed's files")
         },
     ),
     *works("checkpoint.utils.", {"clone_tensors_for_torch_save": _HERE}),
@@ -111,6 +111,9 @@ UTILITIES: list[Row] = [
             "OnDevice": "by torch's default device and dtype",
             "groups": "see [Communication and devices](#communication-and-devices)",
             "instrument_w_nvtx": _HERE,
+            "get_data_parallel_group get_data_parallel_world_size get_data_parallel_rank get_model_parallel_world_size "
+            "get_model_parallel_rank get_tensor_model_parallel_world_size get_tensor_model_parallel_rank "
+            "get_tensor_model_parallel_src_rank": "of `deepspeed.utils.groups`",
             "get_default_deepspeed_config": "`partita.default_config`",
         },
     ),
@@ -118,6 +121,10 @@ UTILITIES: list[Row] = [
     *absent(
         "utils.",
         {
+            "initialize": "there is no expert parallelism",
+            "get_model_parallel_group get_tensor_model_parallel_group set_tensor_model_parallel_rank "
+            "set_tensor_model_parallel_world_size bwc_pipeline_parallel_world_size "
+            "bwc_tensor_model_parallel_world_size": "there is no tensor parallelism",
             "get_caller_func recursive_getattr recursive_setattr get_numactl_cmd": "a few lines of Python do it",
             "timer": "set `wall_clock_breakdown` in the config",
             "nvtx.instrument_w_nvtx": "`deepspeed.utils.instrument_w_nvtx`",

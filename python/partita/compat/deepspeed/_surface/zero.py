@@ -4,7 +4,7 @@ from partita.compat.deepspeed._surface.row import Row, absent, works
 
 _FULL = "on this rank there are parts of a buffer, not of a parameter: use `safe_{}_full_{}`"
 _TILED = "split the layer in the model, or let stage 3 gather it whole; `partita.nn.functional` has a loss in chunks"
-_ESTIMATE = "bytes per parameter by stage are in docs/how-to; `memory_breakdown` in the config prints what is there"
+_ESTIMATE = "set `memory_breakdown` in the config, which prints what there is"
 
 ROWS: list[Row] = [
     *works(
@@ -22,6 +22,7 @@ ROWS: list[Row] = [
         {
             "TiledLinear TiledLinearReturnBias": _TILED,
             "unwrap_model_for_generation": "`engine.module.generate()` works as it is",
+            "Init.get_dp_process_group Init.get_partition_rank": "parameters are partitioned over all ranks of the job",
             "DeepSpeedZeRoOffload": "whether a parameter is there is seen by its shape",
         },
     ),
@@ -49,6 +50,7 @@ ROWS: list[Row] = [
             "lazy_init_hp_params_optimizer_state": "use the `safe_get_full_` and `safe_set_full_` functions",
         },
     ),
+    *works("runtime.zero.utils.", {"is_zero_param": "whether an engine of stage 3 has partitioned it"}),
     *absent(
         "runtime.zero.",
         {
@@ -61,7 +63,6 @@ ROWS: list[Row] = [
             "offload_states": "states are offloaded by the config's `offload_optimizer`, from the beginning",
             "offload_config.OffloadStateTypeEnum offload_config.OffloadDeviceEnum": "states are offloaded by the "
             "config's `offload_optimizer`, from the beginning",
-            "utils.is_zero_param": "a partitioned parameter has no values: its shape is that of nothing",
             "tiling": _TILED,
         },
     ),

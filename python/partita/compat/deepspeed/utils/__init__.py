@@ -12,6 +12,16 @@ from torch import Tensor, nn
 import partita
 from partita.compat.deepspeed._absent import absent_names
 from partita.compat.deepspeed.utils import groups
+from partita.compat.deepspeed.utils.groups import (
+    get_data_parallel_group,
+    get_data_parallel_rank,
+    get_data_parallel_world_size,
+    get_model_parallel_rank,
+    get_model_parallel_world_size,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_src_rank,
+    get_tensor_model_parallel_world_size,
+)
 from partita.compat.deepspeed.utils.init_on_device import OnDevice
 from partita.compat.deepspeed.utils.logging import log_dist, log_dist_once, logger, set_log_level_from_string
 from partita.utils import (
@@ -35,7 +45,15 @@ from partita.utils import (
 __all__ = [
     "OnDevice",
     "RepeatingLoader",
+    "get_data_parallel_group",
+    "get_data_parallel_rank",
+    "get_data_parallel_world_size",
     "get_default_deepspeed_config",
+    "get_model_parallel_rank",
+    "get_model_parallel_world_size",
+    "get_tensor_model_parallel_rank",
+    "get_tensor_model_parallel_src_rank",
+    "get_tensor_model_parallel_world_size",
     "get_z3_leaf_modules",
     "groups",
     "instrument_w_nvtx",

@@ -41,6 +41,37 @@ def get_fp32_state_dict_from_zero_checkpoint(
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
+def convert_zero_checkpoint_to_state_dict(
+    checkpoint_dir: FilePath,
+    output_dir: FilePath,
+    dtype: torch.dtype | None = torch.float32,
+    max_shard_size: str = "5GB",
+    safe_serialization: bool = True,
+    tag: str | int | None = None,
+    exclude_frozen_parameters: bool = False,
+) -> None:
+    """Writes a checkpoint's state dict into safetensors files, as `partita checkpoint export` does.
+
+    Args:
+        output_dir: a folder, which gets model.safetensors, or files of at most 5 GB and an index; or a path that ends
+            in ".safetensors".
+        dtype: of the floating-point tensors; None: as the model computed.
+        max_shard_size: "5GB"; other sizes are refused.
+        safe_serialization: True; no pickle is written.
+
+    Raises:
+        ValueError: something else is asked for.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    if max_shard_size != "5GB" or not safe_serialization or exclude_frozen_parameters:
+        raise ValueError(
+            "a checkpoint is converted to whole models in safetensors files of at most 5GB: leave max_shard_size and "
+            "exclude_frozen_parameters out, and pass safe_serialization=True"
+        )
+    with _own_checkpoint(checkpoint_dir, tag) as (folder, own_tag):
+        _export(folder, own_tag, Path(output_dir), dtype)
+
+
 def convert_zero_checkpoint_to_fp32_state_dict(
     checkpoint_dir: FilePath,
     output_dir: FilePath,
@@ -49,25 +80,10 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     tag: str | int | None = None,
     exclude_frozen_parameters: bool = False,
 ) -> None:
-    """Writes that state dict into safetensors files, as `partita checkpoint export` does.
-
-    Args:
-        output_dir: a folder, which gets model.safetensors, or files of at most 5 GB and an index; or a path that ends
-            in ".safetensors".
-        max_shard_size: "5GB"; other sizes are refused.
-        safe_serialization: True; no pickle is written.
-
-    Raises:
-        ValueError: something else is asked for.
-        CheckpointError: there is no such checkpoint, or it is damaged.
-    """
-    if max_shard_size not in ("5GB", None) or not safe_serialization or exclude_frozen_parameters:
-        raise ValueError(
-            "convert_zero_checkpoint_to_fp32_state_dict() writes whole models as safetensors files of at most 5GB: "
-            "leave max_shard_size and exclude_frozen_parameters out, and pass safe_serialization=True"
-        )
-    with _own_checkpoint(checkpoint_dir, tag) as (folder, own_tag):
-        _export(folder, own_tag, Path(output_dir))
+    """The same in float32."""
+    convert_zero_checkpoint_to_state_dict(
+        checkpoint_dir, output_dir, torch.float32, max_shard_size, safe_serialization, tag, exclude_frozen_parameters
+    )
 
 
 def load_state_dict_from_zero_checkpoint(
@@ -88,7 +104,7 @@ def load_state_dict_from_zero_checkpoint(
 def _exported(folder: FilePath, tag: str | int | None) -> Iterator[Path]:
     with TemporaryDirectory() as made, _own_checkpoint(folder, tag) as (own, own_tag):
         path = Path(made) / "weights.safetensors"
-        _export(own, own_tag, path)
+        _export(own, own_tag, path, torch.float32)
         yield path
 
 
@@ -114,10 +130,10 @@ def _is_deepspeeds(folder: Path, tag: str | None) -> bool:
     return any((folder / name).glob("*_model_states.pt"))
 
 
-def _export(folder: Path, tag: str | None, path: Path) -> None:
+def _export(folder: Path, tag: str | None, path: Path, dtype: torch.dtype | None) -> None:
     from partita.checkpoint import export, find
 
-    for _ in export(find(folder, tag), path, torch.float32):
+    for _ in export(find(folder, tag), path, dtype):
         pass
 
 

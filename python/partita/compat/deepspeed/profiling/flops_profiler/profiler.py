@@ -38,7 +38,7 @@ class FlopsProfiler:
 
     def __getattr__(self, name: str) -> Any:
         error = AttributeError(f"'FlopsProfiler' object has no attribute '{name}'")
-        raise absent_attribute(name, "deepspeed.profiling.flops_profiler.FlopsProfiler", error)
+        raise absent_attribute(name, ["deepspeed.profiling.flops_profiler.FlopsProfiler"], error)
 
     def start_profile(self, ignore_list: Sequence[type[nn.Module]] | None = None) -> None:
         """Counts from here on, anew.

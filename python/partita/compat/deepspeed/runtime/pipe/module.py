@@ -7,6 +7,7 @@ from typing import Any
 
 import partita.pipeline
 from partita.compat.deepspeed._absent import absent_attribute, absent_names
+from partita.compat.deepspeed.runtime.activation_checkpointing.checkpointing import checkpoint
 from partita.compat.deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
 from partita.pipeline import LayerSpec, TiedLayerSpec
 
@@ -19,7 +20,8 @@ class PipelineModule(partita.pipeline.PipelineModule):
     Args:
         topology: gives the number of stages in place of `num_stages`: axes "pipe", "data" and "model" in this order;
             "model" has one rank.
-        activation_checkpoint_func: any; recomputation is torch's without reentrance, as the function's would be.
+        activation_checkpoint_func: `deepspeed.checkpointing.checkpoint`, torch's or None, which all mean the same;
+            another function is refused.
         others: as there.
 
     Raises:
@@ -51,7 +53,7 @@ class PipelineModule(partita.pipeline.PipelineModule):
             base_seed,
             partition_method,
             activation_checkpoint_interval,
-            None,
+            None if activation_checkpoint_func is checkpoint else activation_checkpoint_func,
             checkpointable_layers,
             dynamic_shape,
         )
@@ -60,7 +62,7 @@ class PipelineModule(partita.pipeline.PipelineModule):
         try:
             return super().__getattr__(name)
         except AttributeError as error:
-            raise absent_attribute(name, "deepspeed.pipe.PipelineModule", error) from None
+            raise absent_attribute(name, ["deepspeed.pipe.PipelineModule"], error) from None
 
     def num_pipeline_stages(self) -> int:
         """Stages of the pipeline."""

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from partita.compat.deepspeed._absent import absent_attribute
 from partita.compat.deepspeed._config import one_config, translated
 from partita.compat.deepspeed.accelerator.real_accelerator import get_accelerator
+from partita.compat.deepspeed.runtime.zero.absent import name_all, name_all_that_is_built
 from partita.zero import GatheredParameters, register_external_parameter, unregister_external_parameter
 from partita.zero import Init as PartitaInit
 
@@ -46,11 +49,32 @@ class ZeroParamStatus(Enum):
 
 
 class Init(PartitaInit):
-    """`partita.zero.Init` with a config of DeepSpeed's, under either of its two names."""
+    """`partita.zero.Init` with a config of DeepSpeed's, under either of its two names.
+
+    `state_dict()` of modules that are built inside names parameters that are partitioned, see `name_all()`.
+    """
 
     def __init__(self, module: nn.Module | None = None, **kwargs: Any) -> None:
         config = one_config(None, {name: kwargs.pop(name, None) for name in ("config_dict_or_path", "config")})
         super().__init__(module, config=None if config is None else translated(config), **kwargs)
+        self._handle: RemovableHandle | None = None
+        for one in () if module is None else module.modules():
+            name_all(one)
+
+    def __enter__(self) -> Init:
+        super().__enter__()
+        if self._enabled:
+            self._handle = name_all_that_is_built()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        super().__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        error = AttributeError(f"'Init' object has no attribute '{name}'")
+        raise absent_attribute(name, ["deepspeed.zero.Init"], error)
 
 
 def zero_wrapper_for_fp_tensor_constructor(

@@ -7,17 +7,20 @@ from typing import Any
 
 from torch import nn
 
+from partita.compat.deepspeed.runtime.zero.absent import name_all
 from partita.compat.deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 
 def mark(model: nn.Module) -> None:
-    """Gives the parameters `ds_id`, `ds_shape`, `ds_numel` and `ds_status`.
+    """Gives parameters `ds_id`, `ds_shape`, `ds_numel` and `ds_status`, and modules a `state_dict()` with all names.
 
     The status stays "not available", also while a parameter is gathered: who gathers it once more does no harm.
     """
     for number, parameter in enumerate(model.parameters()):
         marks: dict[str, Any] = {"ds_id": number, "ds_shape": parameter.shape, "ds_numel": parameter.numel()}
         vars(parameter).update(marks, ds_status=ZeroParamStatus.NOT_AVAILABLE, ds_active_sub_modules=set())
+    for module in model.modules():
+        name_all(module)
 
 
 class ParameterOffload:
