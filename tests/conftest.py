@@ -70,10 +70,9 @@ def ranks_of(ranks: Callable[[int], RankPool], transport: str) -> Iterator[Calla
     def pool(subject: Subject, world_size: int) -> RankPool:
         if subject.kind != "alias":
             return ranks(world_size)
-        if world_size not in aliased:
-            aliased[world_size] = RankPool(world_size, transport)
-            aliased[world_size].run(activate_alias)
-        return aliased[world_size]
+        made = aliased.setdefault(world_size, RankPool(world_size, transport))
+        made.run(activate_alias)  # after a failure the ranks are new ones
+        return made
 
     yield pool
     for made in aliased.values():

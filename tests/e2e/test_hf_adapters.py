@@ -18,6 +18,7 @@ from hf_subjects import (
     model_of,
     on_ranks,
     pad,
+    read_back,
     texts,
     whole_weights,
 )
@@ -90,7 +91,7 @@ def _read_back(kind: str, folder: str, weights: dict[str, Any]) -> None:
         assert not (Path(folder) / "model.safetensors").exists()
         loaded = peft.PeftModel.from_pretrained(model_of("llama"), folder)
     else:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        loaded = read_back(folder)
     close_weights(loaded.state_dict(), weights, 0.0)
 
 

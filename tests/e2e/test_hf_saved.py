@@ -17,6 +17,7 @@ from hf_subjects import (
     model_of,
     on_ranks,
     pad,
+    read_back,
     texts,
     tokenizer,
     whole_weights,
@@ -75,7 +76,7 @@ def _saves(subject: Subject, folder: str) -> None:
         assert "transformer.wte.weight" in names
         assert "lm_head.weight" not in names  # tied: once
         assert names | {"lm_head.weight"} == weights.keys()
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        loaded = read_back(folder)
         assert loaded.lm_head.weight is loaded.transformer.wte.weight
         same_bits(loaded.state_dict(), weights)
         assert loaded.dtype is torch.float32
@@ -159,7 +160,7 @@ def best_of(subject: Subject, folder: str, how: dict[str, Any]) -> dict[str, Any
         weights = whole_weights(trainer)
         trainer.save_model(folder)
         _barrier()
-        same_bits(transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict(), weights)
+        same_bits(read_back(folder).state_dict(), weights)
         assert Path(str(state.best_model_checkpoint)).is_dir()
         return {"steps": state.global_step, "best": state.best_global_step, "losses": logged(trainer, "eval_loss")}
 

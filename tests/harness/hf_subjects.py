@@ -62,6 +62,15 @@ def model_of(kind: str, **changes: Any) -> Any:
     return auto.from_config(config)
 
 
+def read_back(folder: Path | str) -> Any:
+    """A plain model of what is saved there, whatever has trained before."""
+    import transformers
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # in stage 3 by the alias it would be built partitioned
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
 def texts(count: int, seed: int = 7, lengths: tuple[int, int] = (3, 17)) -> list[dict[str, list[int]]]:
     """Texts of very different lengths."""
     source = random.Random(seed)
