@@ -87,7 +87,20 @@ def _adapter_weights(model: Any, path: Path) -> dict[str, Tensor]:
 
 
 def adapter_names(model: nn.Module) -> set[str] | None:
-    """The tensors that are saved of a model with adapters: what is trained; None: all, as there are no adapters."""
-    if not hasattr(model, "peft_config"):
+    """The tensors that are saved of a model with adapters: what is trained, and all that PEFT writes of each adapter,
+    frozen ones too; None: all, as there are no adapters, or of a kind whose files are not tensors of the model."""
+    adapters = getattr(model, "peft_config", None)
+    if adapters is None:
         return None
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    from peft import get_peft_model_state_dict
+
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names = {name: name for name in model.state_dict(keep_vars=True)}
+    for adapter, config in adapters.items():
+        if not config.is_prompt_learning:
+            try:
+                written = get_peft_model_state_dict(model, names, adapter, save_embedding_layers=True)
+            except TypeError:  # it computes with the tensors, as AdaLoRA does
+                return None
+            wanted.update(written.values())
+    return wanted
