@@ -84,23 +84,25 @@ def _adapter_weights(model: Any, path: Path) -> dict[str, Tensor]:
 
 
 def adapter_names(model: Any) -> set[str] | None:
-    """The tensors that may be saved of a model with adapters: all adapters, what is trained beside them, embeddings.
-    None: all tensors, as there are no adapters."""
-    if not hasattr(model, "peft_config"):
+    """The tensors that are saved of a model with adapters: what is trained, and all that PEFT writes of each adapter,
+    frozen ones too; None: all, as there are no adapters, or of a kind whose files are not tensors of the model."""
+    adapters = getattr(model, "peft_config", None)
+    if adapters is None:
         return None
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for adapter in model.peft_config:
-        wanted |= set(_names_in_file(model, adapter).values())
-    embeddings = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
-    for prefix, module in model.named_modules():
-        if any(module is embedding for embedding in embeddings):
-            wanted |= {f"{prefix}.{name}" for name, _ in module.named_parameters()}
+    for adapter, config in adapters.items():
+        if not config.is_prompt_learning:
+            try:
+                wanted.update(_names_in_file(model, adapter, with_embeddings=True).values())
+            except TypeError:  # it computes with the tensors, as AdaLoRA does
+                return None
     return wanted
 
 
-def _names_in_file(model: Any, adapter: str) -> dict[str, str]:
-    """The names that peft gives to the tensors of an adapter in its file, and those of the model's state dict."""
+def _names_in_file(model: Any, adapter: str, *, with_embeddings: bool = False) -> dict[str, str]:
+    """The names that PEFT gives to the tensors of an adapter in its file, and those of the model's state dict."""
     from peft import get_peft_model_state_dict
 
     names = {name: name for name in model.state_dict(keep_vars=True)}
-    return dict(get_peft_model_state_dict(model, names, adapter_name=adapter, save_embedding_layers=False))
+    of_file = get_peft_model_state_dict(model, names, adapter_name=adapter, save_embedding_layers=with_embeddings)
+    return dict(of_file)
