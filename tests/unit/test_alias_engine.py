@@ -217,6 +217,15 @@ def test_a_config_means_what_it_means_in_deepspeed():
     assert not [key for key in own if "." in key]
     assert given["optimizer"]["params"] == {"weight_decay": 0.1}
     assert translated({"gradient_clipping": 0.5})["gradient_clipping"] == 0.5
+    for kind, params, decay in (
+        ("Adam", {"torch_adam": True}, 0.01),
+        ("AdamW", {"torch_adam": True}, 0.01),
+        ("AdamW", {"torch_adam": True, "weight_decay": 0.0}, 0.0),
+        ("Adam", {"torch_adam": True, "adam_w_mode": False}, None),
+        ("AdamW", {}, None),
+    ):  # torch's AdamW has a weight decay of its own
+        section = translated({"optimizer": {"type": kind, "params": params}})["optimizer"]
+        assert section["params"].get("weight_decay") == decay
     with pytest.raises(partita.ConfigError, match="config and config_params are two configs that differ"):
         deepspeed.initialize(model=model_of(), config={"train_batch_size": 1}, config_params={"train_batch_size": 2})
 
