@@ -8,6 +8,7 @@ from typing import Any
 import partita
 import pytest
 import torch
+from partita.checkpoint import CheckpointError
 from partita.compat import deepspeed
 from partita.compat.deepspeed._config import translated
 from torch import Tensor, nn
@@ -241,4 +242,15 @@ def test_init_takes_a_config_of_deepspeeds():
     statuses = deepspeed.runtime.zero.partition_parameters.ZeroParamStatus
     assert {p.ds_status for p in model.parameters()} == {statuses.NOT_AVAILABLE}
     assert [p.ds_numel for p in model.parameters()] == [64, 8, 8, 1] and optimizer.parameter_offload.forward_hooks == []
+    engine.destroy()
+
+
+@pytest.mark.parametrize("tag", [None, "global_step3"])
+def test_a_checkpoint_of_deepspeeds_own_is_refused_with_the_way_to_its_weights(tmp_path, tag):
+    (tmp_path / "global_step3").mkdir()
+    (tmp_path / "latest").write_text("global_step3")
+    torch.save({}, tmp_path / "global_step3" / "mp_rank_00_model_states.pt")
+    engine, *_ = deepspeed.initialize(model=model_of(), config=config_of(1))
+    with pytest.raises(CheckpointError, match=r"saved by DeepSpeed.*zero_to_fp32\.py .*load_weights"):
+        engine.load_checkpoint(tmp_path, tag)
     engine.destroy()
