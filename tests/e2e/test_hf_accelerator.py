@@ -184,12 +184,19 @@ def test_gradients_accumulate_without_accumulate(ranks, number):
 
 def _drops_and_skips() -> None:
     """F10: zero_grad() without step() drops; a step that is not finite is skipped, and said to be."""
-    accelerator = ours(2)
-    model, optimizer = prepared(accelerator)
     (x, y), *_ = batches(2)
+    norms = []
+    for drops in (False, True):
+        accelerator = ours(2)
+        model, optimizer = prepared(accelerator)
+        if drops:
+            accelerator.backward(F.mse_loss(model(x), y))
+            optimizer.zero_grad()
+        accelerator.backward(F.mse_loss(model(x), y))
+        norms.append(accelerator.clip_grad_norm_(model.parameters(), float("inf")).item())
+        optimizer.step()
+    assert norms[0] == norms[1]
     before = weights(accelerator, model)
-    accelerator.backward(F.mse_loss(model(x), y))
-    optimizer.zero_grad()
     accelerator.backward(F.mse_loss(model(x * float("inf")), y))
     optimizer.step()
     assert accelerator.optimizer_step_was_skipped and optimizer.step_was_skipped

@@ -115,3 +115,33 @@ def test_only_what_is_trained_moves_and_is_saved(ranks, ranks_of, tmp_path, subj
             k: v for k, v in expected.items() if k != "weights"
         }
         close_weights(actual["weights"], expected["weights"], 0.0)
+
+
+def _two_adapters() -> Any:
+    """The second one is frozen; both change the embedding, which PEFT then saves with them."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model_of("llama"), config)
+    model.add_adapter("reference", config)
+    return model
+
+
+def _saves_each_adapter(subject: Subject, folder: str) -> None:
+    with job():
+        given = arguments(folder, max_steps=1, learning_rate=0.05)
+        data = {"train_dataset": texts(8), "data_collator": pad}
+        trainer = subject.trainer(transformers.Trainer, _two_adapters(), given, **data)
+        trainer.train()
+        trainer.save_model(folder)
+
+
+@pytest.mark.slow
+def test_a_frozen_adapter_is_saved_as_itself(ranks, tmp_path):
+    """All that PEFT writes of each adapter, and nothing of another one, as without Partita."""
+    files = ("adapter_model.safetensors", "reference/adapter_model.safetensors")
+    saved = {}
+    for name, subject in (("alone", Subject()), ("over", Subject("partita", 3))):
+        ranks(1).run(_saves_each_adapter, subject, str(tmp_path / name))
+        saved[name] = [load_file(tmp_path / name / file) for file in files]
+    for actual, expected in zip(saved["over"], saved["alone"], strict=True):
+        close_weights(actual, expected, 1e-3)
+    assert any(name.endswith("embed_tokens.base_layer.weight") for name in saved["alone"][0])

@@ -33,10 +33,10 @@ def ours() -> Any:
 # -- adapters
 
 
-def with_adapter() -> Any:
+def with_adapter(**sizes: Any) -> Any:
     import peft
 
-    model = gpt2()
+    model = gpt2(**sizes)
     torch.manual_seed(1)
     lora = peft.LoraConfig(
         r=2, lora_alpha=4, lora_dropout=0.1, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"
@@ -81,6 +81,21 @@ def test_adapters_train_alone_and_are_saved_alone(ranks, tmp_path, number, only_
     """O6"""
     pytest.importorskip("peft")
     ranks(2).run(as_launched, _adapts, str(tmp_path), number, only_model)
+
+
+def _writes_the_base_once(folder: str) -> list[int]:
+    """The names that the base's file has, in two checkpoints, and in that of a run which goes on from the first."""
+    options = {"save_strategy": "steps", "save_steps": 2, "given": stage(3)}
+    run(ours(), f"{folder}/whole", with_adapter(vocab_size=30_000), max_steps=4, **options)
+    first = f"{folder}/whole/checkpoint-2"
+    run(ours(), f"{folder}/resumed", with_adapter(vocab_size=30_000), first, max_steps=4, **options)
+    paths = [first, f"{folder}/whole/checkpoint-4", f"{folder}/resumed/checkpoint-4"]
+    return [Path(path, "partita", "model-00001-of-00002.safetensors").stat().st_ino for path in paths]
+
+
+@pytest.mark.slow
+def test_checkpoints_of_adapters_share_their_base(ranks, tmp_path):
+    assert len(set(ranks(2).run(as_launched, _writes_the_base_once, str(tmp_path))[0])) == 1
 
 
 # -- built partitioned; trained twice; evaluated first

@@ -148,3 +148,13 @@ def test_without_bias_correction_moments_are_used_as_they_are(stage: int) -> Non
     for (name, ours), theirs in zip(engine.module.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6, msg=name)
     engine.destroy()
+
+
+@pytest.mark.parametrize("optimizes", [True, False])
+def test_parameters_are_forgotten_only_by_an_optimizer(caplog: pytest.LogCaptureFixture, optimizes: bool) -> None:
+    model = seeded(Regression)
+    optimizer = torch.optim.SGD(list(model.parameters())[1:], lr=0.1) if optimizes else None
+    with caplog.at_level(logging.INFO, logger="partita"):
+        partita.initialize(model, optimizer, config={"train_micro_batch_size_per_gpu": 1})[0].destroy()
+    assert ("are in no optimizer group" in caplog.text) == optimizes
+    assert ("nothing is trained" in caplog.text) != optimizes

@@ -35,13 +35,15 @@ from partita.model import DiffersByRank, TrainState, from_plain, to_plain
 class About:
     """What a manifest says about the run.
 
-    facts: for people. is_latest: the checkpoint is the one that is loaded when no tag is given.
+    facts: for people. is_latest: the checkpoint is the one that is loaded when no tag is given. earlier: a checkpoint
+    that may have the same files of frozen parameters; None: the latest one.
     """
 
     step: int
     samples: int
     facts: dict[str, Any]
     is_latest: bool = True
+    earlier: Path | None = None
 
 
 class Save:
@@ -96,7 +98,9 @@ class Save:
             undo.callback(self._staging.discard)
             runs = runs_in(self._files, mine)
             made = from_rank_0(
-                world, what, partial(_begin, self._staging, directory, self._files, names.frozen, protection)
+                world,
+                what,
+                partial(_begin, self._staging, self._files, names.frozen, (directory, about.earlier), protection),
             )
             folder, earlier = Path(json.loads(made)[0]), Earlier.model_validate(json.loads(made)[1])
             self._linked = _link(world, what, folder, self._files, earlier, runs, protection.access.file)
@@ -222,14 +226,18 @@ def _plain_client_state(client_state: Mapping[str, Any]) -> Any:
 
 
 def _begin(
-    staging: Staging, directory: Path, files: Sequence[FileLayout], frozen: set[Place], protection: Protection
+    staging: Staging,
+    files: Sequence[FileLayout],
+    frozen: set[Place],
+    earlier_in: tuple[Path, Path | None],
+    protection: Protection,
 ) -> str:
     """On rank 0: makes the folder and its large files; returns, as JSON, the folder's path, and which files are not
     made, as an earlier checkpoint may have them. An encrypted one has other bytes in any case."""
-    sweep(directory)
+    sweep(earlier_in[0])
     staging.create()
     maybe = [file for file in files if places_in(file) <= frozen and protection.key is None]
-    earlier = earlier_files(directory, maybe)
+    earlier = earlier_files(earlier_in[0], maybe, earlier_in[1])
     for file in files:
         if file.name not in earlier.files:
             preallocate(staging.path / file.name, file.size, protection.access.file)

@@ -35,10 +35,14 @@ class Earlier(BaseModel):
     files: dict[str, FileRecord] = {}
 
 
-def earlier_files(directory: Path, files: Iterable[FileLayout]) -> Earlier:
-    """Which of these files the latest checkpoint has with the same name, size and header."""
+def earlier_files(directory: Path, files: Iterable[FileLayout], earlier: Path | None = None) -> Earlier:
+    """Which of these files an earlier checkpoint has with the same name, size and header.
+
+    Args:
+        earlier: that checkpoint; None: the latest one in the directory.
+    """
     try:
-        found = find(directory, None)
+        found = find(directory, None) if earlier is None else find(earlier.parent, earlier.name)
     except (CheckpointError, OSError):
         return Earlier()
     same = {}

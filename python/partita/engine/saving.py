@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -185,6 +185,7 @@ class KeepsState(AsModule):
         tag: str | int | None = None,
         client_state: Mapping[str, Any] | None = None,
         save_latest: bool = True,
+        earlier: str | os.PathLike[str] | None = None,
     ) -> Path:
         """Saves all that the run needs to go on as `save_dir/tag`; returns that path. A collective.
 
@@ -201,6 +202,7 @@ class KeepsState(AsModule):
             client_state: what the program wants back: numbers, strings, bytes, tensors, and lists, tuples and dicts of
                 such. Rank 0's is saved. None: `engine.client_state`.
             save_latest: the checkpoint is the one that is loaded when no tag is given.
+            earlier: a checkpoint whose files of frozen parameters are linked if they are the same; None: the latest.
 
         Raises:
             RuntimeError: in the midst of a step.
@@ -213,7 +215,10 @@ class KeepsState(AsModule):
             self._require_whole("save_checkpoint()")
             self._beside.finish()
             name = f"global_step{self._step.global_steps}" if tag is None else str(tag)
-            about = About(self._step.global_steps, self._step.global_samples, self._facts(), save_latest)
+            like = None if earlier is None else Path(earlier)
+            about = About(
+                self._step.global_steps, self._step.global_samples, _facts(self._run, self._parts), save_latest, like
+            )
             client = self.client_state if client_state is None else client_state
             save = partial(Save, self.train_state(), Path(save_dir), name, about, client, protection=self._protection)
             path = self._beside.begin(save) if self.config.checkpoint.async_save else save().finish()
@@ -300,24 +305,6 @@ class KeepsState(AsModule):
         if self._is_torn:
             raise RuntimeError(f"{call} was called after {Phase.TORN.value}: {WHOLE_AGAIN}")
 
-    def _facts(self) -> dict[str, Any]:
-        """What people want to know of a checkpoint. A collective in a pipeline."""
-        return {
-            "partita": importlib.metadata.version("partita"),
-            "torch": torch.__version__,
-            "stage": self._run.policy.stage,
-            "precision": self._run.precision.name,
-            "transport": self._run.grid.world.transport,
-            "parameters": int(sum(by_rank(self._run.grid.pipe, float(sum(self._trained_numels()))))),
-        }
-
-    def _trained_numels(self) -> Iterator[int]:
-        """Of each parameter that this rank trains, without replicas."""
-        for part in self._parts:
-            for slot in (slot for unit in part.units for slot in unit.layout.slots):
-                if slot.name not in part.replicas:
-                    yield slot.numel
-
     def train_state(self) -> TrainState:
         """Everything that must survive a restart.
 
@@ -346,3 +333,23 @@ class KeepsState(AsModule):
     def _wait_for_parameters(self) -> None:
         for part in self._parts:
             part.gathers.wait()
+
+
+def _facts(run: Run, parts: Sequence[ModelPart]) -> dict[str, Any]:
+    """What people want to know of a checkpoint. A collective in a pipeline."""
+    return {
+        "partita": importlib.metadata.version("partita"),
+        "torch": torch.__version__,
+        "stage": run.policy.stage,
+        "precision": run.precision.name,
+        "transport": run.grid.world.transport,
+        "parameters": int(sum(by_rank(run.grid.pipe, float(sum(_trained_numels(parts)))))),
+    }
+
+
+def _trained_numels(parts: Sequence[ModelPart]) -> Iterator[int]:
+    """Of each parameter that this rank trains, without replicas."""
+    for part in parts:
+        for slot in (slot for unit in part.units for slot in unit.layout.slots):
+            if slot.name not in part.replicas:
+                yield slot.numel

@@ -97,6 +97,24 @@ def test_a_frozen_base_is_linked(ranks, tmp_path, stage, beside):
     assert _files(tmp_path / "other")[base] == changed[base], "also in another run"
 
 
+def save_in_folders(folder: str) -> list[tuple[int, int]]:
+    """The base's file of two checkpoints in folders of their own: the second one told of the first, and not told."""
+    engine = _engine(2, 1, beside=False)
+    _step(engine)
+    first = engine.save_checkpoint(f"{folder}/first", "own")
+    told = engine.save_checkpoint(f"{folder}/told", "own", earlier=first)
+    alone = engine.save_checkpoint(f"{folder}/alone", "own")
+    nowhere = engine.save_checkpoint(f"{folder}/nowhere", "own", earlier=f"{folder}/is not there")
+    engine.destroy()
+    return [_files(path)["model-00001-of-00002.safetensors"] for path in (first, told, alone, nowhere)]
+
+
+def test_a_frozen_base_is_linked_from_another_folder(ranks, tmp_path):
+    first, told, alone, nowhere = ranks(2).run(save_in_folders, str(tmp_path))[0]
+    assert told == first
+    assert alone[0] != first[0] and nowhere[0] != first[0] and alone[1] == nowhere[1] == first[1]
+
+
 def test_other_ranks_write_what_they_cannot_compare(ranks, tmp_path):
     """Chunks begin elsewhere there: the bytes are the same, and the file is another."""
     *_, changed = ranks(2).run(save_three, str(tmp_path), 2, False)[0][0]

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from partita.device import HOST
+
 
 def in_its_order(data: Any, collate_fn: Any, config: Mapping[str, Any], stages: int = 1) -> Any:
     """A data set as a DataLoader in DeepSpeed's order; other data as they are.
@@ -27,7 +29,8 @@ def in_its_order(data: Any, collate_fn: Any, config: Mapping[str, Any], stages: 
     size = micro_batch_size(config, ranks() // stages)
     if size is None or len(data) == 0:
         return data
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+    draws = torch.Generator(HOST).manual_seed(0)
+    order = torch.randperm(len(data), generator=draws, dtype=torch.int64, device=HOST).tolist()
     drop = bool(config.get("dataloader_drop_last", False))
     return DataLoader(Subset(data, order), batch_size=size, collate_fn=collate_fn, drop_last=drop)
 

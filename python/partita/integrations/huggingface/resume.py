@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -76,18 +76,33 @@ def load_weights_of(engine: Engine, folder: str) -> None:
 
 def _adapter_weights(model: Any, path: Path) -> dict[str, Tensor]:
     """A file of adapters by the names of the model's state dict, which have the adapter's name in them."""
+    active = model.active_adapters  # of a PeftModel, or of a model that has adapters by itself
+    names = _names_in_file(model, (active() if callable(active) else active)[0])
+    weights = load_file(path)
+    found = {full: weights.get(name, weights.get(f"base_model.model.{name}")) for name, full in names.items()}
+    return {full: value for full, value in found.items() if value is not None}
+
+
+def adapter_names(model: Any) -> set[str] | None:
+    """The tensors that are saved of a model with adapters: what is trained, and all that PEFT writes of each adapter,
+    frozen ones too; None: all, as there are no adapters, or of a kind whose files are not tensors of the model."""
+    adapters = getattr(model, "peft_config", None)
+    if adapters is None:
+        return None
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for adapter, config in adapters.items():
+        if not config.is_prompt_learning:
+            try:
+                wanted.update(_names_in_file(model, adapter, with_embeddings=True).values())
+            except TypeError:  # it computes with the tensors, as AdaLoRA does
+                return None
+    return wanted
+
+
+def _names_in_file(model: Any, adapter: str, *, with_embeddings: bool = False) -> dict[str, str]:
+    """The names that PEFT gives to the tensors of an adapter in its file, and those of the model's state dict."""
     from peft import get_peft_model_state_dict
 
     names = {name: name for name in model.state_dict(keep_vars=True)}
-    of_file = get_peft_model_state_dict(
-        model, names, adapter_name=model.active_adapters[0], save_embedding_layers=False
-    )
-    weights = load_file(path)
-    return {full: weights[name] for name, full in of_file.items() if name in weights}
-
-
-def adapter_names(model: nn.Module) -> set[str] | None:
-    """The tensors that are saved of a model with adapters: what is trained; None: all, as there are no adapters."""
-    if not hasattr(model, "peft_config"):
-        return None
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    of_file = get_peft_model_state_dict(model, names, adapter_name=adapter, save_embedding_layers=with_embeddings)
+    return dict(of_file)

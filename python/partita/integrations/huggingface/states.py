@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -27,6 +28,7 @@ class EngineStates:
     def __init__(self, accelerator: Any) -> None:
         self.is_saving = False
         self._accelerator = accelerator
+        self._saved_in: str | None = None
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
 
@@ -58,8 +60,9 @@ class EngineStates:
     def _save(self, models: list[nn.Module], weights: list[dict[str, Any]], output_dir: str) -> None:
         for place in reversed(range(len(models))):
             if isinstance(engine := models[place], Engine):
-                save(engine, output_dir, place)
+                save(engine, output_dir, place, self._saved_in)
                 del weights[place]
+        self._saved_in = output_dir
 
     def _load(self, models: list[nn.Module], input_dir: str) -> None:
         for place in reversed(range(len(models))):
@@ -68,9 +71,14 @@ class EngineStates:
                 del models[place]
 
 
-def save(engine: Engine, folder: str, place: int = 0) -> None:
-    """The engine's checkpoint is in the folder, and complete. A collective."""
-    engine.save_checkpoint(folder, _tag(place), save_latest=False)
+def save(engine: Engine, folder: str, place: int = 0, earlier: str | None = None) -> None:
+    """The engine's checkpoint is in the folder, and complete. A collective.
+
+    Args:
+        earlier: a folder with an earlier one, whose frozen parameters are not written again.
+    """
+    before = None if earlier is None else Path(earlier) / _tag(place)
+    engine.save_checkpoint(folder, _tag(place), save_latest=False, earlier=before)
     engine.wait_for_save()
 
 

@@ -48,6 +48,7 @@ class PartitaMixin:
     control: Any
     state: Any
     _is_saving = False  # a checkpoint, in the folder of what is unfinished
+    _saved_in: str | None = None  # the last checkpoint
     train_dataset: Any
 
     def __init__(self, *args: Any, partita_config: PartitaConfig = None, **kwargs: Any) -> None:
@@ -173,6 +174,7 @@ class PartitaMixin:
             best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
             rotate_checkpoints(folder, limit, best_model_checkpoint=best, use_mtime=True)
         rename_best(self.state, folder)
+        self._saved_in = str(Path(folder) / name)
         self.accelerator.wait_for_everyone()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -181,7 +183,7 @@ class PartitaMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.engine is not None
-        save(self.engine, output_dir)
+        save(self.engine, output_dir, earlier=self._saved_in)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
@@ -190,6 +192,7 @@ class PartitaMixin:
             return
         assert self.engine is not None
         self.engine.load_checkpoint(checkpoint, FOLDER)
+        self._saved_in = checkpoint
         state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
         self.lr_scheduler.load_state_dict(state)
 
