@@ -11,6 +11,7 @@ import torch.distributed as dist
 from hf_subjects import (
     Subject,
     arguments,
+    build_plainly,
     close,
     close_weights,
     job,
@@ -89,6 +90,7 @@ def _read_back(kind: str, folder: str, weights: dict[str, Any]) -> None:
         assert saved
         assert all("lora_" in name for name in saved)
         assert not (Path(folder) / "model.safetensors").exists()
+        build_plainly()
         loaded = peft.PeftModel.from_pretrained(model_of("llama"), folder)
     else:
         loaded = read_back(folder)

@@ -92,6 +92,7 @@ class PartitaStrategy(DDPStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Any) -> None:
+        """The one that the Trainer makes of its arguments; None: the config's."""
         if plugin is None:
             self._precision_plugin = None
             return
