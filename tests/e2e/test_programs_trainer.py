@@ -85,7 +85,8 @@ def plain(programs: Programs, *more: Any, ranks: int = 2) -> Path:
     return out(programs, name, "language_model.py", *LANGUAGE_MODEL, *keep, *more, ranks=ranks, partita=False)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(s, marks=pytest.mark.slow if s != 3 else ()) for s in range(4)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
 def test_a_language_model_trains_as_by_trainer_alone(programs, stage):
     """Trainer's own optimizer and schedule; `from_pretrained` reads what `save_model` wrote."""
     from transformers import AutoModelForCausalLM
