@@ -80,8 +80,8 @@ def test_a_network_for_images_with_the_engines_own_loader(programs, stage, ranks
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_same_in_16_bits(programs, stage, dtype):
     ours, reference = results(programs, "images.py", "--dtype", dtype, "--stage", stage), trained_alone()
-    assert ours["losses"] == pytest.approx(reference["losses"], rel=0.1)
-    assert ours["losses"][-1] < 0.9 * ours["losses"][0]
+    assert ours["losses"] == pytest.approx(reference["losses"], rel=0.01)
+    assert ours["losses"][-1] < 0.98 * ours["losses"][0]
 
 
 def test_a_pipeline_of_layers_trains_as_the_network(programs):

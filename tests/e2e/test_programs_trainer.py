@@ -158,8 +158,8 @@ def test_resumed_in_the_middle_it_is_the_unbroken_run(programs, config, stage):
 def test_a_classifier_over_an_uneven_epoch_with_its_best_weights_and_predictions(programs, stage):
     """An epoch whose last batches differ between ranks, the best checkpoint loaded at the end, padding to 8."""
     given = [*CLASSIFY, *BEST, "--load_best_model_at_end", "--metric_for_best_model", "loss"]
-    theirs = out(programs, "classify", "classify.py", *given, partita=False)
-    ours = out(programs, f"classify-{stage}", "classify.py", *given, "--deepspeed", f"plain{stage}.json")
+    theirs = out(programs, "classify", "sentences.py", *given, partita=False)
+    ours = out(programs, f"classify-{stage}", "sentences.py", *given, "--deepspeed", f"plain{stage}.json")
     assert_same_run(ours, theirs)
     assert logged(ours)["eval_accuracy"] == logged(theirs)["eval_accuracy"]
     assert (ours / "predictions.txt").read_text() == (theirs / "predictions.txt").read_text()
