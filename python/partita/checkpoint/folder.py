@@ -329,6 +329,10 @@ def manifest_in(folder_fd: int, path: Path) -> Manifest:
         CheckpointError: there is none, or it cannot be read.
     """
     if not _has(folder_fd, MANIFEST):
+        if any(name.endswith("_model_states.pt") for name in os.listdir(folder_fd)):
+            raise CheckpointError(
+                f"'{path}' is a checkpoint of DeepSpeed's: `partita checkpoint import SRC DEST` makes one of Partita's"
+            )
         raise CheckpointError(f"'{path}' has no {MANIFEST}: it is no checkpoint, or of a save that did not finish")
     return parse_manifest(_read(folder_fd, path / MANIFEST, MAX_MANIFEST_BYTES), f"'{path / MANIFEST}'")
 
