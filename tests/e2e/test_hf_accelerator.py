@@ -235,6 +235,12 @@ def _says_what_cannot_be() -> None:
     accelerator = ours(3)
     model, optimizer = prepared(accelerator)
     (x, y), *_ = batches(2)
+    accelerator.backward(F.mse_loss(model(x), y))
+    some = next(iter(model.parameters()))
+    for part in (some, [some], iter([some])):
+        with pytest.raises(ValueError, match=r"1 of \d+ trained parameters"):
+            accelerator.clip_grad_norm_(part, 0.5)
+    optimizer.step()
     other = model_of(2)
     with pytest.raises(NotImplementedError, match=r"clip_grad_value_.*clip_grad_norm_"):
         accelerator.clip_grad_value_(model.parameters(), 1.0)

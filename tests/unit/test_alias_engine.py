@@ -8,6 +8,7 @@ from typing import Any
 import partita
 import pytest
 import torch
+from partita.checkpoint import CheckpointError
 from partita.compat import deepspeed
 from partita.compat.deepspeed._config import translated
 from torch import Tensor, nn
@@ -223,6 +224,15 @@ def test_a_config_means_what_it_means_in_deepspeed():
     assert not [key for key in own if "." in key]
     assert given["optimizer"]["params"] == {"weight_decay": 0.1}
     assert translated({"gradient_clipping": 0.5})["gradient_clipping"] == 0.5
+    for kind, params, decay in (
+        ("Adam", {"torch_adam": True}, 0.01),
+        ("AdamW", {"torch_adam": True}, 0.01),
+        ("AdamW", {"torch_adam": True, "weight_decay": 0.0}, 0.0),
+        ("Adam", {"torch_adam": True, "adam_w_mode": False}, None),
+        ("AdamW", {}, None),
+    ):  # torch's AdamW has a weight decay of its own
+        section = translated({"optimizer": {"type": kind, "params": params}})["optimizer"]
+        assert section["params"].get("weight_decay") == decay
     with pytest.raises(partita.ConfigError, match="config and config_params are two configs that differ"):
         deepspeed.initialize(model=model_of(), config={"train_batch_size": 1}, config_params={"train_batch_size": 2})
 
@@ -238,4 +248,15 @@ def test_init_takes_a_config_of_deepspeeds():
     statuses = deepspeed.runtime.zero.partition_parameters.ZeroParamStatus
     assert {p.ds_status for p in model.parameters()} == {statuses.NOT_AVAILABLE}
     assert [p.ds_numel for p in model.parameters()] == [64, 8, 8, 1] and optimizer.parameter_offload.forward_hooks == []
+    engine.destroy()
+
+
+@pytest.mark.parametrize("tag", [None, "global_step3"])
+def test_a_checkpoint_of_deepspeeds_own_is_refused_with_the_way_to_its_weights(tmp_path, tag):
+    (tmp_path / "global_step3").mkdir()
+    (tmp_path / "latest").write_text("global_step3")
+    torch.save({}, tmp_path / "global_step3" / "mp_rank_00_model_states.pt")
+    engine, *_ = deepspeed.initialize(model=model_of(), config=config_of(1))
+    with pytest.raises(CheckpointError, match=r"saved by DeepSpeed.*zero_to_fp32\.py .*load_weights"):
+        engine.load_checkpoint(tmp_path, tag)
     engine.destroy()

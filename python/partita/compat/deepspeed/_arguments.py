@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from partita.checkpoint import CheckpointError
 from partita.compat.deepspeed._config import CONFIG_NAMES, one_config, translated
 from partita.compat.deepspeed._data import in_its_order
 from partita.config import ConfigError
@@ -70,3 +72,20 @@ def folder_of(path: str | os.PathLike[str]) -> str:
     if not os.fspath(path):
         raise ValueError(f"the folder of a checkpoint must have a name, got {path!r}")
     return os.fspath(path)
+
+
+def require_own_checkpoint(folder: str, tag: str | int | None) -> None:
+    """Raises CheckpointError if DeepSpeed itself has saved the checkpoint that is to be loaded.
+
+    Args:
+        tag: None: the file `latest` names it.
+    """
+    latest = Path(folder) / "latest"
+    name = latest.read_text().strip() if tag is None and latest.is_file() else str(tag)
+    place = Path(folder) / name
+    if next(place.glob("*_model_states.pt"), None) is not None:
+        raise CheckpointError(
+            f"'{place}' was saved by DeepSpeed, and its optimizer states cannot be taken over; for its weights, run "
+            f"`python zero_to_fp32.py . weights --safe_serialization` in '{folder}', and give them to the model by "
+            "partita.zero.load_weights(model, 'weights') before initialize()"
+        )

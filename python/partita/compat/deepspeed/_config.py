@@ -45,7 +45,18 @@ def translated(source: Any) -> dict[str, Any]:
         params = optimizer.setdefault("params", {})
         if isinstance(params, dict):
             params.setdefault("adam_w_mode", True)
+    if isinstance(optimizer, dict):
+        _decay_of_torch(optimizer)
     return config
+
+
+def _decay_of_torch(optimizer: dict[str, Any]) -> None:
+    """With `torch_adam` DeepSpeed makes torch's AdamW of the params, which decays weights where no decay is given."""
+    params = optimizer.get("params")
+    if str(optimizer.get("type", "")).lower() not in ("adam", "adamw") or not isinstance(params, dict):
+        return
+    if params.get("torch_adam") is True and params.get("adam_w_mode") is not False:
+        params.setdefault("weight_decay", 0.01)
 
 
 def one_config(args: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:

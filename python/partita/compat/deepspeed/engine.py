@@ -17,7 +17,14 @@ from torch.optim import Optimizer
 import partita
 from partita.compat.deepspeed._absent import absent_attribute
 from partita.compat.deepspeed._answers import ConfigAnswers
-from partita.compat.deepspeed._arguments import OF_ENGINE, OF_INITIALIZE, folder_of, for_partita, model_in
+from partita.compat.deepspeed._arguments import (
+    OF_ENGINE,
+    OF_INITIALIZE,
+    folder_of,
+    for_partita,
+    model_in,
+    require_own_checkpoint,
+)
 from partita.compat.deepspeed._calls import PipelineCalls, SmallCalls
 from partita.compat.deepspeed._optimizer import DeepSpeedOptimizer
 from partita.compat.deepspeed._surface import QUESTIONS
@@ -296,6 +303,7 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
         if tag is None and not os.path.isfile(os.path.join(folder_of(load_dir), "latest")):
             logger.warning(f"there is no checkpoint in '{load_dir}': it has no file 'latest', and no tag was given")
             return None, None
+        require_own_checkpoint(folder_of(load_dir), tag)
         path, client_state = self._inner.load_checkpoint(
             load_dir, tag, load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only
         )

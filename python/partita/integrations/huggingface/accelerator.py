@@ -196,13 +196,15 @@ class PartitaAccelerator(Accelerator):
         last step.
 
         Raises:
-            ValueError: a norm other than the 2-norm, or a bound that contradicts the config's `gradient_clipping`.
+            ValueError: a norm other than the 2-norm, a part of the trained parameters, or a bound that contradicts the
+                config's `gradient_clipping`.
         """
         if norm_type != 2:
             raise ValueError(f"clip_grad_norm_(norm_type={norm_type}): the engine knows the 2-norm")
         optimizer = self._trained
         if optimizer is None:
             raise RuntimeError("clip_grad_norm_(): there is no engine: prepare(model, optimizer) comes before")
+        _require_all(parameters, optimizer)
         if not self.sync_gradients:
             return optimizer.norm()
         bound = optimizer.engine.config.gradient_clipping
@@ -259,6 +261,18 @@ class PartitaAccelerator(Accelerator):
         for engine in (thing for thing in objects if isinstance(thing, Engine)):
             engine.destroy()
         return super().free_memory(*objects)
+
+
+def _require_all(parameters: Any, optimizer: PartitaOptimizer) -> None:
+    """Raises ValueError if some of the trained parameters are to be clipped without the others."""
+    given = {id(p) for p in ([parameters] if isinstance(parameters, Tensor) else parameters)}
+    trained = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    clipped = sum(each in given for each in trained)
+    if 0 < clipped < len(trained):
+        raise ValueError(
+            f"clip_grad_norm_(): {clipped} of {len(trained)} trained parameters are given, and the engine bounds the "
+            "norm of all gradients together: give model.parameters()"
+        )
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
