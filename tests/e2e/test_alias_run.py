@@ -91,6 +91,7 @@ def test_what_cannot_be_run_is_said(python, folder, capsys):
     for words, code, said in (
         (["nothing.py"], 2, "can't open file"),
         (["-m", "nothing"], 1, "no module named 'nothing' that can be run"),
+        (["-m", "no.such.thing"], 1, "no module named 'no.such.thing' that can be run"),
     ):
         got, _, err = outcome([*python.command, "-m", "partita", "run", *words], folder)
         assert got == code and said in err

@@ -230,6 +230,8 @@ def _bounds_each_norm_of_its_own() -> None:
 
 
 def _says_what_cannot_be() -> None:
+    from partita.integrations.huggingface import PartitaAccelerator
+
     accelerator = ours(3)
     model, optimizer = prepared(accelerator)
     (x, y), *_ = batches(2)
@@ -252,6 +254,9 @@ def _says_what_cannot_be() -> None:
         ours(0).prepare(torch.optim.SGD(other.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="parameters that are not in Sequential"):
         ours(0).prepare(model_of(3), torch.optim.SGD(other.parameters(), lr=0.1))
+    with_two = PartitaAccelerator(cpu=True, partita_config={"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}})
+    with pytest.raises(ValueError, match=r"optimizer is in the config, and SGD comes to prepare\(\)"):
+        prepared(with_two)
     with pytest.raises(RuntimeError, match=r"prepare\(model, optimizer\)"):
         ours(0).backward(torch.ones(()))
     accelerator.backward(F.mse_loss(model(x), y))

@@ -227,11 +227,15 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"bf16": True}, {"fp16": {"enabled": True}}, r"fp16\.enabled.*'bf16'"),
     ({}, {"checkpoint": {"dir": "x"}}, r"checkpoint\.dir"),
     ({}, {"train_batch_size": 5}, r"train_batch_size = 5.*per_device_train_batch_size"),
+    ({}, {"optimizer": {"type": "OneBitAdam"}}, "there are no 1-bit optimizers: use AdamW"),
+    ({}, {"scheduler": {"params": {}}}, r"scheduler\.type: missing"),
     ({"fsdp": True}, {}, r"TrainingArguments\(fsdp=\.\.\.\)"),
 ]
 
 
 def _errors(folder: str) -> list[str]:
+    from partita.integrations.huggingface.resume import schedule_state_in
+
     """Of each case, and of a resume from a folder of another trainer's: it would go on without its optimizer."""
     foreign = Path(folder) / "foreign" / "checkpoint-3"
     foreign.mkdir(parents=True, exist_ok=True)
@@ -241,7 +245,21 @@ def _errors(folder: str) -> list[str]:
         with pytest.raises(ValueError) as raised:
             trainer_of(ours(), folder, given={"partita_config": config}, **arguments).train()
         said.append(str(raised.value))
-    for output, resume in ((f"{folder}/foreign", True), (folder, str(foreign))):
+    schedule = Path(folder) / "damaged" / "scheduler.pt"
+    for bytes_of_it in (None, b"no schedule"):
+        schedule.parent.mkdir(exist_ok=True)
+        if bytes_of_it is not None:
+            schedule.write_bytes(bytes_of_it)
+        with pytest.raises(ValueError, match=r"scheduler\.pt', the state of the .*take an older checkpoint"):
+            schedule_state_in(str(schedule.parent))
+    model = gpt2()
+    config = {"optimizer": {"type": "AdamW"}}
+    given = {"partita_config": config, "optimizers": (torch.optim.SGD(model.parameters()), None)}
+    with pytest.raises(ValueError, match="optimizer is in the config, and the program gives the trainer its own, SGD"):
+        trainer_of(ours(), folder, model, given).train()
+    with pytest.raises(TypeError, match=r"PartitaMixin comes before the trainer: class Wrong\(PartitaMixin"):
+        type("Wrong", (transformers.Trainer, ours().__mro__[1]), {})
+    for output, resume in ((f"{folder}/foreign", True), (folder, str(foreign)), (folder, f"{folder}/nowhere")):
         with pytest.raises(ValueError) as raised:
             trainer_of(ours(), output, given=stage(1)).train(resume_from_checkpoint=resume)
         said.append(str(raised.value))
@@ -250,8 +268,9 @@ def _errors(folder: str) -> list[str]:
 
 def test_contradictions_and_what_cannot_be_are_refused_by_name(ranks, tmp_path):
     said = ranks(2).run(as_launched, _errors, str(tmp_path))[0]
-    *messages, incomplete, foreign = said
+    *messages, incomplete, foreign, missing = said
     for message, (_, _, pattern) in zip(messages, REFUSED, strict=True):
         assert re.search(pattern, message), message
-    assert "no complete checkpoint" in incomplete
+    assert re.search("no complete checkpoint.*'checkpoint-3' was saved by another Trainer.*from_pretrained", incomplete)
+    assert re.search("there is no folder '.*nowhere'", missing)
     assert re.search("checkpoint-3' was saved by another Trainer.*from_pretrained", foreign)

@@ -199,6 +199,7 @@ REFUSED: dict[str, tuple[type[Net], dict[str, Any], dict[str, Any], str]] = {
     "batch size": (Net, {"train_micro_batch_size_per_gpu": 8}, {}, "the batch size of the data loader is 4"),
     "precision": (Net, {"fp16": {"enabled": True}}, {"precision": "bf16-mixed"}, "'bf16-mixed'), and the config says"),
     "double": (Net, {}, {"precision": "64-true"}, "precision is the engine's"),
+    "optimizers": (Net, {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}}, {}, "and the config has an optimizer"),
     "saving": (Net, {"checkpoint": {"dir": "here"}}, {}, "ModelCheckpoint saves"),
     "saving beside": (Net, {"checkpoint": {"async_save": True}}, {}, "ModelCheckpoint removes older checkpoints"),
     "a wrong key": (Net, {"gradient_cliping": 1.0}, {}, "gradient_cliping"),

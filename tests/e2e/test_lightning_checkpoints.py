@@ -100,6 +100,23 @@ def test_weights_go_to_plain_lightning_and_the_best_checkpoint_to_a_test(ranks, 
     ranks(2).run(_weights_alone, str(tmp_path))
 
 
+def _saves_after_fit(folder: str) -> None:
+    """The optimizer is gone with the engine: the weights are not."""
+    trainer, model = fitted(2, folder)
+    trainer.save_checkpoint(f"{folder}/weights.ckpt", weights_only=True)
+    with pytest.warns(UserWarning, match=r"weights alone.*ModelCheckpoint\(save_last=True\)"):
+        trainer.save_checkpoint(f"{folder}/last.ckpt")
+    for name in ("weights", "last"):
+        plain = Net.load_from_checkpoint(f"{folder}/{name}.ckpt", map_location="cpu")
+        same(plain.state_dict(), model.state_dict())
+    with pytest.raises(ValueError, match=r"Model\.load_from_checkpoint"):
+        fitted(2, folder, ckpt_path=f"{folder}/last.ckpt")
+
+
+def test_when_fit_is_over_the_weights_can_be_saved(ranks, tmp_path):
+    ranks(1).run(_saves_after_fit, str(tmp_path))
+
+
 class _Object(Net):
     """With a hyper-parameter that is an object."""
 

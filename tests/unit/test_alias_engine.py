@@ -33,6 +33,12 @@ def config_of(stage: int, accumulation: int = 1, **changes: Any) -> dict[str, An
     }
 
 
+def test_an_engine_without_a_config_is_refused_as_there():
+    """A program that was started without --deepspeed_config would train otherwise than its author thinks."""
+    with pytest.raises(deepspeed.DeepSpeedConfigError, match=r"there is no config.*--deepspeed_config"):
+        deepspeed.initialize(model=model_of())
+
+
 def batch_of(number: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(2, 8, generator=torch.Generator().manual_seed(number)).to(dtype)
 

@@ -217,6 +217,12 @@ def test_a_folder_without_a_manifest_is_none(tmp_path):
     assert [found.tag for found in checkpoints(tmp_path)] == ["a"]
 
 
+def test_a_checkpoint_of_deepspeeds_is_named_with_what_takes_it_over(tmp_path):
+    (tmp_path / "global_step1").mkdir()
+    (tmp_path / "global_step1" / "mp_rank_00_model_states.pt").touch()
+    refused(tmp_path, "global_step1", "is a checkpoint of DeepSpeed's: `partita checkpoint import SRC DEST`")
+
+
 def damage_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes()[:-20])
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from partita.config import ConfigError, load_config
+from partita.integrations import huggingface
 from partita.integrations.huggingface.settings import Asked, Said, engine_config, precision_in, read_config
 
 
@@ -116,3 +118,10 @@ def test_a_config_may_be_a_file_or_a_checked_one(tmp_path: Path):
     assert read_config(None) == {}
     with pytest.raises(ConfigError, match="got a int"):
         read_config(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["PartitaAccelerator", "PartitaTrainer", "PartitaMixin"])
+def test_a_missing_library_is_named_with_what_installs_it(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match=f"{name} needs accelerate: pip install accelerate"):
+        getattr(huggingface, name)

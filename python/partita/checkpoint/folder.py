@@ -18,7 +18,7 @@ from pathlib import Path
 from partita.checkpoint.claim import new_claim
 from partita.checkpoint.disk import dead_link, kind_of, sync_folder, try_remove
 from partita.checkpoint.errors import CheckpointError
-from partita.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest, plain_name
+from partita.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, no_manifest, parse_manifest, plain_name
 from partita.checkpoint.tags import LATEST, aside_name, check_tag, parse_leftover, partial_name
 
 logger = logging.getLogger("partita")
@@ -329,7 +329,7 @@ def manifest_in(folder_fd: int, path: Path) -> Manifest:
         CheckpointError: there is none, or it cannot be read.
     """
     if not _has(folder_fd, MANIFEST):
-        raise CheckpointError(f"'{path}' has no {MANIFEST}: it is no checkpoint, or of a save that did not finish")
+        raise CheckpointError(f"'{path}' {no_manifest(os.listdir(folder_fd))}")
     return parse_manifest(_read(folder_fd, path / MANIFEST, MAX_MANIFEST_BYTES), f"'{path / MANIFEST}'")
 
 

@@ -204,6 +204,13 @@ class Manifest(BaseModel):
         return self
 
 
+def no_manifest(names: list[str]) -> str:
+    """What a folder is that has these files and no manifest, for people."""
+    if any(name.endswith("_model_states.pt") for name in names):
+        return "is a checkpoint of DeepSpeed's: `partita checkpoint import SRC DEST` makes one of Partita's"
+    return f"has no {MANIFEST}: it is no checkpoint, or of a save that did not finish"
+
+
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """The manifest that `data` is. Time and memory are linear in its size.
 

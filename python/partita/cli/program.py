@@ -72,7 +72,12 @@ def _script(path: str) -> tuple[CodeType, dict[str, Any]]:
 
 
 def _module(name: str) -> tuple[CodeType, dict[str, Any]]:
-    spec = importlib.util.find_spec(name)
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(f"{error.name}."):
+            raise  # a package of the program's has an error of its own
+        spec = None  # there is no such package
     if spec is not None and spec.submodule_search_locations is not None:
         spec = importlib.util.find_spec(f"{name}.__main__")
     code = getattr(spec.loader, "get_code", lambda _: None)(spec.name) if spec is not None else None

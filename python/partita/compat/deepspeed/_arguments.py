@@ -11,6 +11,7 @@ from torch import nn
 from partita.checkpoint import CheckpointError
 from partita.compat.deepspeed._config import CONFIG_NAMES, one_config, translated
 from partita.compat.deepspeed._data import in_its_order
+from partita.config import ConfigError
 
 ORDER = ("args", "model", "optimizer", "model_parameters", "training_data", "lr_scheduler")
 OF_INITIALIZE = (*ORDER, "distributed_port", "mpu", "dist_init_required", "collate_fn", "config", "mesh_param")
@@ -34,7 +35,7 @@ def for_partita(
 
     Raises:
         TypeError: an argument is given twice, or there is none of that name.
-        ConfigError: there are two configs, and they differ.
+        ConfigError: there is no config, or there are two, and they differ.
     """
     if positional and isinstance(positional[0], nn.Module):
         order = order[1:]  # without a command line's arguments
@@ -49,12 +50,17 @@ def for_partita(
     for name in UNUSED:
         given.pop(name, None)
     written = one_config(given.get("args"), {name: given.pop(name, None) for name in CONFIG_NAMES})
-    given["config"] = {} if written is None else translated(written)
+    if written is None:
+        raise ConfigError(
+            "there is no config: give config=, a dict or the path of a file, or start the program with "
+            "--deepspeed_config FILE"
+        )
+    given["config"] = translated(written)
     given["args"] = None  # the config is known
     if given.get("training_data") is not None:
         stages = getattr(given.get("model"), "num_stages", 1)
         given["training_data"] = in_its_order(given["training_data"], given.get("collate_fn"), given["config"], stages)
-    return given, {} if written is None else written
+    return given, written
 
 
 def folder_of(path: str | os.PathLike[str]) -> str:

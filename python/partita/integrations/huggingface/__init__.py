@@ -1,6 +1,10 @@
 """Accelerate and Trainer over Partita: `Accelerator` and `Trainer` with one class changed."""
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+_TRAINER = ("accelerate", "transformers")
+_NEEDS = {"PartitaAccelerator": ("accelerate",), "PartitaMixin": _TRAINER, "PartitaTrainer": _TRAINER}
 
 if TYPE_CHECKING:
     from partita.integrations.huggingface.accelerator import PartitaAccelerator
@@ -9,6 +13,9 @@ else:
 
     def __getattr__(name: str) -> Any:
         """Who uses the accelerator alone needs no transformers."""
+        for library in _NEEDS.get(name, ()):
+            if find_spec(library) is None:
+                raise ImportError(f"{name} needs {library}: pip install {' '.join(_NEEDS[name])}")
         if name == "PartitaAccelerator":
             from partita.integrations.huggingface.accelerator import PartitaAccelerator
 

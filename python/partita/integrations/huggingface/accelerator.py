@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from partita import Engine
+from partita.config import ConfigError
 from partita.integrations.huggingface.optimizer import PartitaOptimizer
 from partita.integrations.huggingface.pairs import engine_of, paired
 from partita.integrations.huggingface.settings import (
@@ -101,6 +102,11 @@ class PartitaAccelerator(Accelerator):
         config = engine_config(self._given, self._asked_with(args))
         if optimizer is None:
             config.pop("optimizer", None)
+        elif config.get("optimizer") is not None:
+            raise ConfigError(
+                f"optimizer is in the config, and {type(optimizer).__name__} comes to prepare(): leave it out of "
+                "the config"
+            )
         return engine_of(model, optimizer, config, self.device if self.device_placement else None)
 
     def _asked_with(self, args: tuple[Any, ...]) -> Asked:

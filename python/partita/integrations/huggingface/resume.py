@@ -7,9 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from partita import Engine
@@ -25,6 +26,8 @@ def require_own_checkpoint(folder: str) -> None:
     """Raises ValueError unless a run of Partita's has saved there all that it needs to go on."""
     if (Path(folder) / FOLDER).is_dir():
         return
+    if not Path(folder).is_dir():
+        raise ValueError(f"resume_from_checkpoint: there is no folder '{folder}'")
     if any((Path(folder) / name).exists() for name in _FOREIGN):
         raise ValueError(
             f"'{folder}' was saved by another Trainer: its optimizer's state is that of whole tensors. Start from its "
@@ -47,13 +50,20 @@ def newest_complete(folder: str) -> str:
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if (number := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal():
             found[int(number)] = path
+    foreign = None
     for step in sorted(found, reverse=True):
         if _is_complete(found[step]):
             return str(found[step])
+        if any((found[step] / name).exists() for name in _FOREIGN):
+            foreign = foreign or found[step]
+            continue
         logger.warning(
             "'%s' is not complete, as the run ended while it was saved or removed: the one before", found[step]
         )
-    raise ValueError(f"resume_from_checkpoint=True: '{folder}' has no complete checkpoint")
+    told = f"resume_from_checkpoint=True: '{folder}' has no complete checkpoint of Partita's"
+    if foreign is not None:
+        told += f"; '{foreign.name}' was saved by another Trainer: start from its weights, by from_pretrained()"
+    raise ValueError(told)
 
 
 def _is_complete(path: Path) -> bool:
@@ -62,6 +72,22 @@ def _is_complete(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return (path / FOLDER / "manifest.json").exists()
+
+
+def schedule_state_in(folder: str) -> Any:
+    """The state of the schedule that Trainer has saved.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    path = Path(folder) / SCHEDULER_NAME
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:  # torch.load raises what the bytes make it raise
+        raise ValueError(
+            f"resume_from_checkpoint: '{path}', the state of the learning rate's schedule, cannot be read "
+            f"({type(error).__name__}): take an older checkpoint"
+        ) from error
 
 
 def load_weights_of(engine: Engine, folder: str) -> None:

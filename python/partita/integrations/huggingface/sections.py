@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
-from partita.config import ConfigError
+from partita.config import ConfigError, load_config
 from partita.integrations.huggingface.settings import Said, filled
 from partita.optim import make_optimizer, make_scheduler
 
@@ -52,6 +52,12 @@ def schedule_of(section: Mapping[str, Any], optimizer: Optimizer, args: Training
         return make_scheduler(section["type"], _params("scheduler", section, said), optimizer)
     except ValueError as error:
         raise ConfigError(f"scheduler: {error}") from None
+
+
+def require_sections(sections: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a section is none of a config, or names what is not there."""
+    given = {name: section for name, section in sections.items() if section is not None}
+    load_config({"train_micro_batch_size_per_gpu": 1, **given})
 
 
 def _params(name: str, section: Mapping[str, Any], said: Mapping[str, Said]) -> dict[str, Any]:

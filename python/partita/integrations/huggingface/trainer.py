@@ -13,6 +13,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from partita import Engine
+from partita.config import ConfigError
 from partita.integrations.huggingface.accelerator import PartitaAccelerator
 from partita.integrations.huggingface.commit import UNFINISHED, publish, rename_best, unfinished_in
 from partita.integrations.huggingface.resume import (
@@ -20,8 +21,9 @@ from partita.integrations.huggingface.resume import (
     load_weights_of,
     newest_complete,
     require_own_checkpoint,
+    schedule_state_in,
 )
-from partita.integrations.huggingface.sections import optimizer_of, schedule_of
+from partita.integrations.huggingface.sections import optimizer_of, require_sections, schedule_of
 from partita.integrations.huggingface.settings import Asked, PartitaConfig, Said, read_config
 from partita.integrations.huggingface.states import FOLDER, save
 from partita.integrations.huggingface.weights import has_values, whole_state_dict
@@ -47,14 +49,25 @@ class PartitaMixin:
     lr_scheduler: Any
     control: Any
     state: Any
+    _is_of_config = False  # the optimizer
     _is_saving = False  # a checkpoint, in the folder of what is unfinished
     _saved_in: str | None = None  # the last checkpoint
     train_dataset: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(PartitaMixin) > order.index(Trainer):
+            raise TypeError(
+                f"class {cls.__name__}: PartitaMixin comes before the trainer: class {cls.__name__}(PartitaMixin, "
+                "Trainer)"
+            )
 
     def __init__(self, *args: Any, partita_config: PartitaConfig = None, **kwargs: Any) -> None:
         self._config = read_config(partita_config)
         # Trainer makes an optimizer and a schedule and steps them: in the place of those, what the config names.
         self._sections = {name: self._config.pop(name, None) for name in ("optimizer", "scheduler")}
+        require_sections(self._sections)
         self._accelerator_arguments: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
 
@@ -100,9 +113,15 @@ class PartitaMixin:
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """As Trainer's; of the class and with the arguments that the config names, if it names one."""
         given, section = self.optimizer, self._sections["optimizer"]
+        if given is not None and section is not None and not self._is_of_config:
+            raise ConfigError(
+                f"optimizer is in the config, and the program gives the trainer its own, {type(given).__name__}: leave "
+                "one of them out"
+            )
         made = super().create_optimizer(model)  # type: ignore[misc]
         if given is None and section is not None:
             made = self.optimizer = optimizer_of(section, made.param_groups, self.args)
+            self._is_of_config = True
         return made
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -193,8 +212,7 @@ class PartitaMixin:
         assert self.engine is not None
         self.engine.load_checkpoint(checkpoint, FOLDER)
         self._saved_in = checkpoint
-        state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
-        self.lr_scheduler.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(schedule_state_in(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The engine loads the weights with its states, once it is there."""

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 KEY = "lightning"  # in the client_state
+OF_TRAINING = ("optimizer_states", "lr_schedulers")  # what a file of weights alone has not
 _OF_ENGINE = ("state_dict", "optimizer_states")
 _HPARAMS = ("hyper_parameters", "datamodule_hyper_parameters")
 _PLAIN = (str, int, float, bytes, torch.Tensor, type(None))

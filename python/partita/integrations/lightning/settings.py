@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-from partita.config import read_object
+from partita.config import ConfigError, read_object
 
 # How a precision of Lightning's is said in the config.
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -26,9 +26,11 @@ def read_config(source: ConfigSource) -> dict[str, Any]:
     """The config as a dict of its own; None: an empty one.
 
     Raises:
-        ConfigError: the file is missing or is no object of JSON or YAML.
+        ConfigError: the file is missing or is no object of JSON or YAML, or the source is something else.
         ValueError: the config asks for what is Lightning's here.
     """
+    if source is not None and not isinstance(source, (Mapping, str, os.PathLike)):
+        raise ConfigError(f"PartitaStrategy(config=) is a dict or the path of a file; got a {type(source).__name__}")
     settings = dict(deepcopy(source)) if isinstance(source, Mapping) else read_object(source) if source else {}
     checkpoint = settings.get("checkpoint") or {}
     for key, instead in (

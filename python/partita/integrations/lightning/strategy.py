@@ -12,13 +12,21 @@ import torch
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader
 
 import partita
-from partita.integrations.lightning.checkpoints import client_state_of, lightning_state_of, remove, split
+from partita.integrations.lightning.checkpoints import (
+    OF_TRAINING,
+    client_state_of,
+    lightning_state_of,
+    remove,
+    split,
+)
 from partita.integrations.lightning.precision import PartitaPrecision
 from partita.integrations.lightning.settings import (
+    ADVICE,
     ConfigSource,
     for_evaluation,
     for_training,
@@ -150,6 +158,10 @@ class PartitaStrategy(DDPStrategy):
             raise ValueError(
                 'configure_optimizers() returned None, and the config has no "optimizer": give one of them'
             )
+        if optimizer is not None and config.get("optimizer"):
+            raise ValueError(
+                f"configure_optimizers() returned {type(optimizer).__name__}, and the config has an optimizer: {ADVICE}"
+            )
         engine = partita.Engine(module, optimizer, config=config)
         engine.set_gradient_accumulation_boundary(True)
         self.precision_plugin.clips_at = engine.config.gradient_clipping
@@ -214,7 +226,8 @@ class PartitaStrategy(DDPStrategy):
         """A folder with all that the run needs to go on, written by all ranks; it appears when it is complete.
 
         A checkpoint of weights alone (`save_weights_only`) is a file as Lightning has it, which `load_from_checkpoint`
-        and other strategies read: rank 0 gathers and writes it.
+        and other strategies read: rank 0 gathers and writes it. When a `fit` in stages 0 to 2 is over there is no
+        engine, and every checkpoint is such a file.
 
         Raises:
             ValueError: there are `storage_options`, or the path is not one of a file system.
@@ -222,8 +235,17 @@ class PartitaStrategy(DDPStrategy):
                 can be saved; names it.
         """
         path = self.broadcast(filepath)
+        if self._engine is None and "optimizer_states" in checkpoint:
+            split(path)
+            rank_zero_warn(
+                f"save_checkpoint({path}): fit() is over, and the engine and the optimizer's state with it, so this is "
+                "a file of the weights alone. ModelCheckpoint(save_last=True) saves what a run goes on from"
+            )
+            checkpoint = {key: value for key, value in checkpoint.items() if key not in OF_TRAINING}
         if "optimizer_states" not in checkpoint:
-            checkpoint["state_dict"] = self.engine.module_state_dict(rank=0)
+            checkpoint["state_dict"] = (
+                self.lightning_module.state_dict() if self._engine is None else self.engine.module_state_dict(rank=0)
+            )
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         if storage_options is not None:
