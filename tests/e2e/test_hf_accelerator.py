@@ -261,6 +261,8 @@ def _says_what_cannot_be() -> None:
         ours(0).backward(torch.ones(()))
     accelerator.backward(F.mse_loss(model(x), y))
     accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.raises(RuntimeError, match=r"max_norm=0\.5.*max_norm=1 before"):
+        accelerator.clip_grad_norm_(model.parameters(), 0.5)
     with pytest.raises(RuntimeError, match="cannot be left out"):
         optimizer.zero_grad()
     clipped = ours(0, gradient_accumulation_steps=1)

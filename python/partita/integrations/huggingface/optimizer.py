@@ -25,6 +25,7 @@ class PartitaOptimizer(AcceleratedOptimizer):
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._is_early = False  # clip() has taken the step that step() is about to ask for
+        self._bound = 0.0  # of that step
         self._is_outcome_due = False
         super().__init__(engine.optimizer, device_placement=False)
         self._is_accelerate_prepared = True  # so Accelerate takes it as it is
@@ -55,10 +56,19 @@ class PartitaOptimizer(AcceleratedOptimizer):
 
     def clip(self, max_norm: float) -> Tensor:
         """Takes the step, with gradients of at most this norm together, so that their norm is known; `step()` does
-        nothing then. Returns the norm before clipping, float32."""
+        nothing then. Returns the norm before clipping, float32.
+
+        Raises:
+            RuntimeError: the step was taken already, with another bound.
+        """
         if not self._is_early:
             self._take_step(max_norm)
-            self._is_early = True
+            self._is_early, self._bound = True, max_norm
+        elif max_norm != self._bound:
+            raise RuntimeError(
+                f"clip_grad_norm_(max_norm={max_norm:g}): this step was taken with max_norm={self._bound:g} before: "
+                "call it once in a step, with the smaller bound"
+            )
         return self.norm()
 
     def norm(self) -> Tensor:
