@@ -136,14 +136,6 @@ def test_in_bf16(programs, stage):
 
 
 @pytest.mark.slow
-def test_a_model_built_in_stage_3_has_the_weights_of_its_seed(programs):
-    """`from_config` under `zero.Init`, which Trainer enters by itself."""
-    given = ["--deepspeed", "plain3.json", "--save_strategy", "no", "--from_scratch"]
-    ours = out(programs, "scratch-3", "language_model.py", *LANGUAGE_MODEL, *given)
-    assert_same_run(ours, plain(programs, "--from_scratch"))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("config", "stage"), [("plain", 1), ("plain", 3), ("whole", 2)])
 def test_resumed_in_the_middle_it_is_the_unbroken_run(programs, config, stage):
     given = ["--deepspeed", f"{config}{stage}.json", "--save_steps", STEPS // 2, "--gradient_accumulation_steps", 2]

@@ -31,7 +31,6 @@ class Given:
     train_file: str = field(metadata={"help": "a text file"})
     validation_file: str = field(metadata={"help": "a text file"})
     block_size: int = field(default=16, metadata={"help": "tokens per sample"})
-    from_scratch: bool = field(default=False, metadata={"help": "a new model from the folder's config"})
 
 
 def main() -> None:
@@ -41,10 +40,7 @@ def main() -> None:
     texts = load_dataset("text", data_files=files, cache_dir=f"{arguments.output_dir}/cache")
     config = AutoConfig.from_pretrained(given.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path)
-    if given.from_scratch:
-        model = AutoModelForCausalLM.from_config(config)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(given.model_name_or_path, config=config)
+    model = AutoModelForCausalLM.from_pretrained(given.model_name_or_path, config=config)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
 
