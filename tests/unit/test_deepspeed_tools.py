@@ -129,8 +129,10 @@ def test_what_schedules_say_beside_the_learning_rate():
 def test_messages_of_some_ranks(caplog, capsys):
     tools = deepspeed.utils.logging
     assert deepspeed.logger is deepspeed.utils.logger is tools.logger
-    tools.set_log_level_from_string("info")
-    with caplog.at_level(logging.INFO, logger="partita"):
+    with caplog.at_level(logging.INFO, logger="partita"):  # gives the level back
+        tools.set_log_level_from_string("error")
+        assert tools.logger.level == logging.ERROR
+        tools.set_log_level_from_string("info")
         deepspeed.log_dist("of rank 0", ranks=[0])
         deepspeed.utils.log_dist("of all", ranks=[-1])
         for _ in range(2):

@@ -35,8 +35,9 @@ def for_partita(
 
     Raises:
         TypeError: an argument is given twice, or there is none of that name.
-        ConfigError: there is no config, or there are two, and they differ.
+        ConfigError: there is no config, which `initialize()` needs, or there are two, and they differ.
     """
+    needs_config = order is OF_INITIALIZE
     if positional and isinstance(positional[0], nn.Module):
         order = order[1:]  # without a command line's arguments
     if len(positional) > len(order):
@@ -50,17 +51,17 @@ def for_partita(
     for name in UNUSED:
         given.pop(name, None)
     written = one_config(given.get("args"), {name: given.pop(name, None) for name in CONFIG_NAMES})
-    if written is None:
+    if written is None and needs_config:
         raise ConfigError(
             "there is no config: give config=, a dict or the path of a file, or start the program with "
             "--deepspeed_config FILE"
         )
-    given["config"] = translated(written)
+    given["config"] = {} if written is None else translated(written)
     given["args"] = None  # the config is known
     if given.get("training_data") is not None:
         stages = getattr(given.get("model"), "num_stages", 1)
         given["training_data"] = in_its_order(given["training_data"], given.get("collate_fn"), given["config"], stages)
-    return given, written
+    return given, written or {}
 
 
 def folder_of(path: str | os.PathLike[str]) -> str:

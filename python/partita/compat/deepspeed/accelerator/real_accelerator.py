@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -188,5 +189,5 @@ def get_accelerator() -> Accelerator:
 
 
 def _resident_bytes(key: str) -> int:
-    with open("/proc/self/status", encoding="ascii") as status:
-        return next((int(line.split()[1]) * 1024 for line in status if line.startswith(f"{key}:")), 0)
+    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in status if line.startswith(f"{key}:")), 0)
