@@ -71,6 +71,14 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": self.tokens[i], "labels": self.tokens[i]}
 
 
+def require(engine: str, model: Any) -> None:
+    """Ends the program if another engine trains than was asked for: libraries fall back to DDP without a word."""
+    kind = type(model)
+    package = {"partita": "partita.engine", "alias": "partita.compat", "deepspeed": "deepspeed", "ddp": "torch"}[engine]
+    if not kind.__module__.startswith(package):
+        sys.exit(f"{engine} was asked for, and a {kind.__module__}.{kind.__name__} trains")
+
+
 def by_trainer(engine: str, stage: int, samples: Samples, steps: int, folder: str) -> Course:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -94,11 +102,12 @@ def by_trainer(engine: str, stage: int, samples: Samples, steps: int, folder: st
         trainer_class, more = PartitaTrainer, {"partita_config": config_of(stage)}
     trainer = trainer_class(model=build_model(), args=arguments, train_dataset=samples, callbacks=[Notes()], **more)
     trainer.train()
+    require(engine, trainer.model_wrapped)
     return course
 
 
 def by_accelerate(engine: str, stage: int, samples: Samples, steps: int, folder: str) -> Course:
-    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 
     if engine == "partita":
         from partita.integrations.huggingface import PartitaAccelerator
@@ -107,11 +116,13 @@ def by_accelerate(engine: str, stage: int, samples: Samples, steps: int, folder:
     elif engine == "ddp":
         accelerator = Accelerator(cpu=True)
     else:
-        accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config_of(stage)))
+        PartialState(cpu=True)  # Accelerator(cpu=True) would leave DeepSpeed out without a word
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config_of(stage)))
     model = build_model()
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0)
     loader = torch.utils.data.DataLoader(samples, batch_size=BATCH)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    require(engine, model)
     course = Course()
     for _, batch in zip(range(steps), loader, strict=False):
         loss = model(**batch).loss
