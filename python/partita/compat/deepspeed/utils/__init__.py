@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -24,27 +25,11 @@ from partita.compat.deepspeed.utils.groups import (
 )
 from partita.compat.deepspeed.utils.init_on_device import OnDevice
 from partita.compat.deepspeed.utils.logging import log_dist, log_dist_once, logger, set_log_level_from_string
-from partita.utils import (
-    RepeatingLoader,
-    get_z3_leaf_modules,
-    safe_get_full_fp32_param,
-    safe_get_full_grad,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_grad,
-    safe_set_full_optimizer_state,
-    set_z3_leaf_module,
-    set_z3_leaf_modules,
-    set_z3_leaf_modules_by_name,
-    set_z3_leaf_modules_by_suffix,
-    unset_z3_leaf_modules,
-    z3_leaf_module,
-    z3_leaf_parameter,
-)
+from partita.utils import *  # noqa: F403  # all of them have DeepSpeed's names
+from partita.utils import safe_get_full_grad, safe_set_full_grad
 
 __all__ = [
     "OnDevice",
-    "RepeatingLoader",
     "get_data_parallel_group",
     "get_data_parallel_rank",
     "get_data_parallel_world_size",
@@ -54,28 +39,15 @@ __all__ = [
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_src_rank",
     "get_tensor_model_parallel_world_size",
-    "get_z3_leaf_modules",
     "groups",
     "instrument_w_nvtx",
     "log_dist",
     "log_dist_once",
     "logger",
-    "safe_get_full_fp32_param",
-    "safe_get_full_grad",
-    "safe_get_full_optimizer_state",
-    "safe_set_full_fp32_param",
-    "safe_set_full_grad",
-    "safe_set_full_optimizer_state",
     "safe_update_full_grad_vectorized",
     "set_log_level_from_string",
-    "set_z3_leaf_module",
-    "set_z3_leaf_modules",
-    "set_z3_leaf_modules_by_name",
-    "set_z3_leaf_modules_by_suffix",
-    "unset_z3_leaf_modules",
-    "z3_leaf_module",
-    "z3_leaf_parameter",
 ]
+__all__ += partita.utils.__all__
 
 
 def get_default_deepspeed_config() -> dict[str, Any]:
@@ -96,6 +68,7 @@ def safe_update_full_grad_vectorized(
 def instrument_w_nvtx(func: Callable[..., Any]) -> Callable[..., Any]:
     """The function, as a range of its name in a profile of a GPU."""
 
+    @wraps(func)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         with torch.cuda.nvtx.range(func.__qualname__) if torch.cuda.is_available() else nullcontext():
             return func(*args, **kwargs)
