@@ -76,6 +76,7 @@ def take_model(model: nn.Module, optimizer: Optimizer | None, run: Run, exits: E
         communicator=data,
         gathering=gathering or data,
         policy=run.policy,
+        streams=run.streams,
     )
     exits.callback(units.close)
     partitioned = {p for unit in units.frozen for p in unit.parameters}

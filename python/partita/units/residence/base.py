@@ -161,6 +161,10 @@ class Residence(ABC):
             RuntimeError: the parameters are not pinned.
         """
 
+    def settle(self) -> None:
+        """No copy to the device reads `own_params` any more, so that the host may write there. The host waits."""
+        return
+
     @abstractmethod
     def readable(self) -> list[Tensor] | None:
         """The values of all parameters, if they can be read now and without pinning; None: pin first."""

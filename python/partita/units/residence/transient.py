@@ -78,6 +78,8 @@ class Transient(Residence):
             self._finish()
             make_present(self.parameters)
             self.state = Residency.HERE
+        else:
+            self._join()
 
     def release(self, *, gives_away: bool = False) -> None:
         self._computes = False
@@ -117,6 +119,7 @@ class Transient(Residence):
 
     def commit(self, parameters: list[nn.Parameter]) -> None:
         self._require("commit", Residency.PINNED)
+        self.settle()
         committed = set(map(id, parameters))
         given = {s: p for s, p in zip(self.layout.slots, self.parameters, strict=True) if id(p) in committed}
         for part in self.own_slices():
@@ -135,6 +138,9 @@ class Transient(Residence):
     @abstractmethod
     def _finish(self) -> None:
         """COMING to HERE, but for the class of the parameters."""
+
+    def _join(self) -> None:
+        """In HERE and PINNED: the current stream may use the parameters, whichever stream has waited for them."""
 
     @abstractmethod
     def _bring_home(self) -> None:
