@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from partita.comm import Communicator
-from partita.device import HOST
 from partita.device.memory import flat_buffer, host_buffer
 from partita.units import ShardRun, drop_holder, give_to, holder_of, make_absent, make_present
 
@@ -28,7 +27,7 @@ class ShardMemory:
     def empty(self, nbytes: int, device: torch.device) -> Tensor:
         """Memory for a shard of a parameter of this device."""
         if self.on_host:
-            return host_buffer(nbytes, torch.uint8, self.pin and device != HOST)
+            return host_buffer(nbytes, torch.uint8, self.pin and device.type == "cuda")
         return flat_buffer(nbytes, torch.uint8, device)
 
 
