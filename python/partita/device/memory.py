@@ -146,9 +146,9 @@ class FreedMemory:
     def __init__(self) -> None:
         self._freed_bytes = 0
 
-    def add(self, nbytes: int) -> None:
-        """So much was freed."""
-        self._freed_bytes += nbytes
+    def add(self, nbytes: int, device: torch.device) -> None:
+        """So much was freed there. What a GPU frees is nothing to malloc."""
+        self._freed_bytes += nbytes if device.type == "cpu" else 0
         if self._freed_bytes >= FREED_LIMIT_BYTES:
             self.give_back()
 

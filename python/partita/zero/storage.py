@@ -99,6 +99,11 @@ class PartitionedStorage:
         """The storage, as `key_of` tells it of a tensor."""
         return int(self._storage._cdata)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the whole values are, when they are here."""
+        return self._storage.device
+
     def join(self, parameter: nn.Parameter, name: str) -> None:
         """A parameter that is a view of the storage is one of this holder's from now on."""
         offset = int(parameter.storage_offset())
