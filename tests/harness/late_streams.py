@@ -20,14 +20,17 @@ class LateStreams(HostStreams):
     """Work of the device is done when it is queued; copies between it and the host are done as late as may be.
 
     A copy is done when something comes that has been ordered after it: work of a stream that called `come_after()`, or
-    the host that waits. It reads its source then, whatever is there by then. Until then, its destination is garbage,
-    and memory of the host stays garbage until the host itself waits. So these show as other numbers: a source that is
-    written too early by the device, a destination that is read too early on either side. A source on the host must stay
-    as it is until the host has waited; `check()` raises where it did not.
+    the host that waits. It reads its source then, whatever is there by then. Until then its destination is garbage, and
+    memory of the host stays garbage until the host itself waits. So these show as other numbers: a source that the
+    device writes too early, a destination that either side reads too early. A source on the host must stay as it is
+    until the host has waited; `check()` raises where it did not.
 
     `events`: what happened, ("copy" or "wait", number of the copy), ("come after", stream, addresses), and what a test
     adds. `stream` is the current one; a test changes it. `known[s]`: numbers that a test gives to the work that comes
     before all that is queued on stream s from now on.
+
+    Marks and copies are queued. The device has done what was queued before a copy once somebody has waited for the
+    copy, or all of it after `catch_up()`. The time of a mark that it has not reached cannot be asked for.
 
     Args:
         late: otherwise copies to the host read their source when they begin, as early as may be.
@@ -43,6 +46,9 @@ class LateStreams(HostStreams):
         self.known: defaultdict[Any, set[int]] = defaultdict(set)
         self._late = late
         self._under_way: list[_LateCopy] = []  # what the host does not know to be done, in their order
+        self._queued = self._done = 0
+
+    # -- streams
 
     def current(self) -> Any:
         return self.stream
@@ -67,17 +73,19 @@ class LateStreams(HostStreams):
         finally:
             self.stream = outside
 
+    def to_host(self) -> Any:
+        return self._behind(TO_HOST)
+
+    def to_device(self) -> Any:
+        return self._behind(TO_DEVICE)
+
     @contextmanager
     def _behind(self, stream: str) -> Iterator[None]:
         self.known[stream] |= self.known[self.stream]
         with self.on(stream):
             yield
 
-    def to_host(self) -> Any:
-        return self._behind(TO_HOST)
-
-    def to_device(self) -> Any:
-        return self._behind(TO_DEVICE)
+    # -- copies
 
     def copy_to_host(self, tensor: Tensor) -> _Snapshot:
         return _Snapshot(self, self._begin(), tensor.clone())
@@ -97,10 +105,11 @@ class LateStreams(HostStreams):
             copy.read()
         return copy
 
-    def _begin(self) -> int:
+    def _begin(self) -> tuple[int, int]:
         self.copies += 1
+        self._queued += 1
         self.events.append(("copy", self.copies))
-        return self.copies
+        return self.copies, self._queued
 
     def settle(self, last: _LateCopy, *, host: bool) -> None:
         """A copy is done, and with it those that came before it on its stream; `host`: which the host knows."""
@@ -123,6 +132,27 @@ class LateStreams(HostStreams):
         self.events.clear()
         return numbers
 
+    # -- marks
+
+    def mark(self) -> Any:
+        self._queued += 1
+        return self._queued, super().mark()
+
+    def is_reached(self, mark: Any) -> bool:
+        return bool(mark[0] <= self._done)
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        assert self.is_reached(start) and self.is_reached(end), "a time was asked for that the device has not come to"
+        return super().milliseconds(start[1], end[1])
+
+    def catch_up(self) -> None:
+        """The device has done all that is queued."""
+        self._done = self._queued
+
+    def has_done(self, place: int) -> None:
+        """The device has done what is queued up to here."""
+        self._done = max(self._done, place)
+
 
 class _LateMoment:
     def __init__(self, streams: LateStreams) -> None:
@@ -139,11 +169,13 @@ class _LateMoment:
 class _Snapshot:
     """A copy on the current stream, of what is there when it is queued."""
 
-    def __init__(self, streams: LateStreams, number: int, values: Tensor) -> None:
-        self._streams, self.number, self._values = streams, number, values
+    def __init__(self, streams: LateStreams, place: tuple[int, int], values: Tensor) -> None:
+        self._streams, self._values = streams, values
+        self.number, self._place = place
 
     def wait(self) -> Tensor:
         self._streams.events.append(("wait", self.number))
+        self._streams.has_done(self._place)
         return self._values
 
     def come_after(self) -> None:
@@ -151,9 +183,12 @@ class _Snapshot:
 
 
 class _LateCopy:
-    def __init__(self, streams: LateStreams, number: int, destination: Tensor, source: Tensor, stream: str) -> None:
+    def __init__(
+        self, streams: LateStreams, place: tuple[int, int], destination: Tensor, source: Tensor, stream: str
+    ) -> None:
         assert destination.dtype == source.dtype and destination.shape == source.shape
-        self._streams, self.number, self.stream = streams, number, stream
+        self._streams, self.stream = streams, stream
+        self.number, self._place = place
         self._destination, self._source = destination, source
         self._values: Tensor | None = None  # None: not read yet
         self._is_over = False
@@ -180,6 +215,7 @@ class _LateCopy:
 
     def wait(self) -> Tensor:
         self._streams.events.append(("wait", self.number))
+        self._streams.has_done(self._place)
         if not self._is_over:
             self._streams.settle(self, host=True)
         return self._destination
