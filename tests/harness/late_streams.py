@@ -23,7 +23,8 @@ class LateStreams(HostStreams):
     the host that waits. It reads its source then, whatever is there by then. Until then its destination is garbage, and
     memory of the host stays garbage until the host itself waits. So these show as other numbers: a source that the
     device writes too early, a destination that either side reads too early. A source on the host must stay as it is
-    until the host has waited; `check()` raises where it did not.
+    until the host has waited; `check()` raises where it did not. A stream that comes after a copy has its number with a
+    minus sign in `known`.
 
     `events`: what happened, ("copy" or "wait", number of the copy), ("come after", stream, addresses), and what a test
     adds. `stream` is the current one; a test changes it. `known[s]`: numbers that a test gives to the work that comes
@@ -221,6 +222,7 @@ class _LateCopy:
         return self._destination
 
     def come_after(self) -> None:
+        self._streams.known[self._streams.stream].add(-self.number)
         if not self._is_over:
             self._streams.settle(self, host=False)
 

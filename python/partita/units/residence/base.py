@@ -132,6 +132,10 @@ class Residence(ABC):
             RuntimeError: nobody has called `start_gather`.
         """
 
+    def join(self) -> None:
+        """The current stream uses the parameters, if they are here, whichever stream has waited for them."""
+        return
+
     @abstractmethod
     def release(self, *, gives_away: bool = False) -> None:
         """Nothing computes with the parameters any more. Legal in every state.

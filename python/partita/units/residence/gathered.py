@@ -79,7 +79,7 @@ class Gathered(Transient):
         self._handle = Done()
         self._users.is_ready()
 
-    def _join(self) -> None:
+    def join(self) -> None:
         self._users.use()
 
     def settle(self) -> None:

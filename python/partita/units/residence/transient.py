@@ -79,7 +79,7 @@ class Transient(Residence):
             make_present(self.parameters)
             self.state = Residency.HERE
         else:
-            self._join()
+            self.join()
 
     def release(self, *, gives_away: bool = False) -> None:
         self._computes = False
@@ -138,9 +138,6 @@ class Transient(Residence):
     @abstractmethod
     def _finish(self) -> None:
         """COMING to HERE, but for the class of the parameters."""
-
-    def _join(self) -> None:
-        """In HERE and PINNED: the current stream may use the parameters, whichever stream has waited for them."""
 
     @abstractmethod
     def _bring_home(self) -> None:
