@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from gathered_alone import gathered
 from late_streams import LateStreams
+from partita.units import ParameterGathers
 from torch import Tensor, nn
 
 
@@ -150,3 +152,33 @@ def test_every_stream_waits_for_a_gather_and_memory_goes_after_all_uses(way):
     """G2, for parameters: in forward and in backward, where autograd's saved tensors ask on the forward's stream."""
     for seen, expected in zip(run(way, SeenStreams()), run(way, None), strict=True):
         assert torch.equal(seen, expected)
+
+
+# -- parameters that are gathered after an update, and waited for in forward (overlap_gather)
+
+
+class _Gather:
+    """A collective. Who waits for it knows of it by number 1."""
+
+    def __init__(self, streams: LateStreams) -> None:
+        self._streams = streams
+
+    def wait(self) -> None:
+        self._streams.known[self._streams.stream].add(1)
+
+
+def test_updated_parameters_are_waited_for_by_every_stream_that_uses_them():
+    """G3: two modules with parameters of one unit, on two streams; in each of two steps."""
+    streams, model = LateStreams(), nn.ModuleList([Scale(1.0), Scale(2.0), Scale(3.0)])
+    unit: Any = SimpleNamespace(parameters=[model[0].weight, model[1].weight])
+    other: Any = SimpleNamespace(parameters=[model[2].weight])
+    gathers = ParameterGathers(streams)
+    gathers.wait_in_forward(model, [unit, other])
+    for _ in range(2):
+        streams.known.clear()
+        gathers.add(unit, _Gather(streams))
+        for module, stream in zip(model, ("main", "side", "third"), strict=True):
+            with streams.on(stream):
+                module(torch.ones(3))
+        assert {stream for stream, known in streams.known.items() if 1 in known} == {"main", "side"}
+    gathers.close()
