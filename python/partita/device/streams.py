@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,10 @@ class HostCopy(Protocol):
         """The bytes, in host memory, once they have arrived."""
 
 
+def _nothing() -> None:
+    return
+
+
 class Streams(ABC):
     """The queues of one device, as seen by the thread that fills them.
 
@@ -32,6 +36,7 @@ class Streams(ABC):
     name: str  # of what computes, for people
     # Whether calls return before their work is done. If so, the host learns the outcome of a step during the next one.
     is_asynchronous: bool
+    while_waiting: Callable[[], None] = staticmethod(_nothing)  # while the host waits for the device; may raise
 
     @abstractmethod
     def current(self) -> Any:

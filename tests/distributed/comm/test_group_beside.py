@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from partita.comm import world_communicator
-from partita.comm.torch_transport import backend_of
+from partita.comm.groups import backend_of
 from torch import Tensor
 
 CPU = torch.device("cpu")
