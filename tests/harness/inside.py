@@ -75,6 +75,11 @@ def streams(engine: Engine) -> Streams:
     return engine._run.streams
 
 
+def predivide(engine: Engine) -> float:
+    """What gradients are divided by before they are summed over ranks."""
+    return engine._run.predivide
+
+
 def _lifetimes(engine: Engine) -> ParameterLifetimes:
     return engine._part._backward.lifetimes
 
