@@ -60,6 +60,10 @@ class Streams(ABC):
         """A moment in the current stream, for `milliseconds`."""
 
     @abstractmethod
+    def is_reached(self, mark: Any) -> bool:
+        """Whether all that was queued before a mark is done. Nobody waits."""
+
+    @abstractmethod
     def milliseconds(self, start: Any, end: Any) -> float:
         """Time between two marks; waits until the second one is reached."""
 
@@ -106,6 +110,9 @@ class HostStreams(Streams):
 
     def mark(self) -> float:
         return time.perf_counter()
+
+    def is_reached(self, mark: float) -> bool:
+        return True
 
     def milliseconds(self, start: float, end: float) -> float:
         return (end - start) * 1e3
@@ -156,6 +163,9 @@ class CudaStreams(Streams):
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(self.current())
         return event
+
+    def is_reached(self, mark: torch.cuda.Event) -> bool:
+        return bool(mark.query())  # type: ignore[no-untyped-call]
 
     def milliseconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         end.synchronize()

@@ -114,7 +114,7 @@ def _unit_settings(run: Run) -> UnitSettings:
     offload = Offload(
         states=optimizer.ratio if optimizer.device == "cpu" else 0.0,
         params=params.device == "cpu",
-        pin=params.pin_memory if params.device == "cpu" else optimizer.pin_memory,
+        pin=run.device.type == "cuda" and (params.pin_memory if params.device == "cpu" else optimizer.pin_memory),
     )
     return UnitSettings(
         bucket_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),

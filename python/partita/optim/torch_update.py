@@ -211,7 +211,7 @@ class TorchUpdate(ShardUpdate):
                     continue
                 if view is None or view.dtype != value.dtype or view.shape != value.shape:
                     view = self._view(unit, s, piece, key, value.dtype, tuple(value.shape))
-                    freed.add(value.nbytes)
+                    freed.add(value.nbytes, value.device)
                 state[key] = view.copy_(value)
 
     def _view(

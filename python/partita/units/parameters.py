@@ -244,4 +244,4 @@ def fill_from_rank_0(
         communicator.broadcast(values, 0).wait()
         if (part := parts.get(slot)) is not None:
             destination[part.in_shard] = values.view(-1)[part.in_parameter]
-        freed.add(values.nbytes)
+        freed.add(values.nbytes, values.device)

@@ -108,7 +108,7 @@ class Partitioner:
                 del self._storages[holder.key]  # which changes where a storage is left to others
                 holder.unpin()
                 self._storages[holder.key] = holder
-                self._freed.add(holder.nbytes)
+                self._freed.add(holder.nbytes, holder.device)
 
     def finish(self, failed: bool) -> None:
         """Nothing looks up storages any more. A collective, unless the model could not be built.
