@@ -38,20 +38,20 @@ class LateStreams(HostStreams):
         self.events.append(("come after", stream, [t.data_ptr() for t in tensors]))
         self.known[self.stream] |= self.known[stream]
 
-    def copy_to_host(self, tensor: Tensor) -> _LateCopy:
+    def copy_to_host(self, tensor: Tensor) -> LateCopy:
         return self._copy(tensor)
 
-    def copy_into(self, destination: Tensor, source: Tensor) -> _LateCopy:
+    def copy_into(self, destination: Tensor, source: Tensor) -> LateCopy:
         """The bytes that the source has now; until somebody waits, the destination has garbage."""
         copy = self._copy(source, destination)
         destination.fill_(float("nan"))
         return copy
 
-    def _copy(self, source: Tensor, destination: Tensor | None = None) -> _LateCopy:
+    def _copy(self, source: Tensor, destination: Tensor | None = None) -> LateCopy:
         self.copies += 1
         self._queued += 1
         self.events.append(("copy", self.copies))
-        return _LateCopy(self, (self.copies, self._queued), source.clone(), destination)
+        return LateCopy(self, (self.copies, self._queued), source.clone(), destination)
 
     def mark(self) -> Any:
         self._queued += 1
@@ -79,7 +79,7 @@ class LateStreams(HostStreams):
         return numbers
 
 
-class _LateCopy:
+class LateCopy:
     def __init__(
         self, streams: LateStreams, place: tuple[int, int], bytes_then: Tensor, destination: Tensor | None = None
     ) -> None:

@@ -251,7 +251,7 @@ class PipelineEngine(EngineBase):
             error = failure
             told[0] = 1
         self._run.grid.pipe.all_reduce(told, Reduction.max).wait()
-        failed, first, last, *rest = told.tolist()
+        failed, first, last, *rest = self._run.streams.copy_to_host(told).wait().tolist()
         if not failed:
             try:
                 require_same_labels(first, last)
