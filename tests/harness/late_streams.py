@@ -49,7 +49,7 @@ class LateStreams(HostStreams):
         self.known: defaultdict[Any, set[int]] = defaultdict(set)
         self._late = late
         self.hears_of_launches = False  # a `TellingCommunicator` tells of them
-        self._under_way: list[_LateCopy] = []  # what the host does not know to be done, in their order
+        self._under_way: list[LateCopy] = []  # what the host does not know to be done, in their order
         self._queued = self._done = 0
 
     # -- streams
@@ -91,19 +91,19 @@ class LateStreams(HostStreams):
 
     # -- copies
 
-    def copy_to_host(self, tensor: Tensor) -> _Snapshot:
-        return _Snapshot(self, self._begin(), tensor.clone())
+    def copy_to_host(self, tensor: Tensor) -> Snapshot:
+        return Snapshot(self, self._begin(), tensor.clone())
 
-    def copy_into(self, destination: Tensor, source: Tensor) -> _LateCopy:
-        copy = _LateCopy(self, self._begin(), destination, source, TO_HOST)
+    def copy_into(self, destination: Tensor, source: Tensor) -> LateCopy:
+        copy = LateCopy(self, self._begin(), destination, source, TO_HOST)
         self._under_way.append(copy)
         if not self._late:
             copy.read()
         return copy
 
-    def bring(self, destination: Tensor, source: Tensor) -> _LateCopy:
+    def bring(self, destination: Tensor, source: Tensor) -> LateCopy:
         self.check()
-        copy = _LateCopy(self, self._begin(), destination, source, TO_DEVICE)
+        copy = LateCopy(self, self._begin(), destination, source, TO_DEVICE)
         self._under_way.append(copy)
         if not self.hears_of_launches:
             self.goes_on()
@@ -121,7 +121,7 @@ class LateStreams(HostStreams):
         self.events.append(("copy", self.copies))
         return self.copies, self._queued
 
-    def settle(self, last: _LateCopy, *, host: bool) -> None:
+    def settle(self, last: LateCopy, *, host: bool) -> None:
         """A copy is done, and with it those that came before it on its stream; `host`: which the host knows."""
         before = [copy for copy in self._under_way if copy.stream == last.stream and copy.number <= last.number]
         for copy in before:
@@ -189,7 +189,7 @@ class _LateMoment:
         self._streams.known[self._streams.stream] |= self._known
 
 
-class _Snapshot:
+class Snapshot:
     """A copy on the current stream, of what is there when it is queued."""
 
     def __init__(self, streams: LateStreams, place: tuple[int, int], values: Tensor) -> None:
@@ -205,7 +205,7 @@ class _Snapshot:
         """It was done when it was queued."""
 
 
-class _LateCopy:
+class LateCopy:
     def __init__(
         self, streams: LateStreams, place: tuple[int, int], destination: Tensor, source: Tensor, stream: str
     ) -> None:

@@ -11,9 +11,8 @@ import numpy as np
 import partita
 import pytest
 import torch
-from late_streams import LateStreams, on_late_streams
+from late_streams import on_late_streams
 from partita import ConfigError
-from partita.monitor import PhaseTimers
 from partita.nn.functional import linear_cross_entropy
 from pipelines import Shape, config_for, micro_batch
 from recorded import JOB, everywhere, own_rows, rows, scalars, table
@@ -239,28 +238,6 @@ def test_phases_come_when_the_device_has_done_them_and_nobody_waits(tmp_path: Pa
     phases = {"forward_ms", "backward_ms", "update_ms"}
     assert [phases <= row.keys() for row in found] == [False, *[True] * (len(found) - 1)]
     assert all(row["forward_ms"] > 0 for row in found[1:])
-
-
-def test_no_step_is_missing_from_the_phases():
-    """The times of a step come once, whenever the device is done with it."""
-    streams = LateStreams()
-    timers = PhaseTimers(True, streams)
-
-    def step(*names: str) -> None:
-        for name in names:
-            with timers.phase(name):
-                pass
-        timers.end_step()
-
-    step("forward", "backward", "step")
-    assert timers.take() == []
-    step("forward", "step")
-    streams.catch_up()
-    step("forward")
-    assert [list(phases) for phases in timers.take()] == [["forward", "backward", "step"], ["forward", "step"]]
-    assert timers.take() == []
-    streams.catch_up()
-    assert [list(phases) for phases in timers.take()] == [["forward"]]
 
 
 def test_an_evaluation_is_no_part_of_the_forwards(tmp_path: Path):

@@ -117,6 +117,12 @@ class EngineBase(KeepsState):
         """Updates skipped because gradients were not finite."""
         return self._step.controller.loss_scale.skipped_steps
 
+    @property
+    def last_known_step_was_skipped(self) -> bool:
+        """Whether the last step whose outcome the host knows was skipped. Nobody waits for it: on a GPU that is the
+        step before the last one."""
+        return self._step.last_known_was_skipped
+
     def train_batch_size(self) -> int:
         """Samples per update over all ranks."""
         return self._run.batch.train

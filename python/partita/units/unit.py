@@ -209,20 +209,48 @@ class Unit(FlatParameters):
             self._adopt(written)
         return unseen
 
-    def _uncounted_write(self) -> str | None:
-        """A parameter of this rank's own range that is not what the last update wrote. Parameters that come and go
-        forget what is written to them, and split masters follow their parameters anyway."""
+    def adopt_unseen(self) -> Tensor | None:
+        """The same with `looks`, on a device for which the host does not wait.
+
+        Returns:
+            For `has_unseen()`, an int64 without dimensions on the device; None where there is nothing to look for.
+        """
+        place: Tensor | None = None
+        written = self.take_written()
+        looks = not written and not self._adopts_always and self._shows_writes
+        if looks:
+            differs = _differ(self._made_by_update(slice(None)), self.own_params)
+            place = torch.where(differs.any(), differs.to(torch.uint8).argmax(), -1)
+        if written or self._adopts_always or looks:
+            self._adopt(written)
+        return place
+
+    def has_unseen(self, place: int) -> str | None:
+        """What `adopt_unseen()` has found, read: as `adopt_written_parameters` returns it."""
+        found = (s.slot.name for s in self.own_slices() if s.in_shard.start <= place < s.in_shard.stop)
+        name = next(found, None)
+        self._adopts_always = self._adopts_always or name is not None
+        return name
+
+    @property
+    def _shows_writes(self) -> bool:
+        """Whether a parameter of this rank's own range that others wrote to is not what the last update wrote.
+        Parameters that come and go forget what is written to them, and split masters follow their parameters anyway.
+        """
         if self.residence.comes_and_goes:
-            return None
-        if self.updated is self.own_params and (self.master is None or self.dtype == torch.float32):
+            return False
+        return self.updated is not self.own_params or (self.master is not None and self.dtype != torch.float32)
+
+    def _uncounted_write(self) -> str | None:
+        """A parameter of this rank's own range that is not what the last update wrote. The host waits."""
+        if not self._shows_writes:
             return None
         # In blocks that a processor's caches hold; a GPU takes all at once.
         size = BLOCK if self.own_params.device.type == "cpu" else max(1, len(self.own))
         blocks = [slice(begin, begin + size) for begin in range(0, len(self.own), size)]
         if all(_same_bits(self._made_by_update(b), self.own_params[b]) for b in blocks):
             return None
-        known, here = self._made_by_update(slice(None)), self.own_params
-        differs = (known != here) & ~(known.isnan() & here.isnan())
+        differs = _differ(self._made_by_update(slice(None)), self.own_params)
         return next((s.slot.name for s in self.own_slices() if bool(differs[s.in_shard].any())), None)
 
     def _made_by_update(self, block: slice) -> Tensor:
@@ -244,6 +272,11 @@ class Unit(FlatParameters):
                     self.remainder[part.in_shard].zero_()
         elif self.master is not None and self.dtype != torch.float32:
             kernels.adopt_written(self.master, self.updated)
+
+
+def _differ(known: Tensor, here: Tensor) -> Tensor:
+    """For each element; NaN is like NaN."""
+    return (known != here) & ~(known.isnan() & here.isnan())
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
