@@ -130,6 +130,8 @@ class LateStreams(HostStreams):
             for copy in before:
                 self._under_way.remove(copy)
                 copy.end()
+            for copy in self._under_way:
+                copy.spoil()  # the device may be ahead, and write where later ones go
 
     def check(self) -> None:
         """Raises AssertionError if the host has written into what a copy may still read."""
@@ -216,6 +218,11 @@ class LateCopy:
         self._values: Tensor | None = None  # None: not read yet
         self._is_over = False
         destination.fill_(float("nan"))
+
+    def spoil(self) -> None:
+        """What is there on the host is of no use any more."""
+        if self.stream == TO_HOST:
+            self._destination.fill_(float("nan"))
 
     def read(self) -> None:
         """The device has made the copy. What it wrote on the host is seen by who waits there."""
