@@ -45,9 +45,8 @@ def as_several_ranks(device: torch.device, late: bool) -> Iterator[None]:
     backend = "nccl" if device.type == "cuda" else "gloo"
 
     def connect(*_args: Any, **_kwargs: Any) -> Communicator:
-        made = TorchCommunicator(dist.new_group(backend=backend), device)
-        made._gloo = False  # whole collectives, as NCCL's are
-        return made
+        with inside.whole_collectives():
+            return TorchCommunicator(dist.new_group(backend=backend), device)
 
     def lifetime(policy: StagePolicy, **_ranks: Any) -> Lifetime:
         return Lifetime.GATHERED if policy.shards_params else Lifetime.ALWAYS
