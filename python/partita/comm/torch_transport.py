@@ -212,10 +212,10 @@ class TorchCommunicator(Communicator):
     def check_progress(self) -> None:
         if not self._whole or self._gave_up:
             return
-        where = f"on rank {self.rank} of {self.world_size} over {self.transport}"
+        if self.fate.failures:  # which was raised elsewhere; what this one has under way was ended with it
+            self._give_up(self.fate.failures[0])
+            return
         try:
-            if self.fate.failures:
-                raise CommunicationError(f"{where}: after a failed collective ({self.fate.failures[0]})")
             self._outstanding.check()
         except CommunicationError as error:
             self._give_up(str(error))
