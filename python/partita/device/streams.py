@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from partita import _core
+from partita.device.capability import prepare_kernels
 from partita.device.memory import HOST
 
 # How the host waits for a device. A copy that is about done costs no sleep.
@@ -370,7 +371,7 @@ def streams_of(device: torch.device) -> Streams:
     """The streams of a CPU or CUDA device.
 
     Raises:
-        RuntimeError: a CUDA device and a build without CUDA code.
+        RuntimeError: a CUDA device and a build without CUDA code, or not for this GPU or driver.
         ValueError: another kind of device.
     """
     if device.type == "cpu":
@@ -381,5 +382,6 @@ def streams_of(device: torch.device) -> Streams:
                 f"the model is on '{device}', and this build of Partita has no CUDA code: build it again with nvcc in "
                 "PATH, or move the model to the CPU"
             )
+        prepare_kernels(device)
         return CudaStreams(device)
     raise ValueError(f"device '{device}': Partita trains on the CPU and on CUDA devices")
