@@ -255,9 +255,19 @@ class EngineBase(KeepsState):
         with ExitStack() as ends:  # all of them, whatever one raises
             ends.callback(self._let_go)
             ends.callback(self._exits.close)
+            if self._calls.has_failed:
+                self._give_up()
+                return
             if self._beside.path is not None:
                 self.wait_for_save()
             self._keeper.settle(self)
+
+    def _give_up(self) -> None:
+        """After a failed collective the others do not come: nobody waits for them, for gathers, or for a save."""
+        if self._beside.path is not None:
+            logger.error(f"the checkpoint '{self._beside.path}' was not finished: a collective has failed")
+        for part in self._parts:
+            part.gathers.abandon()
 
     def _let_go(self) -> None:
         self.optimizer = self.lr_scheduler = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,10 +61,16 @@ class PendingOutcome:
     memory in its first steps, and none later.
     """
 
-    def __init__(self, memory: HostCopy, world_size: int) -> None:
+    def __init__(self, memory: HostCopy, world_size: int, has_arrived: Callable[[], bool]) -> None:
         self._memory: HostCopy | None = memory
         self._world_size = world_size
+        self._has_arrived = has_arrived
         self._known: StepOutcome | None = None
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether `wait()` returns at once. Nobody waits."""
+        return self._memory is None or self._has_arrived()
 
     def wait(self) -> StepOutcome:
         """The outcome, once the step is decided. Several ask, and the memory is read once."""
@@ -242,7 +249,8 @@ class StepController:
         return control
 
     def _copy(self) -> PendingOutcome:
-        return PendingOutcome(self._streams.copy_to_host(self._memory), self._world_size)
+        copy = self._streams.copy_to_host(self._memory)
+        return PendingOutcome(copy, self._world_size, partial(self._streams.is_reached, self._streams.mark()))
 
     @property
     def scale(self) -> Tensor:
