@@ -42,17 +42,19 @@ def refusing_host_waits() -> Iterator[None]:
     an error."""
     host = _OfTheHost()
     functions = _Functions(host)
-    wait, run_backward = late_streams.LateCopy.wait, torch.autograd._engine_run_backward
+    run_backward = torch.autograd._engine_run_backward
 
-    def noted(copy: Any) -> Tensor:
-        return host.add(wait(copy))
+    def noted(kind: Any) -> Any:
+        wait = kind.wait
+        return mock.patch.object(kind, "wait", lambda copy: host.add(wait(copy)))
 
     def in_backward(*args: Any, **kwargs: Any) -> Any:
         with functions:  # off while torch's own functions run, of which a backward is one: hooks run in it
             return run_backward(*args, **kwargs)
 
     with (
-        mock.patch.object(late_streams.LateCopy, "wait", noted),
+        noted(late_streams.LateCopy),
+        noted(late_streams.Snapshot),
         mock.patch.object(torch.autograd, "_engine_run_backward", in_backward),
         functions,
         _Operations(host),

@@ -295,7 +295,7 @@ class EngineBase(KeepsState):
             f"batch {batch.train} = {batch.micro} x {_count(batch.accumulation, 'micro-batch')} "
             f"x {_count(self._run.grid.data.world_size, 'rank')}"
         )
-        if self.device.type == "cpu" and torch.cuda.device_count():
+        if self.device.type == "cpu" and torch.cuda.is_available():
             logger.warning("the model is on the CPU and trains there; for a GPU: model.to('cuda') before initialize()")
         if self.config.dump_state:
             secret = {"comet": {"api_key"}}

@@ -13,6 +13,7 @@ from torch import Tensor
 from partita._core import Segments
 from partita.device import kernels
 from partita.device.memory import flat_buffer, host_buffer
+from partita.device.streams import HostCopy, Streams
 from partita.units.layout import Slot, UnitLayout
 from partita.units.parameters import FlatParameters, fill_from_rank_0
 from partita.units.policy import RESIDENT, Offload, StagePolicy
@@ -47,14 +48,16 @@ class Unit(FlatParameters):
     above.
     """
 
-    def __init__(self, residence: Residence, form: UnitForm, policy: StagePolicy) -> None:
+    def __init__(self, residence: Residence, form: UnitForm, policy: StagePolicy, streams: Streams) -> None:
         super().__init__(residence)
+        self._streams = streams
+        self._published: HostCopy | None = None  # what reads `updated`, if that is on the host
         layout, communicator = self.layout, self.communicator
         self.segments = _segments(layout, self.own, self.own.start)
         # Every element is counted by one rank in every stage, so that the norm has the same bits in all of them.
         self.norm_segments = _segments(layout, layout.shard_range(communicator.rank), self.own.start)
         self.offloads = form.offload.states > 0  # what follows is on the host, and moves there and back
-        self._pin = form.offload.pin
+        self.pins = form.offload.pin  # in memory that the device copies from and to by itself
 
         # fp32; for fp32 parameters, this rank's part of them. None: `remainder` (int16) has what `updated` lacks.
         self.master: Tensor | None = None
@@ -102,7 +105,7 @@ class Unit(FlatParameters):
     def state_buffer(self, dtype: torch.dtype) -> Tensor:
         """Memory for something of every element of `own`, where the optimizer computes; zeros."""
         if self.offloads:
-            return host_buffer(len(self.own), dtype, self._pin)
+            return host_buffer(len(self.own), dtype, self.pins)
         return flat_buffer(len(self.own), dtype, self.params.device)
 
     def _take_weights(self, splits_masters: bool) -> None:
@@ -137,7 +140,14 @@ class Unit(FlatParameters):
     def publish(self) -> None:
         """The parameters of `own` are what the last update wrote; on a GPU, for what is queued from now on."""
         if self.updated is not self.own_params:
-            self.own_params.copy_(self.updated, non_blocking=True)
+            self._published = self._streams.bring(self.own_params, self.updated)
+            self._published.come_after()
+
+    def settle(self) -> None:
+        super().settle()
+        if self._published is not None:
+            self._published.wait()
+            self._published = None
 
     def stored_weights(self) -> dict[str, Tensor]:
         """How the weights of this rank's own range are kept, nothing converted: "" what the model computes with, and
@@ -253,7 +263,7 @@ class Unit(FlatParameters):
         return known
 
     def _adopt(self, slots: Collection[Slot]) -> None:
-        self.before_write()
+        self.will_write()
         if self.updated is not self.own_params:
             self.updated.copy_(self.own_params)
         if self.remainder is not None:
