@@ -161,6 +161,11 @@ class StepController:
         nobody has. It is there once the step was decided."""
         return (self.sums[1] / self.sums[2]).float()
 
+    def grad_norm(self) -> Tensor:
+        """The norm of the last step's mean gradient before clipping, float32, on the device; it is there once the step
+        was decided."""
+        return self.control[: torch.float64.itemsize].view(torch.float64).float().reshape(())  # the first of its fields
+
     def add_work(self, tokens: int, flops: float) -> None:
         """What a micro-batch has on this rank; 0: not known."""
         self._work = (self._work[0] + tokens, self._work[1] + flops)
