@@ -158,11 +158,14 @@ class ZeroConfig(Section):
         1_000_000_000,
         description="Stage 3: elements of gathered parameters above which nothing is gathered ahead; 0: never.",
     )
-    reduce_bucket_size: Annotated[PositiveInt, DeepSpeedDefault("500000000")] = Field(
-        8_388_608, description="Elements per gradient collective. Smaller ones start sooner, larger ones cost less."
+    reduce_bucket_size: Annotated[PositiveInt | None, DeepSpeedDefault("500000000")] = Field(
+        None,
+        description="Elements per gradient collective. Smaller ones start sooner, larger ones cost less. null: 8388608 "
+        "on the CPU; on GPUs 2097152 for each data-parallel rank, at least 16777216 and at most 134217728. The smaller "
+        "one of this and `allgather_bucket_size` is used for both.",
     )
-    allgather_bucket_size: Annotated[PositiveInt, DeepSpeedDefault("500000000")] = Field(
-        8_388_608, description="Elements per collective that gathers the updated parameters."
+    allgather_bucket_size: Annotated[PositiveInt | None, DeepSpeedDefault("500000000")] = Field(
+        None, description="Elements per collective that gathers the updated parameters; null: as above."
     )
     overlap_comm: Annotated[bool, DeepSpeedDefault("true in stage 3, else false")] = Field(
         True, description="Reduce gradients while backward still computes."
