@@ -58,7 +58,7 @@ from torch.utils.hooks import RemovableHandle
 from partita.comm import CommunicationError, Communicator
 from partita.units.blocks import watched_modules
 from partita.units.build import ParameterGroup
-from partita.units.gather_pass import Ahead, BlockOrder, GatherPass
+from partita.units.gather_pass import Ahead, BlockOrder, GatherPass, Reuses
 from partita.units.graph_tasks import GraphTasks, current_operation, in_backward, next_operation
 from partita.units.module_hooks import OwnHook, tensors_in
 from partita.units.parameters import FlatParameters
@@ -95,6 +95,7 @@ class ParameterLifetimes:
         self._root = len(groups) - 1
         self._ahead = Ahead(prefetch_numel, max_live_numel - groups[self._root].numel)
         self._order = BlockOrder(self._root)
+        self._reuses = None if communicator is None else Reuses(communicator)
         self._pass: GatherPass | None = None  # under way
         self._live: set[int] = set()  # groups that have been sent for and not released
         self._running: list[int] = []  # groups whose forward runs, the innermost last
@@ -201,6 +202,8 @@ class ParameterLifetimes:
         current = self._pass or GatherPass([], self.groups, self._ahead)
         try:
             skipped = current.turn_of(index) if current.is_to_come(index) else []
+            if self._reuses is not None and current.must_gather_again(index):
+                self._reuses.check(index, self.groups[index].units[0].layout.slots[0].name, current)
             current.start_gather(index)  # does nothing unless this is the root, or a block whose turn was before
             self._live |= {index, *skipped}
             # Prefetching starts before the wait, so that the next gathers go on beside this group's computing.
