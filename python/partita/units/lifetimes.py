@@ -254,6 +254,9 @@ class ParameterLifetimes:
             self._note_use(index)
         if self._root not in self._live:
             self._need(self._root)
+        elif self._communicator is not None:  # another stream may be the current one now
+            for unit in self.groups[self._root].units:
+                unit.residence.join()
         if index != self._root:
             self._need(index)
 
@@ -324,6 +327,8 @@ class ParameterLifetimes:
             self._asked.add(index)
             if unit.residence.state not in (Residency.HERE, Residency.PINNED):
                 self._bring_back(index)
+            else:
+                unit.residence.join()  # autograd runs an operation on the stream of its forward
 
     def bring(self, index: int) -> bool:
         """A parameter of a group is used. Returns whether the model computes, so that the parameter is here now."""

@@ -63,8 +63,7 @@ class GradientReducer:
         self._first_backward = True
         self._plan = BackwardPlan(reduces=False)  # of the backward under way
         self._next = 0  # the unit that is launched next in it
-        largest = max((unit.layout.numel for unit in units), default=0)
-        self._reductions = Reductions(communicator, policy, settings, streams, largest, self._order)
+        self._reductions = Reductions(communicator, policy, settings, streams, units, self._order)
         self.packing = Packing(units, settings.grad_factor, streams)
         self._names = [slot.name for unit in units for slot in unit.layout.slots]
         self._unit_of = [i for i, unit in enumerate(units) for _ in unit.parameters]
