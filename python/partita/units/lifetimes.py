@@ -33,10 +33,9 @@ for a parameter or trains; so a gradient that `autograd.grad()` takes is one, on
 2. How many blocks have been sent for at the turn of a block follows from the sizes of the blocks alone (`Ahead`).
 3. Before the gradients of a unit are reduced, so many blocks have been sent for as at the turn of the unit's block, or
    of an earlier unit's if that is later. Before those of the root, all have been; till then they wait.
-4. Before a rank sends for more blocks than that, the rank reduces the unit: at the turn of a block, the units of all
-   blocks that come earlier in backward. When autograd reaches an operation, autograd is done with all later operations.
-   So blocks that the forward used only later, or not at all, get no gradient any more. This holds in a backward that
-   trains. The others reduce nothing.
+4. Before a rank sends for more blocks than that, it reduces the unit: in a backward that trains, at the turn of a
+   block, the units of all blocks that come earlier. When autograd reaches an operation, autograd is done with all later
+   ones. So blocks that the forward used only later, or not at all, get no gradient any more.
 5. A block that is used again after its turn is gathered again, whoever asks: a module, a saved tensor or an absent
    parameter. Then all ranks must use the block again.
 
@@ -101,7 +100,7 @@ class ParameterLifetimes:
         self._running: list[int] = []  # groups whose forward runs, the innermost last
         self._is_whole = False  # whether that is a forward of the whole model
         self._is_recording = False  # whether autograd was enabled when it began
-        # Autograd numbers the operations in the order of their forward: that tells which block was used first.
+        # Autograd numbers the operations in the order of their forward.
         self._began = 0  # the next operation when this micro-batch began
         self._first_use: dict[int, int] = {}  # block -> the next operation when this micro-batch used it first
         self._to_come: set[int] = set()  # blocks that the backward under way may still bring gradients to
@@ -109,8 +108,7 @@ class ParameterLifetimes:
         self._is_recorded: bool | None = None  # whether the backward under way has a graph of its own; None: unknown
         self._operation = -1  # whose saved tensors asked last
         self._asked: set[int] = set()  # groups that saved tensors have asked for since the operation before that
-        # By number: each unit with its group.
-        self._units = [(i, unit) for i, group in enumerate(groups) for unit in group.units]
+        self._units = [(i, unit) for i, group in enumerate(groups) for unit in group.units]  # by number
         self._number = {id(unit): number for number, (_, unit) in enumerate(self._units)}
         self._saved = None if communicator is None else SavedTensors(partial(_saved_asked, own))
         self._hooks: list[RemovableHandle] = []
