@@ -1,12 +1,14 @@
 #!/bin/sh
 # On a machine with a GPU, torch and nvcc: builds, runs the CUDA tests and the GPU benchmarks, writes JSON and a table.
 #
-#   bench/gpu/run.sh [--only SECTION,SECTION] [--results DIR] [--device cpu] [--quick] [--small] [--no-build | --installed] [--no-table] [DIR]
+#   bench/gpu/run.sh [--only SECTION,SECTION] [--results DIR] [--device cpu] [--quick | --small] [--no-build | --installed]
+#                    [--no-table] [DIR]
 #
 # Sections: tests, sanitize, kernels, step, sync, time, gpt2, compile, largest, offload; none: the build alone. Each takes less than
 # eight minutes, the build in front of the first one counted in. Nothing is fetched. --quick: one round of what matters most, as
-# verify.sh has it; --small: sizes for a CPU. --no-build: what was built before; --installed: the package that Python has. Environment: WHEELS (a folder of wheels to install), GOOGLETEST (its source), PYTHON,
-# CUDA_ARCHITECTURES, SANITIZER_FILTER, SECTION_SECONDS.
+# verify.sh has it; --small: sizes for a CPU. --no-build: what was built before; --installed: the package that Python has.
+# Environment: WHEELS (a folder of wheels to install), GOOGLETEST (its source), PYTHON, CUDA_ARCHITECTURES, SANITIZER_FILTER,
+# SECTION_SECONDS.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 section_begin=$(date +%s)
@@ -37,7 +39,7 @@ python=$(command -v "${PYTHON:-python3}") || { echo "missing: ${PYTHON:-python3}
 PATH="$("$python" -c 'import sys, sysconfig; print(sysconfig.get_path("scripts"))'):$PATH"
 command -v nvcc >/dev/null || PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 stamp=build/gpu/built
-export PATH PYTHONPATH="$site${site:+:}${PYTHONPATH:-}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export PATH PYTHONPATH="$site${PYTHONPATH:+${site:+:}$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 mkdir -p "$results" build/gpu || exit 1
 status=0
 
