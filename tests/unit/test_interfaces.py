@@ -54,6 +54,7 @@ ENGINE_CALLS = [
     "gradient_accumulation_steps",
     "initialize",
     "is_gradient_accumulation_boundary",
+    "last_known_step_was_skipped",
     "load_checkpoint",
     "load_module_state_dict",
     "load_state_dict",

@@ -14,7 +14,7 @@ from partita.comm.communicator import Communicator, Done, Handle, SingleProcess
 from partita.comm.grid import Connect, Coordinates, GridShape, ProcessGrid
 from partita.comm.groups import backend_for
 from partita.comm.hierarchical import HierarchicalCommunicator
-from partita.comm.join import init_distributed, is_joined, leave_job, note_rank, place_in_job
+from partita.comm.join import init_distributed, is_joined, join_job, leave_job, note_rank, place_in_job
 from partita.comm.observed import Carried, Listener, Observed
 from partita.comm.same import Entries, digest_number, require_same
 from partita.comm.setup import communicator_of, require_same_on_all_ranks, world_communicator
@@ -52,6 +52,7 @@ __all__ = [
     "digest_number",
     "init_distributed",
     "is_joined",
+    "join_job",
     "leave_job",
     "note_rank",
     "numbers_by_rank",

@@ -117,6 +117,12 @@ class EngineBase(KeepsState):
         """Updates skipped because gradients were not finite."""
         return self._step.controller.loss_scale.skipped_steps
 
+    @property
+    def last_known_step_was_skipped(self) -> bool:
+        """Whether the last step whose outcome the host knows was skipped. Nobody waits for it: on a GPU that is the
+        step before the last one."""
+        return self._step.last_known_was_skipped
+
     def train_batch_size(self) -> int:
         """Samples per update over all ranks."""
         return self._run.batch.train
@@ -279,7 +285,7 @@ class EngineBase(KeepsState):
             f"batch {batch.train} = {batch.micro} x {_count(batch.accumulation, 'micro-batch')} "
             f"x {_count(self._run.grid.data.world_size, 'rank')}"
         )
-        if self.device.type == "cpu" and torch.cuda.device_count():
+        if self.device.type == "cpu" and torch.cuda.is_available():
             logger.warning("the model is on the CPU and trains there; for a GPU: model.to('cuda') before initialize()")
         if self.config.dump_state:
             secret = {"comet": {"api_key"}}

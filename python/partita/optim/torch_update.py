@@ -49,6 +49,7 @@ class TorchUpdate(ShardUpdate):
         if self._skips:
             return
         for unit, pieces in zip(self._units, self._pieces, strict=True):
+            unit.settle()
             grads = unit.reduced
             if grads.dtype != torch.float32:
                 grads = torch.empty_like(grads, dtype=torch.float32)
@@ -211,7 +212,7 @@ class TorchUpdate(ShardUpdate):
                     continue
                 if view is None or view.dtype != value.dtype or view.shape != value.shape:
                     view = self._view(unit, s, piece, key, value.dtype, tuple(value.shape))
-                    freed.add(value.nbytes)
+                    freed.add(value.nbytes, value.device)
                 state[key] = view.copy_(value)
 
     def _view(

@@ -16,9 +16,8 @@ from partita.comm import (
     Entries,
     GridShape,
     ProcessGrid,
-    backend_for,
-    init_distributed,
     is_joined,
+    join_job,
     leave_job,
     place_in_job,
     require_same_on_all_ranks,
@@ -39,6 +38,13 @@ logger = logging.getLogger("partita")
 @dataclass(frozen=True)
 class Run:
     """A training job before it has a model.
+
+    [Note: sums in float16]
+    A transport that adds in float16 overflows at the sum of N ranks, N times sooner than at their mean. So gradients
+    are divided first, by the largest power of two that is at most N, as they are packed, and the update multiplies
+    by it again. A power of two changes no bit of a normal number; a subnormal one loses bits at its end. With a dynamic
+    loss scale nothing is lost by that: the scale, which rises until something overflows, rises by as much. A fixed
+    scale does not, nor do gradients without one: there nothing is divided.
 
     Attributes:
         config: with all three batch sizes filled in.
@@ -74,11 +80,15 @@ class Run:
 
     @property
     def predivide(self) -> float:
-        """What gradients are divided by before they are summed over ranks."""
-        if not self.config.prescale_gradients:
-            return 1.0
-        factor = self.config.gradient_predivide_factor
-        return factor if factor != 1.0 else float(self.grid.data.world_size)
+        """What gradients are divided by before they are summed over ranks. See [Note: sums in float16]."""
+        ranks = self.grid.data.world_size
+        if self.config.prescale_gradients:
+            factor = self.config.gradient_predivide_factor
+            return factor if factor != 1.0 else float(ranks)
+        is_dynamic = self.precision.scales_loss and self.config.fp16.loss_scale == 0
+        if not self.grid.data.sums_in_fp32 and is_dynamic and self.precision.reduces_in_fp16:
+            return 2.0 ** (ranks.bit_length() - 1)
+        return 1.0
 
     @property
     def mean(self) -> float:
@@ -150,12 +160,13 @@ def begin_run(
         torch.cuda.set_device(device)  # what is made without naming a device belongs here, and not on GPU 0
     if on_failure is not None and not is_joined():
         on_failure.callback(leave_job)
-    init_distributed(backend_for(device))
+    timeout = timedelta(seconds=config.comm.timeout_seconds)
+    join_job(timeout)
     _show_log_on(place_in_job()[0])
     require_same_on_all_ranks(shared, device)
-    timeout = timedelta(seconds=config.comm.timeout_seconds)
     grid = ProcessGrid(partial(world_communicator, config.comm.transport, timeout, device), pipe or 1)
     exits.callback(grid.close)
+    streams.while_waiting = grid.check_progress
     if config.comms_logger.enabled or config.trace is not None:
         grid.observe(streams.mark)
     if grid.world.rank == 0:

@@ -150,6 +150,11 @@ class OptimizerStep:
         """2-norm of the last step's mean gradient, before clipping; None before the first step."""
         return self.controller.last.grad_norm if self.global_steps else None
 
+    @property
+    def last_known_was_skipped(self) -> bool:
+        """Whether the last step whose outcome is known was skipped. Nobody waits."""
+        return self._outcomes.was_skipped
+
     def was_applied(self) -> bool:
         """Whether the last update was not skipped; False before the first one. On a GPU the host waits for it."""
         return self.global_steps > 0 and not self.controller.last.skip

@@ -52,6 +52,7 @@ class StepOutcomes:
         self._skips = skips
         self._refuse_difference = refuse_difference
         self._last: _Entry | None = None
+        self.was_skipped = False  # the last step whose outcome is known
 
     def enter(self, step: int, outcome: PendingOutcome, finiteness: Finiteness) -> None:
         """A step has been queued; the one before it is settled."""
@@ -64,6 +65,7 @@ class StepOutcomes:
         self._last.is_known = True
         outcome = self._last.outcome.wait()
         control, state = outcome.control, outcome.loss_scale
+        self.was_skipped = control.skip
         if self._schedule is not None and not control.skip:
             self._schedule.step()
         self._monitor.report(
