@@ -277,7 +277,9 @@ def move_grads(parts: list[Part[AdamPart]], grads: list[Tensor], like: list[Tens
     """
     addresses: list[int] = []
     for grad, old in zip(grads, like, strict=True):
-        if grad is not old and (grad.dtype is not old.dtype or grad.numel() != old.numel() or grad.device != old.device):
+        if grad is not old and (
+            grad.dtype is not old.dtype or grad.numel() != old.numel() or grad.device != old.device
+        ):
             raise ValueError(
                 f"gradients of {old.numel()} x {old.dtype} on '{old.device}' cannot move to {grad.numel()} x "
                 f"{grad.dtype} on '{grad.device}'"
