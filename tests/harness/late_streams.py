@@ -230,6 +230,7 @@ class LateCopy:
         if self._values is None:
             self._values = self._source.clone()
             if self.stream == TO_DEVICE:
+                assert self._destination.untyped_storage().nbytes(), "memory went before a copy into it was done"
                 self._destination.copy_(self._values)
 
     def end(self) -> None:
