@@ -34,4 +34,4 @@ class Arrivals:
             unit, accumulate, copy = self._under_way.popleft()
             values = copy.wait()
             if accumulate is not None:
-                kernels.cast(unit.reduced, values, accumulate=accumulate)
+                kernels.cast(unit.reduced, values, accumulate=accumulate, threads=self._streams.host_threads)
