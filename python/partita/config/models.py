@@ -226,8 +226,8 @@ class CommConfig(Section):
     )
     timeout_seconds: Annotated[float, Field(gt=0, le=1e6), RankLocal()] = Field(
         600.0,
-        description="How long shared memory waits for a rank before it raises. A rank that died is noticed at once. "
-        "torch.distributed has its own, see `init_distributed()`.",
+        description="How long shared memory waits for a rank before it raises, and over NCCL a host that waits for its "
+        "GPU. Over shared memory a rank that died is noticed at once. Gloo has its own, see `init_distributed()`.",
     )
 
 
@@ -302,7 +302,9 @@ class Config(Section):
     comm: Annotated[CommConfig, OwnKey()] = Field(CommConfig(), description="See [comm](#comm).")
     data_types: DataTypesConfig = Field(DataTypesConfig(), description="See [data_types](#data_types).")
     prescale_gradients: bool = Field(
-        False, description="Divide gradients before they are summed over ranks instead of after."
+        False,
+        description="Divide gradients before they are summed over ranks instead of after. Sums in float16 over NCCL "
+        "are divided first in any case while the loss scale is dynamic, by a power of two.",
     )
     gradient_predivide_factor: Annotated[float, Field(gt=0)] = Field(
         1.0, description="With prescale_gradients: this part of the division comes first, the rest after the sum."
