@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import inside
 import torch
+from communicators import Wrapped
+from partita.comm import Communicator, Handle
 from partita.device import HostStreams
 from partita.device.streams import Moment
 from torch import Tensor
@@ -46,6 +48,7 @@ class LateStreams(HostStreams):
         self.copies = 0
         self.known: defaultdict[Any, set[int]] = defaultdict(set)
         self._late = late
+        self.hears_of_launches = False  # a `TellingCommunicator` tells of them
         self._under_way: list[LateCopy] = []  # what the host does not know to be done, in their order
         self._queued = self._done = 0
 
@@ -102,9 +105,15 @@ class LateStreams(HostStreams):
         self.check()
         copy = LateCopy(self, self._begin(), destination, source, TO_DEVICE)
         self._under_way.append(copy)
-        if self.stream == TO_DEVICE:  # and what comes next on that stream may need it
-            copy.read()
+        if not self.hears_of_launches:
+            self.goes_on()
         return copy
+
+    def goes_on(self) -> None:
+        """Something is queued on the current stream: its own copies are done before that."""
+        for copy in self._under_way:
+            if copy.stream == self.stream:
+                copy.read()
 
     def _begin(self) -> tuple[int, int]:
         self.copies += 1
@@ -121,6 +130,8 @@ class LateStreams(HostStreams):
             for copy in before:
                 self._under_way.remove(copy)
                 copy.end()
+            for copy in self._under_way:
+                copy.spoil()  # the device may be ahead, and write where later ones go
 
     def check(self) -> None:
         """Raises AssertionError if the host has written into what a copy may still read."""
@@ -153,6 +164,19 @@ class LateStreams(HostStreams):
     def has_done(self, place: int) -> None:
         """The device has done what is queued up to here."""
         self._done = max(self._done, place)
+
+
+class TellingCommunicator(Wrapped):
+    """Collectives are work of the stream that is current when they are launched."""
+
+    def __init__(self, inner: Communicator, streams: LateStreams) -> None:
+        super().__init__(inner)
+        self._streams = streams
+        streams.hears_of_launches = True
+
+    def start(self, name: str, buffer: Tensor, collective: Callable[[], Handle]) -> Handle:
+        self._streams.goes_on()
+        return collective()
 
 
 class _LateMoment:
@@ -194,6 +218,11 @@ class LateCopy:
         self._values: Tensor | None = None  # None: not read yet
         self._is_over = False
         destination.fill_(float("nan"))
+
+    def spoil(self) -> None:
+        """What is there on the host is of no use any more."""
+        if self.stream == TO_HOST:
+            self._destination.fill_(float("nan"))
 
     def read(self) -> None:
         """The device has made the copy. What it wrote on the host is seen by who waits there."""

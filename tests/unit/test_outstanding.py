@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from contextlib import ExitStack
 from datetime import timedelta
 from types import SimpleNamespace
@@ -190,7 +191,7 @@ def test_all_groups_that_fail_together_are_aborted_at_the_same_time():
     shared.fail("a second failure aborts nothing again")
     assert shared.is_over()
     assert not both.broken
-    assert all(fate.was_given_up(group) for group in groups)  # type: ignore[arg-type]
+    assert fate.are_given_up()
 
 
 @pytest.mark.parametrize("hangs", [False, True])
@@ -263,3 +264,16 @@ def test_the_default_group_carries_both_kinds_of_tensors_where_there_is_a_gpu(mo
     chosen, named = _joined_with(has_gpu, launcher, monkeypatch)
     assert chosen == backend
     assert "device_id" not in named
+
+
+@pytest.mark.parametrize(("is_default", "given_up", "ends"), [(True, False, 1), (False, False, 0), (True, True, 0)])
+def test_a_default_group_that_was_made_here_ends_with_the_program(monkeypatch, is_default, given_up, ends):
+    """Unless the program has ended it, or what is under way was aborted."""
+    group = _Nccl()
+    monkeypatch.setattr(join, "are_given_up", lambda: given_up)
+    world = SimpleNamespace(
+        group=SimpleNamespace(WORLD=group if is_default else None), destroy_process_group=mock.Mock()
+    )
+    monkeypatch.setattr(join, "dist", world)
+    join._end_job(weakref.ref(group))  # type: ignore[arg-type]
+    assert world.destroy_process_group.call_count == ends

@@ -59,9 +59,9 @@ class Fate:
         return not any(thread.is_alive() for thread in self._threads)
 
 
-def was_given_up(group: dist.ProcessGroup) -> bool:
-    """Whether a group of NCCL was aborted here."""
-    return group in _GIVEN_UP
+def are_given_up() -> bool:
+    """Whether there are groups of NCCL that were aborted here, or are being aborted."""
+    return len(_GIVEN_UP) > 0
 
 
 def _abort(group: dist.ProcessGroup) -> None:

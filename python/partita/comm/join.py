@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from partita import _core
-from partita.comm.fate import was_given_up
+from partita.comm.fate import are_given_up
 from partita.comm.groups import GROUP_TIMEOUT, has_nccl, set_timeout
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -176,9 +176,7 @@ def leave_job() -> None:
 def _end_job(made: weakref.ref[dist.ProcessGroup]) -> None:
     """Ends the default group that was made here: torch.distributed warns of a group of NCCL that nobody has ended."""
     group = made()
-    if group is None or dist.group.WORLD is not group:
-        return
-    if not was_given_up(group):
+    if group is not None and dist.group.WORLD is group and not are_given_up():
         dist.destroy_process_group()
 
 

@@ -46,7 +46,7 @@ class Ending:
         """This rank leaves, and ends the groups that were made for the communicator."""
         self.lookout.end(f"has left the group: {reason}")
         self.messages.close()
-        self._settle()
+        self._settle(has_failed=sys.exc_info()[1] is not None)
         self.own.end(self.fate)
 
     def with_the_program(self) -> None:
@@ -56,17 +56,16 @@ class Ending:
         self.lookout.end(f"has left the group: {why_ending()}")
         self.messages.close()
         if self.outstanding is not None and self.lent is None:
-            self._settle()
+            self._settle(has_failed=getattr(sys, "last_value", None) is not None)
             self.own.end(self.fate)  # else torch.distributed complains, and aborts what others wait for
         if self.lent is not None:
             self._await_threads(self.lent)
 
-    def _settle(self) -> None:
+    def _settle(self, *, has_failed: bool) -> None:
         """What was launched gets done, or nobody waits for it any more."""
         if self.outstanding is None or self.fate.failures:
             return
-        has_error = sys.exc_info()[1] is not None or getattr(sys, "last_value", None) is not None
-        if not self.outstanding.settle(LEAVES_WITHIN_S if has_error else float("inf")):
+        if not self.outstanding.settle(LEAVES_WITHIN_S if has_failed else float("inf")):
             self.fate.fail("it has left while collectives were under way")
         self.outstanding.forget()
 

@@ -139,11 +139,14 @@ class Lookout:
             CommunicationError: a rank is in another call, has ended, or does not come before the timeout.
         """
         if not self._calls().name and not self._ended:
-            self._await_all(name)
+            self.await_all(name)
         with self._calls().inside(name):
             yield
 
-    def _await_all(self, name: str) -> None:
+    def await_all(self, name: str) -> None:
+        """Returns when all ranks are in `name`; raises as `meet`."""
+        if not self._others:
+            return
         number, self._meetings = self._meetings, self._meetings + 1
         self._store.set(self._key(f"met-{number}", self._rank), name)
         keys = [self._key(f"met-{number}", rank) for rank in self._others]

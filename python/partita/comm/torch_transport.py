@@ -124,7 +124,7 @@ class TorchCommunicator(Communicator):
         self._gloo = self.transport == "gloo"
         self._whole = self.transport not in FASTER_BY_MESSAGES
         self.sums_in_fp32 = not self._whole
-        self._gave_up = False
+        self._gave_up = self._has_begun = False
         self._reducing: deque[WorkHandle] = deque()
         self._received: dict[torch.dtype, list[Tensor]] = {}  # buffers free for the next reduce-scatter
         self._lent_so_far = count()
@@ -152,6 +152,10 @@ class TorchCommunicator(Communicator):
 
     def call_of_all(self, name: str) -> AbstractContextManager[None]:
         return self._meeting(name)
+
+    def come_together(self, what: str) -> None:
+        with self._naming(what, self._lookout.launches.count):
+            self._lookout.await_all(what)
 
     def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
         start = self._asynchronous(dist.all_reduce, self._lend(_contiguous(buffer)), OPERATIONS[reduction])
@@ -187,11 +191,14 @@ class TorchCommunicator(Communicator):
         return self._launch("send", tensor, [start], messages=True, peer=destination)
 
     def recv(self, tensor: Tensor, source: int) -> Handle:
+        self._require_here("recv", tensor)
         start = self._receive(_raw(tensor), source, SEND_TAG)
         return self._launch("receive", tensor, [start], messages=True, peer=source)
 
     def connect_pairs(self, pairs: Sequence[tuple[int, int]]) -> None:
         if self._whole:
+            with self._naming("messages", 0):
+                self._begin()
             for source, destination in pairs:
                 token = torch.zeros(1, dtype=torch.uint8, device=self.device)
                 if self.rank == source:
@@ -209,10 +216,10 @@ class TorchCommunicator(Communicator):
     def check_progress(self) -> None:
         if not self._whole or self._gave_up:
             return
-        where = f"on rank {self.rank} of {self.world_size} over {self.transport}"
+        if self.fate.failures:  # which was raised elsewhere; what this one has under way was ended with it
+            self._give_up(self.fate.failures[0])
+            return
         try:
-            if self.fate.failures:
-                raise CommunicationError(f"{where}: after a failed collective ({self.fate.failures[0]})")
             self._outstanding.check()
         except CommunicationError as error:
             self._give_up(str(error))
@@ -254,12 +261,14 @@ class TorchCommunicator(Communicator):
         peer: int | None = None,
     ) -> WorkHandle:
         """Args: messages: the works are sends and receives, which have no number. peer: of all of them."""
+        self._require_here(name, tensor)
         dtype = "" if name == "barrier" else str(tensor.dtype)
         launches, counted = self._lookout.launches, name not in ("send", "receive")
         number = launches.add(self.calls.name, name, tensor.numel(), dtype) if counted else launches.count
         what = name if not dtype else f"{name} of {tensor.numel()} {dtype.removeprefix('torch.')}"
         where = f"{what}, on rank {self.rank} of {self.world_size} over {self.transport}"
         with self._naming(where, number):
+            self._begin()
             if self._whole and not tensor.numel():
                 starts = []  # gloo's own reduce-scatter of nothing never ends
             works = [work for work in [start() for start in starts] if work is not None]
@@ -267,6 +276,12 @@ class TorchCommunicator(Communicator):
             if works and self._whole:
                 self._outstanding.add(launched)
         return WorkHandle(tensor, partial(self._wait, launched, messages=messages, peer=peer), finish)
+
+    def _begin(self) -> None:
+        """All ranks are here before NCCL connects them: there the host would wait for a missing one, without an end."""
+        if self._whole and not self._has_begun:
+            self._has_begun = True
+            self._lookout.await_all("the first collective of a group")
 
     def _wait(self, launched: Launched, *, messages: bool, peer: int | None) -> None:
         with self._naming(launched.where, launched.number):
@@ -325,11 +340,8 @@ class TorchCommunicator(Communicator):
     @contextmanager
     def _meeting(self, name: str) -> Iterator[None]:
         with ExitStack() as exits:
-            try:
+            with self._naming(name, self._lookout.launches.count):
                 exits.enter_context(self._lookout.meet(name))
-            except CommunicationError as error:
-                self._give_up(str(error))
-                raise
             yield
 
     def _lend(self, tensor: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from partita import _core
+from partita.device.capability import prepare_kernels
 from partita.device.memory import HOST
 
 # How the host waits for a device. A copy that is about done costs no sleep.
@@ -153,24 +154,24 @@ class AcrossStreams:
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
         self._ready = streams.moment()
-        self._users: set[Any] = set()
+        self._users: list[Any] = []  # one, as a rule: to compare streams is faster than to hash them
 
     def is_ready(self) -> None:
         """What the current stream has been given by now makes the memory ready."""
         self._ready.take()
-        self._users = {self._streams.current()}
+        self._users = [self._streams.current()]
 
     def use(self) -> None:
         """What is queued from now on on the current stream may use the memory, if it has been made ready."""
         current = self._streams.current()
         if self._users and current not in self._users:
             self._ready.come_after()
-            self._users.add(current)
+            self._users.append(current)
 
     def give_up(self, stream: Any) -> None:
         """Nobody uses the memory any more: what is queued on `stream` from now on comes after all uses."""
-        self._streams.hold_back(stream, self._users - {stream})
-        self._users = set()
+        self._streams.hold_back(stream, [user for user in self._users if user != stream])
+        self._users = []
 
 
 def poll(is_done: Callable[[], bool], while_waiting: Callable[[], None]) -> None:
@@ -293,12 +294,13 @@ class CudaStreams(Streams):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
+        self._index = device.index  # which torch looks up faster than the device
         self.name = torch.cuda.get_device_name(device)
         self._to_host = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._to_device = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def current(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self.device)
+        return torch.cuda.current_stream(self._index)
 
     def come_after(self, stream: torch.cuda.Stream, tensors: Iterable[Tensor]) -> None:
         current = self.current()
@@ -369,7 +371,7 @@ def streams_of(device: torch.device) -> Streams:
     """The streams of a CPU or CUDA device.
 
     Raises:
-        RuntimeError: a CUDA device and a build without CUDA code.
+        RuntimeError: a CUDA device and a build without CUDA code, or not for this GPU or driver.
         ValueError: another kind of device.
     """
     if device.type == "cpu":
@@ -380,5 +382,6 @@ def streams_of(device: torch.device) -> Streams:
                 f"the model is on '{device}', and this build of Partita has no CUDA code: build it again with nvcc in "
                 "PATH, or move the model to the CPU"
             )
+        prepare_kernels(device)
         return CudaStreams(device)
     raise ValueError(f"device '{device}': Partita trains on the CPU and on CUDA devices")

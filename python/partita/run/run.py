@@ -25,12 +25,14 @@ from partita.comm import (
 )
 from partita.config import BatchSizes, ConfigError, ConfigSource, load_config, resolve_batch_sizes
 from partita.device import Streams, streams_of
+from partita.run.buckets import default_bucket_size
 from partita.run.console import ConsoleHandler
 from partita.run.precision import Precision, precision_of, short_name
 from partita.units import StagePolicy, stage_policy
 
 if TYPE_CHECKING:
     from partita.config import Config
+    from partita.config.models import ZeroConfig
 
 logger = logging.getLogger("partita")
 
@@ -47,7 +49,7 @@ class Run:
     scale does not, nor do gradients without one: there nothing is divided.
 
     Attributes:
-        config: with all three batch sizes filled in.
+        config: with all three batch sizes and both bucket sizes filled in.
         batch: the batch sizes, over the data-parallel ranks.
         precision: the number formats.
         policy: what the ZeRO stage decides.
@@ -102,6 +104,13 @@ class Run:
     def splits_masters(self) -> bool:
         """Whether the masters of bf16 parameters are the 16 bits that these lack."""
         return splits_masters(self.config)
+
+    @property
+    def bucket_numel(self) -> int:
+        """Elements of what communicates together, at the most, but for larger parameters."""
+        zero = self.config.zero_optimization
+        sizes = (zero.reduce_bucket_size, zero.allgather_bucket_size)
+        return min(size for size in sizes if size is not None)
 
 
 def splits_masters(config: Config) -> bool:
@@ -181,13 +190,21 @@ def begin_run(
     if precision.given and grid.world.rank == 0:
         _say_given(precision)
     return Run(
-        config=config.model_copy(update=filled),
+        config=config.model_copy(update=filled | {"zero_optimization": _with_buckets(config, device, grid)}),
         batch=batch,
         precision=precision,
         policy=policy_of(config, pipe),
         streams=streams,
         grid=grid,
     )
+
+
+def _with_buckets(config: Config, device: torch.device, grid: ProcessGrid) -> ZeroConfig:
+    """The section `zero_optimization`, with the bucket sizes that the config leaves to the device."""
+    zero = config.zero_optimization
+    default = default_bucket_size(device.type, grid.data.world_size)
+    sizes = {"reduce_bucket_size": zero.reduce_bucket_size, "allgather_bucket_size": zero.allgather_bucket_size}
+    return zero.model_copy(update={name: default if size is None else size for name, size in sizes.items()})
 
 
 def _say_given(precision: Precision) -> None:

@@ -43,6 +43,11 @@ class Arrivals:
         self._free: dict[torch.dtype, list[Tensor]] = {}  # landings on the host
         self._landings: dict[torch.dtype, int] = {}  # how many there are
 
+    @property
+    def landing_bytes(self) -> int:
+        """Memory on the host that sums of several units use in turns."""
+        return sum(count * self._numel * dtype.itemsize for dtype, count in self._landings.items())
+
     def leaves(self, unit: Unit) -> bool:
         """Whether the sums of a unit leave the device."""
         return unit.offloads and self._streams.is_asynchronous

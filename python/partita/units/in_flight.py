@@ -70,6 +70,11 @@ class Reductions:
         """Of buffers that gradients of several units use in turns."""
         return self._staging.nbytes
 
+    @property
+    def landing_bytes(self) -> int:
+        """The same on the host, of sums that are added there."""
+        return self._arrivals.landing_bytes
+
     def has(self, unit: Unit) -> bool:
         """Whether one of this unit is under way."""
         return any(flight.unit is unit for flight in self._in_flight)

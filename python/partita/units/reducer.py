@@ -91,6 +91,11 @@ class GradientReducer:
         """Of buffers that gradients of several units use in turns."""
         return self._reductions.staging_bytes
 
+    @property
+    def landing_bytes(self) -> int:
+        """The same on the host."""
+        return self._reductions.landing_bytes
+
     def finish_backward(self) -> None:
         """Backward is over: packs and launches what is left; parameters without a gradient count as zeros."""
         if not self._bucketer.in_backward:

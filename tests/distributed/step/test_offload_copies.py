@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import inside
@@ -11,7 +10,7 @@ import partita
 import pytest
 from communicators import WaitingCommunicator, communicating_through
 from dictated import Dictated
-from late_streams import LateStreams, on_late_streams
+from late_streams import LateStreams, TellingCommunicator, on_late_streams
 from offloaded import (
     assert_same,
     offloading,
@@ -19,6 +18,7 @@ from offloaded import (
     seen_in,
     three_backwards,
 )
+from partita.comm import Communicator
 
 # Whether copies to the host read their source as late or as early as may be, and whether collectives wait for whoever
 # waits for them.
@@ -28,8 +28,12 @@ LATE, LATE_GATHERS, EARLY = (True, False), (True, True), (False, True)
 def _trains_as_usual(config: dict[str, Any], backward: Callable[..., None], late: bool, waiting: bool) -> None:
     """The bits of the run whose copies take no time."""
     expected_rows, expected = seen_in(config, backward)
-    through = communicating_through(WaitingCommunicator) if waiting else nullcontext()
-    with on_late_streams(LateStreams(late=late)) as streams, through:
+    streams = LateStreams(late=late)
+
+    def through(inner: Communicator) -> Communicator:
+        return TellingCommunicator(WaitingCommunicator(inner) if waiting else inner, streams)
+
+    with on_late_streams(streams), communicating_through(through):
         rows, state = seen_in(config, backward)
     assert repr(rows) == repr(expected_rows)
     assert_same(state, expected)
