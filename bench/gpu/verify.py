@@ -205,6 +205,16 @@ def _descendants(parent: int) -> list[int]:
     return found
 
 
+def architecture_here() -> str:
+    """That of the first GPU, for the compiler; "" where nobody knows."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return f"{said[0].replace('.', '')}-real" if said and said[0].replace(".", "").isdigit() else ""
+
+
 def packed(results: Path, out: Path) -> Path:
     """One file with all results."""
     out.mkdir(parents=True, exist_ok=True)
@@ -242,7 +252,8 @@ def main() -> None:
     results = arguments.out.resolve() / "results" if arguments.device == "cpu" else ROOT / "build/gpu/results"
     results.mkdir(parents=True, exist_ok=True)
     setting = Setting(arguments.folder.resolve(), results, arguments.device, arguments.small, arguments.installed)
-    os.environ.setdefault("CUDA_ARCHITECTURES", "90-real")
+    if setting.on_gpu and (architecture := architecture_here()):
+        os.environ.setdefault("CUDA_ARCHITECTURES", architecture)
     os.environ.update(PYTHONUNBUFFERED="1", PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
     if (setting.folder / "wheels").exists():
         os.environ["WHEELS"] = str(setting.folder / "wheels")

@@ -96,6 +96,15 @@ def test_limits_add_up_to_less_than_a_call_may_take(verify, tmp_path):
         assert len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize("said, expected", [("9.0\n", "90-real"), ("12.1\n8.6\n", "121-real"), ("No devices\n", "")])
+def test_the_build_is_for_the_gpu_that_is_there(verify, tmp_path, monkeypatch, said, expected):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '{said}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert verify.architecture_here() == expected
+
+
 def test_an_interrupted_call_leaves_its_results(tmp_path):
     """SIGTERM, as `timeout` sends it."""
     command = ["bash", str(BENCH / "verify.sh"), "measure", "--installed", "--device", "cpu", "--out", str(tmp_path)]
