@@ -279,6 +279,27 @@ def adam_part(
     return Part(native, grads.device)
 
 
+def move_grads(parts: list[Part[AdamPart]], grads: list[Tensor], like: list[Tensor]) -> None:
+    """Has each part read its gradients from another tensor, of the kind of `like`: what the part was made with.
+
+    That is much faster than `adam_part`, which looks at all buffers.
+
+    Raises:
+        ValueError: as for `address`; or another size, dtype or device.
+    """
+    addresses: list[int] = []
+    for grad, old in zip(grads, like, strict=True):
+        if grad is not old and (
+            grad.dtype is not old.dtype or grad.numel() != old.numel() or grad.device != old.device
+        ):
+            raise ValueError(
+                f"gradients of {old.numel()} x {old.dtype} on '{old.device}' cannot move to {grad.numel()} x "
+                f"{grad.dtype} on '{grad.device}'"
+            )
+        addresses.append(address(grad, "grads"))
+    _core.move_grads([part.native for part in parts], addresses)
+
+
 def adam(parts: list[Part[AdamPart]], groups: list[AdamGroup], control: Tensor, *, threads: int | None = None) -> None:
     """One Adam or AdamW update of all parts (see `adam.h`).
 

@@ -77,7 +77,7 @@ class ShardedStep:
         if self._host_norm_parts:
             on_host = torch.zeros(1, dtype=torch.float64, device=HOST)
             kernels.sum_of_squares(on_host, self._host_norm_parts, threads=self._host_threads)
-            total += on_host.to(total.device, non_blocking=True)
+            total += on_host.item()  # as an argument of the kernel: no copy, for which the host would wait
         self._grid.world.all_reduce(self._controller.sums).wait()
         take_back = self._controller.remember() if self._hooks.precede else None
         self._controller.decide(mean=mean, clip=clip)

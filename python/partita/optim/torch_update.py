@@ -52,6 +52,7 @@ class TorchUpdate(ShardUpdate):
         if self._skips:
             return
         for unit, pieces in zip(self._units, self._pieces, strict=True):
+            unit.settle()
             grads = unit.reduced
             if grads.dtype != torch.float32:
                 grads = torch.empty_like(grads, dtype=torch.float32)

@@ -116,6 +116,7 @@ class NativeAdam(ShardUpdate):
         if resident:
             kernels.adam(resident, self._groups, self._controller.control)
         for i in (i for i in chosen if self._units[i].offloads):
+            self._units[i].settle()
             kernels.adam([self._parts[i]], self._groups, self._host_control, threads=self._host_threads)
             self._units[i].publish()  # on its way to the device beside the update of the next
 

@@ -15,8 +15,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from partita.comm import (
     Communicator,
     any_rank_each,
-    backend_for,
-    init_distributed,
+    join_job,
     ranks_that_differ,
     world_communicator,
 )
@@ -198,8 +197,8 @@ class Partitioner:
     def _lease(self, device: torch.device) -> Lease:
         if device not in self._leases:
             with torch._C.DisableTorchFunction():
-                init_distributed(backend_for(device))
                 timeout = timedelta(seconds=self._comm.timeout_seconds)
+                join_job(timeout)
                 self._leases[device] = Lease(world_communicator(self._comm.transport, timeout, device))
         return self._leases[device]
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 from dictated import SPLIT, Dictated, config_for, dictate, share, take_step
 from late_streams import LateStreams, on_late_streams
+from partita._core import LossScaler
+from partita.optim import StepController
 from partita.units import Unit
 from support import whole
 from torch import Tensor
@@ -162,6 +164,71 @@ def test_a_step_waits_for_the_step_before_and_for_nothing_else(ranks, stage, pre
             # Copies count from 1. After odd steps get_lr() has waited already, and nobody waits a second time.
             assert in_step == ([step] if step % 2 else []), f"step {step}"
             assert set(asked) == ({step + 1} if step % 2 else set()), f"get_lr() after step {step}"
+
+
+def _around_the_decision(config: dict[str, Any], hooked: bool, folder: str) -> list[list[str]]:
+    """For each step, what happened from its sum of squares on: copies begun and waited for, and the update."""
+    if folder:
+        config = {**config, "checkpoint": {"dir": folder}}
+    with on_late_streams() as streams:
+        engine = partita.Engine(model=Dictated(), config=config)
+        if hooked:
+            engine.optimizer.register_step_pre_hook(lambda *_: None)
+        rows = []
+        for step in range(4):
+            engine.backward(engine(gradients(engine, step, bad=step == 2)))
+            streams.events.clear()
+            with (
+                inside.watching_step(engine, lambda: streams.events.append(("begin",))),
+                inside.watching_update(engine, lambda: streams.events.append(("update",))),
+            ):
+                engine.step()
+            names = [event[0] for event in streams.events if event[0] != "come after"]
+            rows.append(names[names.index("begin") + 1 :])
+        engine.destroy()
+    return rows
+
+
+WHO_READS: dict[str, tuple[dict[str, Any], bool, bool]] = {
+    "nobody": ({}, False, False),
+    "hooks": ({}, True, False),
+    "a torch optimizer": (CHANGES["torch optimizer"], False, False),
+    "the update on the host": ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, False, False),
+    "the keeper of checkpoints": ({}, False, True),
+    "all": (CHANGES["torch optimizer"], True, True),
+}
+
+
+@pytest.mark.parametrize("who", WHO_READS)
+def test_the_outcome_is_copied_once_and_before_the_update(ranks, tmp_path, who):
+    """So the host that waits for a decision does not wait for the update and the gathers that follow it."""
+    changes, hooked, keeps = WHO_READS[who]
+    config = config_for(2, **{"optimizer": ADAM, **{k: v for k, v in changes.items() if k != "zero_optimization"}})
+    config["zero_optimization"] |= changes.get("zero_optimization", {})
+    waits = ["wait"] if who not in ("nobody", "the keeper of checkpoints") else []
+    for rows in ranks(2).run(_around_the_decision, config, hooked, str(tmp_path) if keeps else ""):
+        for row in rows:
+            copied, update = row.index("copy"), row.index("update")
+            assert copied < update
+            assert sorted(row) == sorted(["copy", "update", *waits])
+
+
+def test_outcomes_that_nobody_has_read_keep_their_values():
+    """A host that is ahead has several; later steps write none of them."""
+    streams = LateStreams()
+    controller = StepController(LossScaler(False, 1.0, 1.0, 1000, 2, False), streams)
+    pending = []
+    for step in range(4):
+        controller.add_loss(torch.tensor(float(step), dtype=torch.float32))
+        controller.begin(0)[:] = 4.0**step
+        controller.decide(mean=1.0, clip=0.0)
+        pending.append(controller.outcome())
+        controller.forget_told()
+    assert len(set(map(id, pending))) == streams.copies == 4
+    for step in (2, 0, 3, 1):
+        outcome = pending[step].wait()
+        assert (outcome.control.step, outcome.control.grad_norm, outcome.loss) == (step + 1, 2.0**step, step)
+        assert pending[step].wait() is outcome
 
 
 # -- runs that only skip
