@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = "bench/gpu"
 SITE = ROOT / "build/gpu/site"  # where run.sh installs the package
-SHOWN_CHARACTERS = 7000  # of the summary; with the lines before it less than a terminal of 12,000 keeps
+# What is printed last fits into 12,000 characters: the ends of logs of what failed, and the table.
+FAILURES_CHARACTERS, TABLE_CHARACTERS = 3500, 7500
 TAIL_LINES, TAIL_CHARACTERS = 8, 700  # of a section that failed
 GRACE_S = 5.0  # between the end of a section's own budget and that of its processes
 
@@ -122,6 +124,8 @@ class Verification:
         self._results = results
         self._begin = time.monotonic()
         self._deadline = self._begin + seconds
+        self._starting = Lock()  # a process that begins, or the end of all
+        self._is_over = False
         self._processes: list[subprocess.Popen[bytes]] = []
         self.ended: list[Ended] = []
 
@@ -134,7 +138,9 @@ class Verification:
                 return
 
     def end(self) -> None:
-        """No process of a section goes on."""
+        """No process of a section goes on, and none begins."""
+        with self._starting:
+            self._is_over = True
         for process in self._processes:
             _kill(process)
 
@@ -150,7 +156,9 @@ class Verification:
         self._say(f"{section.name}: {outcome}, {time.monotonic() - begin:.0f} s")
 
     def _watched(self, section: Section, limit_s: float, log: Path) -> str:
-        with log.open("wb") as output:
+        with log.open("wb") as output, self._starting:
+            if self._is_over:
+                return "interrupted"
             process = subprocess.Popen(
                 section.command,
                 env=section.within(limit_s),
@@ -160,11 +168,11 @@ class Verification:
                 cwd=ROOT,
             )
             self._processes.append(process)
-            try:
-                status = process.wait(limit_s)
-            except subprocess.TimeoutExpired:
-                _kill(process)
-                return f"ended after {limit_s:.0f} s"
+        try:
+            status = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            _kill(process)
+            return f"ended after {limit_s:.0f} s"
         return "passed" if status == 0 else f"exit status {status}"
 
     def _say(self, text: str) -> None:
@@ -197,6 +205,16 @@ def _descendants(parent: int) -> list[int]:
     return found
 
 
+def architecture_here() -> str:
+    """That of the first GPU, for the compiler; "" where nobody knows."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return f"{said[0].replace('.', '')}-real" if said and said[0].replace(".", "").isdigit() else ""
+
+
 def packed(results: Path, out: Path) -> Path:
     """One file with all results."""
     out.mkdir(parents=True, exist_ok=True)
@@ -209,19 +227,15 @@ def packed(results: Path, out: Path) -> Path:
 
 def report(results: Path, ended: Sequence[Ended]) -> str:
     """The ends of the logs of what failed, then the table, within what a terminal keeps."""
-    lines = []
+    failures = []
     for section in ended:
         if not section.passed:
             tail = section.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-            lines += [f"-- {section.name}: {section.outcome}", "\n".join(tail)[-TAIL_CHARACTERS:]]
+            failures += [f"-- {section.name}: {section.outcome}", "\n".join(tail)[-TAIL_CHARACTERS:]]
     command = [sys.executable, f"{HERE}/summary.py", str(results), "--markdown", str(results / "summary.md")]
     table = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    lines.append((table.stdout + table.stderr)[-SHOWN_CHARACTERS:])
-    return "\n".join(lines)
-
-
-def _interrupted(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+    shown = (table.stdout + table.stderr)[-TABLE_CHARACTERS:]
+    return "\n".join(failures)[:FAILURES_CHARACTERS] + shown
 
 
 def main() -> None:
@@ -238,14 +252,20 @@ def main() -> None:
     results = arguments.out.resolve() / "results" if arguments.device == "cpu" else ROOT / "build/gpu/results"
     results.mkdir(parents=True, exist_ok=True)
     setting = Setting(arguments.folder.resolve(), results, arguments.device, arguments.small, arguments.installed)
-    os.environ.setdefault("CUDA_ARCHITECTURES", "90-real")
+    if setting.on_gpu and (architecture := architecture_here()):
+        os.environ.setdefault("CUDA_ARCHITECTURES", architecture)
     os.environ.update(PYTHONUNBUFFERED="1", PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
     if (setting.folder / "wheels").exists():
         os.environ["WHEELS"] = str(setting.folder / "wheels")
     site = "" if arguments.installed else str(SITE)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
-    signal.signal(signal.SIGTERM, _interrupted)
     verification = Verification(results, arguments.seconds or seconds)
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        verification.end()  # else the threads would wait for their sections
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, interrupted)
     try:
         verification.run(phases_of(setting))
         print(report(results, verification.ended), flush=True)

@@ -1,8 +1,7 @@
-"""Waits of the host for a device in which somebody may look around, and small values on their way between the two."""
+"""Small values on their way between the host and a device; a host that waits for them looks around meanwhile."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -35,14 +34,21 @@ def wait_until(done: Callable[[], bool], meanwhile: Meanwhile) -> None:
 
 def read_back(tensor: Tensor, meanwhile: Meanwhile) -> Tensor:
     """The values of a small tensor in host memory, once the current stream has come to them. On the host: the tensor
-    itself."""
+    itself.
+
+    CUDA's own waits (`.item()`, `.tolist()`) do not return before the device is done, which is never if one of its
+    collectives waits for a rank that has died.
+
+    Args:
+        meanwhile: called at least every 50 ms; what it raises ends the wait.
+    """
     if tensor.is_cpu:
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, device=HOST, pin_memory=True)
     host.copy_(tensor.detach(), non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(tensor.device))
-    wait_until(event.query, meanwhile)
+    poll(event.query, meanwhile)
     return host
 
 

@@ -207,6 +207,14 @@ def begin_run(
     )
 
 
+def _with_buckets(config: Config, device: torch.device, grid: ProcessGrid) -> ZeroConfig:
+    """The section `zero_optimization`, with the bucket sizes that the config leaves to the device."""
+    zero = config.zero_optimization
+    default = default_bucket_size(device.type, grid.data.world_size)
+    sizes = {"reduce_bucket_size": zero.reduce_bucket_size, "allgather_bucket_size": zero.allgather_bucket_size}
+    return zero.model_copy(update={name: default if size is None else size for name, size in sizes.items()})
+
+
 def host_threads(config: Config, device: torch.device, world: Communicator) -> int | None:
     """As `Run.host_threads` has it; only where the host updates. A collective, where the config offloads."""
     offload = config.zero_optimization.offload_optimizer
@@ -215,14 +223,6 @@ def host_threads(config: Config, device: torch.device, world: Communicator) -> i
     own = own_cores()
     by_rank = [Cores.of_text(text) for text in text_by_rank(world, own.text())]
     return offload.threads or threads_for(own, by_rank)  # a key that may differ from rank to rank comes last
-
-
-def _with_buckets(config: Config, device: torch.device, grid: ProcessGrid) -> ZeroConfig:
-    """The section `zero_optimization`, with the bucket sizes that the config leaves to the device."""
-    zero = config.zero_optimization
-    default = default_bucket_size(device.type, grid.data.world_size)
-    sizes = {"reduce_bucket_size": zero.reduce_bucket_size, "allgather_bucket_size": zero.allgather_bucket_size}
-    return zero.model_copy(update={name: default if size is None else size for name, size in sizes.items()})
 
 
 def _say_given(precision: Precision) -> None:
