@@ -1,4 +1,6 @@
 // Adam: every byte of weights, moments and gradients is read once and written once.
+#include <type_traits>
+
 #include "adam_update.h"
 #include "checks.h"
 #include "dispatch.cuh"
@@ -13,8 +15,8 @@ namespace {
 
 constexpr std::int64_t chunk_numel = 4096;
 constexpr int width = vector_width<float>;
-constexpr int together = 2;       // vectors per thread and turn
-constexpr int table_groups = 64;  // optimizer groups of one launch
+constexpr int small_groups = 8;   // optimizer groups of a launch with few rows
+constexpr int table_groups = 64;  // of any launch
 
 struct AdamRow {
     const void* grads;
@@ -27,13 +29,26 @@ struct AdamRow {
     std::int32_t group;  // of the launch
 };
 
-struct AdamTable {
-    Rows<AdamRow> rows;
-    AdamGroup groups[table_groups];
+// The optimizer groups of a launch, and the control block of its step.
+struct AdamStep {
+    const AdamGroup* groups;
     int group_count;
     const StepControl* control;
 };
-static_assert(sizeof(AdamTable) <= 32764, "more than a kernel's arguments may have");
+
+template <int table_bytes>
+struct AdamTable {
+    Rows<AdamRow, table_bytes> rows;
+    AdamGroup groups[table_bytes == small_table ? small_groups : table_groups];
+    int group_count;
+    const StepControl* control;
+
+    AdamTable(const Rows<AdamRow, table_bytes>& some, const AdamStep& step)
+        : rows(some), group_count(step.group_count), control(step.control) {
+        std::copy_n(step.groups, step.group_count, groups);
+    }
+};
+static_assert(sizeof(AdamTable<large_table>) <= 32764, "more than a kernel's arguments may have");
 
 // Where a weight is: an fp32 master, with or without a parameter beside it ...
 template <class P>
@@ -100,9 +115,19 @@ struct SplitMasters {
     }
 };
 
+// Vectors per thread and turn, and blocks per multiprocessor: as many as need no memory in place of registers. To split
+// weights takes more of these than to round them.
+template <class G, class Masters>
+struct Shape {
+    static constexpr bool splits = std::is_same_v<Masters, SplitMasters>;
+    static constexpr int together = splits && sizeof(G) == 4 ? 1 : 2;
+    static constexpr int resident = splits && sizeof(G) == 2 ? 3 : resident_blocks;
+};
+
 template <class G, class Masters>
 __device__ void adam_chunk(const G* grads, const Masters& masters, float* exp_avg, float* exp_avg_sq, int numel,
                            const AdamVectors<Lane>& f) {
+    constexpr int together = Shape<G, Masters>::together;
     const bool aligned = is_aligned<width>(grads) && masters.are_aligned() && is_aligned<width>(exp_avg) &&
                          is_aligned<width>(exp_avg_sq);
     const int vectors = aligned ? numel / width : 0;
@@ -136,6 +161,8 @@ __device__ void adam_chunk(const G* grads, const Masters& masters, float* exp_av
             store(exp_avg_sq, i, v[u]);
         }
     }
+    // Unrolled, this loop, which has next to nothing to do, would take the registers of the other one.
+#pragma unroll 1
     for (int i = vectors * width + threadIdx.x; i < numel; i += block_threads) {
         Lane weight = masters.load_one(i), m = Lane::load(exp_avg[i]), v = Lane::load(exp_avg_sq[i]);
         adam_update(weight, m, v, Lane::load(grads[i]), f);
@@ -145,8 +172,9 @@ __device__ void adam_chunk(const G* grads, const Masters& masters, float* exp_av
     }
 }
 
-template <class G, class Masters>
-__global__ void __launch_bounds__(block_threads, resident_blocks) adam_kernel(const __grid_constant__ AdamTable table) {
+template <class G, class Masters, int table_bytes>
+__global__ void __launch_bounds__(block_threads, Shape<G, Masters>::resident)
+    adam_kernel(const __grid_constant__ AdamTable<table_bytes> table) {
     if (table.control->skip != 0) return;
     __shared__ AdamFactors factors[table_groups];
     if (static_cast<int>(threadIdx.x) < table.group_count) {
@@ -164,12 +192,17 @@ __global__ void __launch_bounds__(block_threads, resident_blocks) adam_kernel(co
     }
 }
 
+template <class G, class Masters, int table_bytes>
+void run(const AdamTable<table_bytes>& table, Stream stream) {
+    launch<adam_kernel<G, Masters, table_bytes>, Shape<G, Masters>::resident>("adam", stream, table.rows.chunks(),
+                                                                              block_threads, table);
+}
+
 template <class G, class Masters>
-void run(AdamTable& table, const std::vector<AdamRow>& rows, Stream stream) {
-    for_each_table(rows, chunk_numel, [&](const Rows<AdamRow>& part) {
-        table.rows = part;
-        launch("adam", stream, part.chunks(), block_threads, adam_kernel<G, Masters>, table);
-    });
+void run(const AdamStep& step, const std::vector<AdamRow>& rows, Stream stream) {
+    for_each_table(
+        rows, chunk_numel, [&](const auto& part) { run<G, Masters>(AdamTable(part, step), stream); },
+        step.group_count <= small_groups);
 }
 
 // What one kernel does: gradients and parameters of one type each, masters whole or split.
@@ -204,11 +237,11 @@ std::vector<AdamRow> rows_of(const std::vector<AdamPart>& parts, Kind kind, int 
     return rows;
 }
 
-void run(AdamTable& table, const std::vector<AdamRow>& rows, Kind kind, Stream stream) {
+void run(const AdamStep& step, const std::vector<AdamRow>& rows, Kind kind, Stream stream) {
     with_type(kind.grads, [&](auto g) {
         using G = decltype(g);
-        if (kind.splits) return run<G, SplitMasters>(table, rows, stream);
-        with_type(kind.params, [&](auto p) { run<G, WholeMasters<decltype(p)>>(table, rows, stream); });
+        if (kind.splits) return run<G, SplitMasters>(step, rows, stream);
+        with_type(kind.params, [&](auto p) { run<G, WholeMasters<decltype(p)>>(step, rows, stream); });
     });
 }
 
@@ -224,12 +257,10 @@ void adam(const std::vector<AdamPart>& parts, const std::vector<AdamGroup>& grou
         if (std::find(kinds.begin(), kinds.end(), kind) == kinds.end()) kinds.push_back(kind);
     }
     for (int first = 0; first < static_cast<int>(groups.size()); first += cuda::table_groups) {
-        cuda::AdamTable table{};
-        table.group_count = std::min(cuda::table_groups, static_cast<int>(groups.size()) - first);
-        table.control = control;
-        std::copy_n(groups.begin() + first, table.group_count, table.groups);
+        const int count = std::min(cuda::table_groups, static_cast<int>(groups.size()) - first);
+        const cuda::AdamStep step{&groups[static_cast<std::size_t>(first)], count, control};
         for (const cuda::Kind& kind : kinds) {
-            cuda::run(table, cuda::rows_of(parts, kind, first, table.group_count), kind, stream);
+            cuda::run(step, cuda::rows_of(parts, kind, first, count), kind, stream);
         }
     }
 }

@@ -56,9 +56,9 @@ __device__ void copy_chunk(To* to, const From* from, int numel, Lane scale) {
     }
 }
 
-template <bool accumulate, class From, class To>
+template <bool accumulate, class From, class To, int table_bytes>
 __global__ void __launch_bounds__(block_threads, resident_blocks)
-    copy_kernel(const __grid_constant__ Rows<CopyRow> table, const Scale scale) {
+    copy_kernel(const __grid_constant__ Rows<CopyRow, table_bytes> table, const Scale scale) {
     const Lane factor = Lane::broadcast(product(scale));
     for (std::int64_t chunk = blockIdx.x; chunk < table.first_chunk[table.count]; chunk += gridDim.x) {
         const int r = table.find(chunk);
@@ -74,18 +74,20 @@ __global__ void __launch_bounds__(block_threads, resident_blocks)
     }
 }
 
-template <class From, class To>
-void run_table(const char* function, const Rows<CopyRow>& table, Scale scale, bool accumulate, Stream stream) {
+template <class From, class To, int table_bytes>
+void run(const char* function, const Rows<CopyRow, table_bytes>& table, Scale scale, bool accumulate, Stream stream) {
     if (accumulate) {
-        launch(function, stream, table.chunks(), block_threads, copy_kernel<true, From, To>, table, scale);
+        launch<copy_kernel<true, From, To, table_bytes>>(function, stream, table.chunks(), block_threads, table, scale);
     } else {
-        launch(function, stream, table.chunks(), block_threads, copy_kernel<false, From, To>, table, scale);
+        launch<copy_kernel<false, From, To, table_bytes>>(function, stream, table.chunks(), block_threads, table,
+                                                          scale);
     }
 }
 
 void run(const char* function, const std::vector<CopyPair>& pairs, Scale scale, bool accumulate, Stream stream) {
     std::vector<CopyRow> rows[dtype_count][dtype_count];
     for (const CopyPair& pair : pairs) {
+        if (pair.to.numel == 0) continue;
         rows[static_cast<int>(pair.from.dtype)][static_cast<int>(pair.to.dtype)].push_back(
             {pair.to.data, pair.from.data, pair.to.numel});
     }
@@ -93,9 +95,8 @@ void run(const char* function, const std::vector<CopyPair>& pairs, Scale scale, 
         for (const DType to : {DType::f32, DType::f16, DType::bf16}) {
             for_each_table(rows[static_cast<int>(from)][static_cast<int>(to)], chunk_numel, [&](const auto& table) {
                 with_type(from, [&](auto f) {
-                    with_type(to, [&](auto t) {
-                        run_table<decltype(f), decltype(t)>(function, table, scale, accumulate, stream);
-                    });
+                    with_type(
+                        to, [&](auto t) { run<decltype(f), decltype(t)>(function, table, scale, accumulate, stream); });
                 });
             });
         }

@@ -16,8 +16,8 @@ __global__ void loss_scale_kernel(StepControl* control, LossScaleState* state, L
 
 void loss_scale_update(StepControl* control, LossScaleState* state, const LossScaler& scaler,
                        const double* sum_of_squares, double mean, double clip, Stream stream) {
-    cuda::launch("loss_scale_update", stream, 1, 1, cuda::loss_scale_kernel, control, state, scaler.config(),
-                 sum_of_squares, mean, clip);
+    cuda::launch<cuda::loss_scale_kernel>("loss_scale_update", stream, 1, 1, control, state, scaler.config(),
+                                          sum_of_squares, mean, clip);
 }
 
 }  // namespace partita

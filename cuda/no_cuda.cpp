@@ -21,6 +21,9 @@ namespace {
 
 bool built_with_cuda() { return false; }
 int cuda_device_count() { return 0; }
+CudaVersions cuda_versions() { return {}; }
+const char* cuda_architectures() { return ""; }
+int load_cuda_kernels(int) { refuse("load_cuda_kernels"); }
 
 void pack(Span, const std::vector<Span>&, const std::vector<std::int64_t>&, Scale, bool, Stream) { refuse("pack"); }
 void cast(Span, Span, Scale, bool, Stream) { refuse("cast"); }

@@ -11,6 +11,7 @@ namespace cuda {
 namespace {
 
 constexpr int together = 4;  // vectors per thread and turn
+constexpr int resident = 3;  // of four blocks, some would keep registers in memory: those of many fp64 numbers
 constexpr int warp_threads = 32;
 constexpr int total_threads = 1024;  // of the one block that adds the blocks' sums
 
@@ -64,9 +65,9 @@ __device__ double sum_of_squares(const T* values, int numel) {
     return __dadd_rn(__dadd_rn(sums[0], sums[1]), __dadd_rn(sums[2], sums[3]));
 }
 
-template <class T>
-__global__ void __launch_bounds__(block_threads, resident_blocks)
-    norm_kernel(const __grid_constant__ Rows<NormRow> table, double* sums) {
+template <class T, int table_bytes>
+__global__ void __launch_bounds__(block_threads, resident)
+    norm_kernel(const __grid_constant__ Rows<NormRow, table_bytes> table, double* sums) {
     for (std::int64_t chunk = blockIdx.x; chunk < table.first_chunk[table.count]; chunk += gridDim.x) {
         const int r = table.find(chunk);
         const std::int64_t begin = (chunk - table.first_chunk[r]) * Segments::block_numel;
@@ -77,6 +78,11 @@ __global__ void __launch_bounds__(block_threads, resident_blocks)
         if (threadIdx.x == 0) sums[chunk] = sum;
         __syncthreads();
     }
+}
+
+template <class T, int table_bytes>
+void run(const Rows<NormRow, table_bytes>& table, double* sums, Stream stream) {
+    launch<norm_kernel<T, table_bytes>, resident>("norm", stream, table.chunks(), block_threads, table, sums);
 }
 
 __global__ void __launch_bounds__(total_threads) total_kernel(double* total, const double* sums, std::int64_t count) {
@@ -101,15 +107,12 @@ void norm(double* sum_of_squares, const std::vector<NormPart>& parts, double* sc
             }
         }
         cuda::for_each_table(rows, Segments::block_numel, [&](const auto& table) {
-            cuda::with_type(dtype, [&](auto type) {
-                cuda::launch("norm", stream, table.chunks(), cuda::block_threads, cuda::norm_kernel<decltype(type)>,
-                             table, scratch + done);
-            });
+            cuda::with_type(dtype, [&](auto type) { cuda::run<decltype(type)>(table, scratch + done, stream); });
             done += table.chunks();
         });
     }
-    cuda::launch("norm", stream, done > 0 ? 1 : 0, cuda::total_threads, cuda::total_kernel, sum_of_squares, scratch,
-                 done);
+    cuda::launch<cuda::total_kernel>("norm", stream, done > 0 ? 1 : 0, cuda::total_threads, sum_of_squares, scratch,
+                                     done);
 }
 
 }  // namespace partita

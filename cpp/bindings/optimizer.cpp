@@ -33,6 +33,13 @@ void register_optimizer(py::module_& m) {
              }),
              py::arg("grads"), py::arg("master"), py::arg("remainder"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
              py::arg("params"), py::arg("segments"), py::keep_alive<1, 8>());
+    m.def(
+        "move_grads",
+        [](const std::vector<AdamPart*>& parts, const std::vector<std::uintptr_t>& addresses) {
+            if (parts.size() != addresses.size()) throw py::value_error("as many addresses as parts are needed");
+            for (std::size_t i = 0; i < parts.size(); ++i) parts[i]->buffers.grads.data = pointer<void>(addresses[i]);
+        },
+        py::arg("parts"), py::arg("addresses"));
     register_for<int>(m);
     register_for<Stream>(m);
 }

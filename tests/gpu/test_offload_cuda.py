@@ -11,7 +11,7 @@ import inside
 import pytest
 import torch
 from device_runs import FP16, HOST, SPLIT, WHOLE, Deep, assert_same, engine_of, samples, state_of
-from on_gpu import on_both_devices
+from on_gpu import NEEDS_CUDA, on_both_devices
 
 WIDTH = 24
 OFFLOADS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -87,9 +87,10 @@ assert not torch.cuda.is_initialized()
 """
 
 
-def test_a_model_on_the_cpu_touches_no_gpu(python):
+@pytest.mark.parametrize("there_is_one", [False, pytest.param(True, marks=NEEDS_CUDA)])
+def test_a_model_on_the_cpu_touches_no_gpu(python, there_is_one):
     """Pinned memory would need a context there, of hundreds of MiB, on GPU 0."""
+    command = [sys.executable] if there_is_one else python.command
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable] if torch.cuda.is_available() else python.command
     done = subprocess.run([*command, "-c", ON_THE_CPU], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr

@@ -74,6 +74,9 @@ class NotedCommunicator(Wrapped):
             self._record.events.append(Event("wait", event.key, event.stream))
         return _Noted(collective(), self._record, event)
 
+    def come_together(self, what: str) -> None:
+        self.inner.come_together(what)
+
     def send(self, tensor: Tensor, destination: int) -> Handle:
         return self._message(self.rank, destination, self.inner.send(tensor, destination))
 
@@ -115,11 +118,15 @@ def noting_order(stream_of: Callable[[int, int], str] = "{}>{}".format) -> Itera
         inner.close()
 
 
-def circle_of(records: Sequence[Record]) -> list[str] | None:
-    """What may wait for each other in a circle, in its order, see [Note: one queue]; None: nothing, so no deadlock.
+def circle_of(records: Sequence[Record], *, one_queue: bool = True) -> list[str] | None:
+    """What may wait for each other in a circle, in its order; None: nothing, so no deadlock.
 
     A collective is done when all ranks have begun it. The nodes of the graph are collectives, and points in the program
     of each rank.
+
+    Args:
+        one_queue: see [Note: one queue]. Otherwise each stream has a queue, and a launch comes after what the program
+            has waited for, and after what its own stream has.
     """
     graph: TopologicalSorter[str] = TopologicalSorter()
     for rank, record in enumerate(records):
@@ -132,7 +139,7 @@ def circle_of(records: Sequence[Record]) -> list[str] | None:
                 graph.add(point, event.key)
                 continue
             if event.stream in last:
-                graph.add(point, last[event.stream])
+                graph.add(point if one_queue else event.key, last[event.stream])
             graph.add(event.key, point)
             last[event.stream] = event.key
     try:

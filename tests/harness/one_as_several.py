@@ -27,9 +27,8 @@ def native_communicator(device: torch.device, backend: str) -> Communicator:
     own = OwnGroups()
     group = own.make(backend)
     assert group is not None  # all ranks are in it
-    made = TorchCommunicator(group, device, own)
-    made._gloo = False
-    return made
+    with inside.whole_collectives():
+        return TorchCommunicator(group, device, own)
 
 
 def over(device: torch.device, backend: str) -> AbstractContextManager[Any]:

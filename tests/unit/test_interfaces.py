@@ -51,6 +51,7 @@ ENGINE_CALLS = [
     "global_rank",
     "global_samples",
     "global_steps",
+    "grad_norm_tensor",
     "gradient_accumulation_steps",
     "initialize",
     "is_gradient_accumulation_boundary",

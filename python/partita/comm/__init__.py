@@ -10,6 +10,7 @@ from partita.comm.agree import (
     ranks_that_differ,
     text_by_rank,
 )
+from partita.comm.calls import error_under_way
 from partita.comm.communicator import Communicator, Done, Handle, SingleProcess
 from partita.comm.grid import Connect, Coordinates, GridShape, ProcessGrid
 from partita.comm.groups import backend_for
@@ -50,6 +51,7 @@ __all__ = [
     "by_rank",
     "communicator_of",
     "digest_number",
+    "error_under_way",
     "init_distributed",
     "is_joined",
     "join_job",

@@ -87,6 +87,13 @@ class Communicator(ABC):
         """
         return self.calls.inside(name)
 
+    def come_together(self, what: str) -> None:  # noqa: B027  some transports compare collectives
+        """Returns when all ranks are about to do this; for what is rare.
+
+        Raises:
+            CommunicationError: another rank does something else.
+        """
+
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A flat buffer that this transport can work on in place; its content is undefined."""
         return flat_buffer(numel, dtype, self.device)

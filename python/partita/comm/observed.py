@@ -72,6 +72,9 @@ class Observed(Communicator):
     def call_of_all(self, name: str) -> AbstractContextManager[None]:
         return self.inner.call_of_all(name)
 
+    def come_together(self, what: str) -> None:
+        self.inner.come_together(what)
+
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         return self.inner.empty(numel, dtype)
 

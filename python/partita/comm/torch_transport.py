@@ -153,6 +153,10 @@ class TorchCommunicator(Communicator):
     def call_of_all(self, name: str) -> AbstractContextManager[None]:
         return self._meeting(name)
 
+    def come_together(self, what: str) -> None:
+        with self._naming(what, self._lookout.launches.count):
+            self._lookout.await_all(what)
+
     def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
         start = self._asynchronous(dist.all_reduce, self._lend(_contiguous(buffer)), OPERATIONS[reduction])
         return self._launch("all_reduce", buffer, [start], self._division(buffer, reduction))
@@ -336,11 +340,8 @@ class TorchCommunicator(Communicator):
     @contextmanager
     def _meeting(self, name: str) -> Iterator[None]:
         with ExitStack() as exits:
-            try:
+            with self._naming(name, self._lookout.launches.count):
                 exits.enter_context(self._lookout.meet(name))
-            except CommunicationError as error:
-                self._give_up(str(error))
-                raise
             yield
 
     def _lend(self, tensor: Tensor) -> Tensor:

@@ -120,6 +120,12 @@ class OffloadOptimizerConfig(Section):
     ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="The share of the parameters whose states are offloaded; the rest is updated on the device."
     )
+    threads: Annotated[PositiveInt | None, OwnKey(), RankLocal()] = Field(
+        None,
+        description="Threads of each rank for its update on the CPU; null: the cores of the rank's affinity, of which "
+        "ranks with the same ones have their share. A launcher's `OMP_NUM_THREADS=1` does not matter here. A model on "
+        "the CPU computes with torch's threads (`torch.set_num_threads`) in any case.",
+    )
 
 
 class OffloadParamConfig(Section):
@@ -158,11 +164,14 @@ class ZeroConfig(Section):
         1_000_000_000,
         description="Stage 3: elements of gathered parameters above which nothing is gathered ahead; 0: never.",
     )
-    reduce_bucket_size: Annotated[PositiveInt, DeepSpeedDefault("500000000")] = Field(
-        8_388_608, description="Elements per gradient collective. Smaller ones start sooner, larger ones cost less."
+    reduce_bucket_size: Annotated[PositiveInt | None, DeepSpeedDefault("500000000")] = Field(
+        None,
+        description="Elements per gradient collective. Smaller ones start sooner, larger ones cost less. null: 8388608 "
+        "on the CPU; on GPUs 2097152 for each data-parallel rank, at least 16777216 and at most 134217728. The smaller "
+        "one of this and `allgather_bucket_size` is used for both.",
     )
-    allgather_bucket_size: Annotated[PositiveInt, DeepSpeedDefault("500000000")] = Field(
-        8_388_608, description="Elements per collective that gathers the updated parameters."
+    allgather_bucket_size: Annotated[PositiveInt | None, DeepSpeedDefault("500000000")] = Field(
+        None, description="Elements per collective that gathers the updated parameters; null: as above."
     )
     overlap_comm: Annotated[bool, DeepSpeedDefault("true in stage 3, else false")] = Field(
         True, description="Reduce gradients while backward still computes."

@@ -27,12 +27,9 @@ import torch
 from torch import Tensor
 
 from partita import _core
+from partita.device.capability import prepare_kernels
 from partita.device.memory import HOST
-
-# How the host waits for a device. A copy that is about done costs no sleep.
-SPINS = 20  # questions without a pause, some 20 microseconds
-PAUSE_S = 50e-6
-LOOKS_EVERY_S = 0.05
+from partita.device.polling import wait_until
 
 
 class HostCopy(Protocol):
@@ -66,6 +63,8 @@ class Streams(ABC):
     name: str  # of what computes, for people
     # Whether calls return before their work is done. If so, the host learns the outcome of a step during the next one.
     is_asynchronous: bool
+    # Of native work on the host beside this device, such as the update of offloaded units; None: as many as torch uses.
+    host_threads: int | None = None
 
     def __init__(self) -> None:
         # Called at least every 50 ms while the host waits for the device; what it raises ends the wait.
@@ -171,20 +170,6 @@ class AcrossStreams:
         """Nobody uses the memory any more: what is queued on `stream` from now on comes after all uses."""
         self._streams.hold_back(stream, [user for user in self._users if user != stream])
         self._users = []
-
-
-def poll(is_done: Callable[[], bool], while_waiting: Callable[[], None]) -> None:
-    """Returns when `is_done()`. The only wait of the host for a device: signals are handled within a pause, and
-    `while_waiting` is called at least every 50 ms; what it raises ends the wait."""
-    for _ in range(SPINS):
-        if is_done():
-            return
-    looked = time.monotonic()
-    while not is_done():
-        time.sleep(PAUSE_S)
-        if (now := time.monotonic()) - looked >= LOOKS_EVERY_S:
-            while_waiting()
-            looked = now
 
 
 def _nothing() -> None:
@@ -351,7 +336,7 @@ class CudaStreams(Streams):
 
     def wait_for(self, event: torch.cuda.Event) -> None:
         """The host waits until the device has passed `event`."""
-        poll(event.query, self.while_waiting)
+        wait_until(event.query, self.while_waiting)
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -370,7 +355,7 @@ def streams_of(device: torch.device) -> Streams:
     """The streams of a CPU or CUDA device.
 
     Raises:
-        RuntimeError: a CUDA device and a build without CUDA code.
+        RuntimeError: a CUDA device and a build without CUDA code, or not for this GPU or driver.
         ValueError: another kind of device.
     """
     if device.type == "cpu":
@@ -381,5 +366,6 @@ def streams_of(device: torch.device) -> Streams:
                 f"the model is on '{device}', and this build of Partita has no CUDA code: build it again with nvcc in "
                 "PATH, or move the model to the CPU"
             )
+        prepare_kernels(device)
         return CudaStreams(device)
     raise ValueError(f"device '{device}': Partita trains on the CPU and on CUDA devices")

@@ -139,6 +139,13 @@ class EngineBase(KeepsState):
         """2-norm of the last step's mean gradient over all parameters, before clipping; None before the first step."""
         return self._step.grad_norm()
 
+    def grad_norm_tensor(self) -> Tensor:
+        """`get_global_grad_norm()` as float32 without dimensions, on the device: nobody waits. NaN before the first
+        step."""
+        if not self.global_steps:
+            return torch.full((), float("nan"), dtype=torch.float32, device=self.device)
+        return self._step.controller.grad_norm()
+
     def set_gradient_clipping(self, max_norm: float) -> None:
         """From the next update on this is the largest norm of all gradients together, in the place of the config's
         `gradient_clipping`; 0 does not clip. All ranks give the same number.
@@ -255,9 +262,19 @@ class EngineBase(KeepsState):
         with ExitStack() as ends:  # all of them, whatever one raises
             ends.callback(self._let_go)
             ends.callback(self._exits.close)
+            if self._calls.has_failed:
+                self._give_up()
+                return
             if self._beside.path is not None:
                 self.wait_for_save()
             self._keeper.settle(self)
+
+    def _give_up(self) -> None:
+        """After a failed collective the others do not come: nobody waits for them, for gathers, or for a save."""
+        if self._beside.path is not None:
+            logger.error(f"the checkpoint '{self._beside.path}' was not finished: a collective has failed")
+        for part in self._parts:
+            part.gathers.abandon()
 
     def _let_go(self) -> None:
         self.optimizer = self.lr_scheduler = None

@@ -118,7 +118,7 @@ def _unit_settings(run: Run) -> UnitSettings:
         pin=run.device.type == "cuda" and (params.pin_memory if params.device == "cpu" else optimizer.pin_memory),
     )
     return UnitSettings(
-        bucket_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
+        bucket_numel=run.bucket_numel,
         compute_dtype=run.precision.compute,
         grad_dtype=run.precision.grads,
         splits_masters=run.splits_masters,

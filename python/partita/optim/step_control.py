@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,10 +61,16 @@ class PendingOutcome:
     memory in its first steps, and none later.
     """
 
-    def __init__(self, memory: HostCopy, world_size: int) -> None:
+    def __init__(self, memory: HostCopy, world_size: int, has_arrived: Callable[[], bool]) -> None:
         self._memory: HostCopy | None = memory
         self._world_size = world_size
+        self._has_arrived = has_arrived
         self._known: StepOutcome | None = None
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether `wait()` returns at once. Nobody waits."""
+        return self._memory is None or self._has_arrived()
 
     def wait(self) -> StepOutcome:
         """The outcome, once the step is decided. Several ask, and the memory is read once."""
@@ -154,6 +161,11 @@ class StepController:
         nobody has. It is there once the step was decided."""
         return (self.sums[1] / self.sums[2]).float()
 
+    def grad_norm(self) -> Tensor:
+        """The norm of the last step's mean gradient before clipping, float32, on the device; it is there once the step
+        was decided."""
+        return self.control[: torch.float64.itemsize].view(torch.float64).float().reshape(())  # the first of its fields
+
     def add_work(self, tokens: int, flops: float) -> None:
         """What a micro-batch has on this rank; 0: not known."""
         self._work = (self._work[0] + tokens, self._work[1] + flops)
@@ -242,7 +254,8 @@ class StepController:
         return control
 
     def _copy(self) -> PendingOutcome:
-        return PendingOutcome(self._streams.copy_to_host(self._memory), self._world_size)
+        copy = self._streams.copy_to_host(self._memory)
+        return PendingOutcome(copy, self._world_size, partial(self._streams.is_reached, self._streams.mark()))
 
     @property
     def scale(self) -> Tensor:

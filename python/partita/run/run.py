@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from partita.comm import (
+    Communicator,
     Entries,
     GridShape,
     ProcessGrid,
@@ -21,16 +22,19 @@ from partita.comm import (
     leave_job,
     place_in_job,
     require_same_on_all_ranks,
+    text_by_rank,
     world_communicator,
 )
 from partita.config import BatchSizes, ConfigError, ConfigSource, load_config, resolve_batch_sizes
-from partita.device import Streams, streams_of
+from partita.device import Cores, Streams, own_cores, streams_of, threads_for
+from partita.run.buckets import default_bucket_size
 from partita.run.console import ConsoleHandler
 from partita.run.precision import Precision, precision_of, short_name
 from partita.units import StagePolicy, stage_policy
 
 if TYPE_CHECKING:
     from partita.config import Config
+    from partita.config.models import ZeroConfig
 
 logger = logging.getLogger("partita")
 
@@ -47,7 +51,7 @@ class Run:
     scale does not, nor do gradients without one: there nothing is divided.
 
     Attributes:
-        config: with all three batch sizes filled in.
+        config: with all three batch sizes and both bucket sizes filled in.
         batch: the batch sizes, over the data-parallel ranks.
         precision: the number formats.
         policy: what the ZeRO stage decides.
@@ -67,6 +71,11 @@ class Run:
     def device(self) -> torch.device:
         """Where the model computes."""
         return self.streams.device
+
+    @property
+    def host_threads(self) -> int | None:
+        """Threads of native work on the host where the model is on a GPU; None: as many as torch uses."""
+        return self.streams.host_threads
 
     @property
     def world_size(self) -> int:
@@ -102,6 +111,13 @@ class Run:
     def splits_masters(self) -> bool:
         """Whether the masters of bf16 parameters are the 16 bits that these lack."""
         return splits_masters(self.config)
+
+    @property
+    def bucket_numel(self) -> int:
+        """Elements of what communicates together, at the most, but for larger parameters."""
+        zero = self.config.zero_optimization
+        sizes = (zero.reduce_bucket_size, zero.allgather_bucket_size)
+        return min(size for size in sizes if size is not None)
 
 
 def splits_masters(config: Config) -> bool:
@@ -169,6 +185,7 @@ def begin_run(
     streams.while_waiting = grid.check_progress
     if config.comms_logger.enabled or config.trace is not None:
         grid.observe(streams.mark)
+    streams.host_threads = host_threads(config, device, grid.world)
     if grid.world.rank == 0:
         _list_ignored(config)
     batch = _batch_sizes(config, grid.data.world_size, loader_batch_size)
@@ -181,13 +198,31 @@ def begin_run(
     if precision.given and grid.world.rank == 0:
         _say_given(precision)
     return Run(
-        config=config.model_copy(update=filled),
+        config=config.model_copy(update=filled | {"zero_optimization": _with_buckets(config, device, grid)}),
         batch=batch,
         precision=precision,
         policy=policy_of(config, pipe),
         streams=streams,
         grid=grid,
     )
+
+
+def _with_buckets(config: Config, device: torch.device, grid: ProcessGrid) -> ZeroConfig:
+    """The section `zero_optimization`, with the bucket sizes that the config leaves to the device."""
+    zero = config.zero_optimization
+    default = default_bucket_size(device.type, grid.data.world_size)
+    sizes = {"reduce_bucket_size": zero.reduce_bucket_size, "allgather_bucket_size": zero.allgather_bucket_size}
+    return zero.model_copy(update={name: default if size is None else size for name, size in sizes.items()})
+
+
+def host_threads(config: Config, device: torch.device, world: Communicator) -> int | None:
+    """As `Run.host_threads` has it; only where the host updates. A collective, where the config offloads."""
+    offload = config.zero_optimization.offload_optimizer
+    if device.type == "cpu" or offload.device == "none":
+        return None
+    own = own_cores()
+    by_rank = [Cores.of_text(text) for text in text_by_rank(world, own.text())]
+    return offload.threads or threads_for(own, by_rank)  # a key that may differ from rank to rank comes last
 
 
 def _say_given(precision: Precision) -> None:

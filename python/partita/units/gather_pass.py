@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from partita.comm import Communicator, ranks_that_differ
 from partita.units.build import ParameterGroup
+from partita.units.residence import Residency
 
 
 class BlockOrder:
@@ -36,6 +37,31 @@ class BlockOrder:
         self._used = None
         if not ranks_that_differ(communicator, repr(used).encode()):
             self.blocks = used
+
+
+class Reuses:
+    """Uses of blocks after their turn, which gather the blocks again: rule 5 of [Note: order of gathers].
+
+    All ranks must do so alike. Ranks that do not would gather different blocks into one buffer, or wait for ever. So
+    what is new on this rank waits until all ranks are about to do it. What all have done once is not asked again.
+    """
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        self._known: set[int] = set()
+
+    def check(self, index: int, name: str, under_way: GatherPass) -> None:
+        """A block is about to be gathered again. name: of its first parameter.
+
+        Raises:
+            CommunicationError: another rank does something else.
+        """
+        number, turns = under_way.use_again(index)
+        if number not in self._known:
+            self._communicator.come_together(
+                f"the gather of '{name}' and what is with it, used again after {turns} blocks of a forward or backward,"
+            )
+            self._known.add(number)
 
 
 @dataclass(frozen=True)
@@ -89,6 +115,7 @@ class GatherPass:
         self._sent = 0
         self._needed = 0
         self._reduced = 0  # units up to this place may have been reduced
+        self._again = 0  # a number for the uses after their turn so far
 
     @property
     def is_sent(self) -> bool:
@@ -117,6 +144,17 @@ class GatherPass:
         """Sends for all blocks that are sent for before units of this block are reduced, on whichever rank."""
         self._reduced = max(self._reduced, self._place[index] + 1)
         self._send(self._reach[self._reduced])
+
+    def must_gather_again(self, index: int) -> bool:
+        """Whether this is a block whose turn was before, and that has gone since."""
+        units = self._groups[index].units if index < len(self._groups) - 1 and not self.is_to_come(index) else []
+        return any(unit.residence.state is Residency.ABSENT for unit in units)
+
+    def use_again(self, index: int) -> tuple[int, int]:
+        """A block is used after its turn. Returns a number for all such uses so far in a pass of this order, and after
+        how many turns this one comes."""
+        self._again = hash((self._again, self._needed, index, *self._order))
+        return self._again, self._needed
 
     def rest(self) -> Iterable[int]:
         """Yields the blocks that were not needed, one by one; the caller releases each before it asks for the next."""

@@ -33,10 +33,9 @@ for a parameter or trains; so a gradient that `autograd.grad()` takes is one, on
 2. How many blocks have been sent for at the turn of a block follows from the sizes of the blocks alone (`Ahead`).
 3. Before the gradients of a unit are reduced, so many blocks have been sent for as at the turn of the unit's block, or
    of an earlier unit's if that is later. Before those of the root, all have been; till then they wait.
-4. Before a rank sends for more blocks than that, the rank reduces the unit: at the turn of a block, the units of all
-   blocks that come earlier in backward. When autograd reaches an operation, autograd is done with all later operations.
-   So blocks that the forward used only later, or not at all, get no gradient any more. This holds in a backward that
-   trains. The others reduce nothing.
+4. Before a rank sends for more blocks than that, it reduces the unit: in a backward that trains, at the turn of a
+   block, the units of all blocks that come earlier. When autograd reaches an operation, autograd is done with all later
+   ones. So blocks that the forward used only later, or not at all, get no gradient any more.
 5. A block that is used again after its turn is gathered again, whoever asks: a module, a saved tensor or an absent
    parameter. Then all ranks must use the block again.
 
@@ -58,7 +57,7 @@ from torch.utils.hooks import RemovableHandle
 from partita.comm import CommunicationError, Communicator
 from partita.units.blocks import watched_modules
 from partita.units.build import ParameterGroup
-from partita.units.gather_pass import Ahead, BlockOrder, GatherPass
+from partita.units.gather_pass import Ahead, BlockOrder, GatherPass, Reuses
 from partita.units.graph_tasks import GraphTasks, current_operation, in_backward, next_operation
 from partita.units.module_hooks import OwnHook, tensors_in
 from partita.units.parameters import FlatParameters
@@ -95,12 +94,13 @@ class ParameterLifetimes:
         self._root = len(groups) - 1
         self._ahead = Ahead(prefetch_numel, max_live_numel - groups[self._root].numel)
         self._order = BlockOrder(self._root)
+        self._reuses = None if communicator is None else Reuses(communicator)
         self._pass: GatherPass | None = None  # under way
         self._live: set[int] = set()  # groups that have been sent for and not released
         self._running: list[int] = []  # groups whose forward runs, the innermost last
         self._is_whole = False  # whether that is a forward of the whole model
         self._is_recording = False  # whether autograd was enabled when it began
-        # Autograd numbers the operations in the order of their forward: that tells which block was used first.
+        # Autograd numbers the operations in the order of their forward.
         self._began = 0  # the next operation when this micro-batch began
         self._first_use: dict[int, int] = {}  # block -> the next operation when this micro-batch used it first
         self._to_come: set[int] = set()  # blocks that the backward under way may still bring gradients to
@@ -108,8 +108,7 @@ class ParameterLifetimes:
         self._is_recorded: bool | None = None  # whether the backward under way has a graph of its own; None: unknown
         self._operation = -1  # whose saved tensors asked last
         self._asked: set[int] = set()  # groups that saved tensors have asked for since the operation before that
-        # By number: each unit with its group.
-        self._units = [(i, unit) for i, group in enumerate(groups) for unit in group.units]
+        self._units = [(i, unit) for i, group in enumerate(groups) for unit in group.units]  # by number
         self._number = {id(unit): number for number, (_, unit) in enumerate(self._units)}
         self._saved = None if communicator is None else SavedTensors(partial(_saved_asked, own))
         self._hooks: list[RemovableHandle] = []
@@ -201,6 +200,8 @@ class ParameterLifetimes:
         current = self._pass or GatherPass([], self.groups, self._ahead)
         try:
             skipped = current.turn_of(index) if current.is_to_come(index) else []
+            if self._reuses is not None and current.must_gather_again(index):
+                self._reuses.check(index, self.groups[index].units[0].layout.slots[0].name, current)
             current.start_gather(index)  # does nothing unless this is the root, or a block whose turn was before
             self._live |= {index, *skipped}
             # Prefetching starts before the wait, so that the next gathers go on beside this group's computing.

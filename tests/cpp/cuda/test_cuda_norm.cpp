@@ -52,11 +52,10 @@ class CudaNorm : public ::testing::TestWithParam<DType> {
         EXPECT_EQ(on_device(device_values, segments, other), actual) << "another stream";
         EXPECT_EQ(on_device(device_values, segments, Stream{}), actual) << "the default stream";
 #ifdef PARTITA_CUDA_EMULATED
-        for (const int multiprocessors : {1, 2, 200}) {
-            cuda_emulator::set_multiprocessors(multiprocessors);
-            EXPECT_EQ(on_device(device_values, segments, stream), actual) << multiprocessors << " multiprocessors";
+        for (const int device : {2, 3, 4}) {
+            EXPECT_EQ(on_device(device_values, segments, Stream{device}), actual)
+                << cuda_emulator::multiprocessors[device] << " multiprocessors";
         }
-        cuda_emulator::set_multiprocessors(3);
 #endif
         EXPECT_EQ(device_values.read().bytes(), values.bytes());
     }

@@ -101,6 +101,7 @@ enum cudaError_t {
     cudaErrorMemoryAllocation = 2,
     cudaErrorInvalidConfiguration = 9,
     cudaErrorInvalidDevice = 101,
+    cudaErrorNoKernelImageForDevice = 209,
     cudaErrorInvalidResourceHandle = 400,
     cudaErrorUnknown = 999
 };
@@ -108,6 +109,9 @@ enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDe
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 using cudaStream_t = struct CUstream_st*;
 struct cudaLaunchAttribute;
+struct cudaFuncAttributes {
+    std::size_t sharedSizeBytes;
+};
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
     std::size_t dynamicSmemBytes = 0;
@@ -122,7 +126,10 @@ cudaError_t cudaGetLastError();
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaDriverGetVersion(int* version);
+cudaError_t cudaRuntimeGetVersion(int* version);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
 cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaStreamCreate(cudaStream_t* stream);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
@@ -134,7 +141,8 @@ cudaError_t cudaMemset(void* to, int value, std::size_t bytes);
 namespace cuda_emulator {
 cudaError_t allocate(void** memory, std::size_t bytes);
 cudaError_t occupancy(int* blocks, int block_size, std::size_t shared_bytes);
-cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::size_t argument_bytes,
+                   const std::function<void()>& thread);
 }  // namespace cuda_emulator
 
 template <class T>
@@ -155,5 +163,6 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
     const std::tuple<Parameters...> parameters(std::forward<Arguments>(arguments)...);
-    return cuda_emulator::launch(*config, [&] { std::apply(kernel, parameters); });
+    return cuda_emulator::launch(*config, reinterpret_cast<const void*>(kernel), (sizeof(Parameters) + ... + 0),
+                                 [&] { std::apply(kernel, parameters); });
 }

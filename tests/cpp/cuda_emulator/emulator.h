@@ -12,13 +12,18 @@
 
 namespace cuda_emulator {
 
-// The next call of this function of the CUDA runtime (any name of cuda_runtime.h) returns cudaErrorUnknown.
-void fail_next(const char* function);
+// The next call of this function of the CUDA runtime (any name of cuda_runtime.h) returns this error.
+void fail_next(const char* function, cudaError_t error = cudaErrorUnknown);
 
-// Two devices of the same kind; each holds two blocks per multiprocessor. 3 multiprocessors unless told.
-void set_multiprocessors(int count);
+// Devices by their number of multiprocessors; each of these holds two blocks. The last one is for a test that needs a
+// device which nothing was asked about.
+inline constexpr int multiprocessors[] = {3, 3, 1, 2, 200, 5};
+inline constexpr int untouched_device = 5;
 
 struct Launch {
+    const void* kernel;
+    std::size_t argument_bytes;
+    bool was_loaded;  // before this launch, on this device
     int device;
     cudaStream_t stream;
     unsigned blocks;

@@ -4,7 +4,9 @@
 #include <map>
 #include <numeric>
 #include <random>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "emulator.h"
@@ -21,15 +23,16 @@ __attribute__((weak)) extern unsigned char __stop_cuda_shared[];
 namespace cuda_emulator {
 namespace {
 
-constexpr int device_count = 2;
+constexpr int device_count = sizeof(multiprocessors) / sizeof(multiprocessors[0]);
 
 struct Machine {
     int device = 0;
-    int multiprocessors = 3;
     int launches = 0;
     cudaError_t last_error = cudaSuccess;
     std::string fails_next;
-    std::map<cudaStream_t, int> streams;  // and the device of each
+    cudaError_t fails_with = cudaSuccess;
+    std::set<std::pair<int, const void*>> loaded;  // devices and kernels
+    std::map<cudaStream_t, int> streams;           // and the device of each
     Launch last_launch{};
 };
 
@@ -42,7 +45,7 @@ Machine& machine() {
 cudaError_t finish(const char* function, cudaError_t error = cudaSuccess) {
     if (machine().fails_next == function) {
         machine().fails_next.clear();
-        error = cudaErrorUnknown;
+        error = machine().fails_with;
     }
     if (error != cudaSuccess) machine().last_error = error;
     return error;
@@ -69,8 +72,10 @@ __attribute__((no_sanitize_address)) void forget_shared_memory() {
 
 }  // namespace
 
-void fail_next(const char* function) { machine().fails_next = function; }
-void set_multiprocessors(int count) { machine().multiprocessors = count; }
+void fail_next(const char* function, cudaError_t error) {
+    machine().fails_next = function;
+    machine().fails_with = error;
+}
 Launch last_launch() { return machine().last_launch; }
 
 void require_full_mask(unsigned mask) {
@@ -90,15 +95,17 @@ cudaError_t occupancy(int* blocks, int block_size, std::size_t shared_bytes) {
     return finish("cudaOccupancyMaxActiveBlocksPerMultiprocessor", fits ? cudaSuccess : cudaErrorInvalidValue);
 }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::size_t argument_bytes,
+                   const std::function<void()>& thread) {
     const dim3 grid = config.gridDim, block = config.blockDim;
     if (!usable(config.stream)) return finish("cudaLaunchKernelEx", cudaErrorInvalidResourceHandle);
     const bool valid = grid.x >= 1 && grid.x <= 0x7fffffffu && block.x >= 1 && block.x <= 1024 && grid.y == 1 &&
                        grid.z == 1 && block.y == 1 && block.z == 1 && config.dynamicSmemBytes == 0 &&
-                       config.numAttrs == 0;
+                       config.numAttrs == 0 && argument_bytes <= 32764;
     const cudaError_t error = finish("cudaLaunchKernelEx", valid ? cudaSuccess : cudaErrorInvalidConfiguration);
     if (error != cudaSuccess) return error;
-    machine().last_launch = {machine().device, config.stream, grid.x, block.x};
+    const bool was_loaded = !machine().loaded.emplace(machine().device, kernel).second;
+    machine().last_launch = {kernel, argument_bytes, was_loaded, machine().device, config.stream, grid.x, block.x};
     gridDim = grid;
     blockDim = block;
     const int seed = machine().launches++;
@@ -127,6 +134,8 @@ const char* cudaGetErrorName(cudaError_t error) {
             return "cudaErrorInvalidConfiguration";
         case cudaErrorInvalidDevice:
             return "cudaErrorInvalidDevice";
+        case cudaErrorNoKernelImageForDevice:
+            return "cudaErrorNoKernelImageForDevice";
         case cudaErrorInvalidResourceHandle:
             return "cudaErrorInvalidResourceHandle";
         default:
@@ -146,6 +155,8 @@ const char* cudaGetErrorString(cudaError_t error) {
             return "invalid configuration argument";
         case cudaErrorInvalidDevice:
             return "invalid device ordinal";
+        case cudaErrorNoKernelImageForDevice:
+            return "no kernel image is available for execution on the device";
         case cudaErrorInvalidResourceHandle:
             return "invalid resource handle";
         default:
@@ -176,9 +187,25 @@ cudaError_t cudaGetDeviceCount(int* count) {
     return finish("cudaGetDeviceCount");
 }
 
+cudaError_t cudaDriverGetVersion(int* version) {
+    *version = 13010;
+    return finish("cudaDriverGetVersion");
+}
+
+cudaError_t cudaRuntimeGetVersion(int* version) {
+    *version = 12080;
+    return finish("cudaRuntimeGetVersion");
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+    *attributes = {};
+    machine().loaded.emplace(machine().device, kernel);
+    return finish("cudaFuncGetAttributes");
+}
+
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
-    *value = machine().multiprocessors;
     const bool exists = device >= 0 && device < cuda_emulator::device_count;
+    if (exists) *value = cuda_emulator::multiprocessors[device];
     return finish("cudaDeviceGetAttribute", exists ? cudaSuccess : cudaErrorInvalidDevice);
 }
 

@@ -158,7 +158,7 @@ TEST(Emulator, RefusesLaunchesThatCudaRefuses) {
     EXPECT_EQ(cuda_emulator::last_launch().stream, stream);
     EXPECT_EQ(cudaSetDevice(1), cudaSuccess);
     EXPECT_EQ(cudaLaunchKernelEx(&config, nothing), cudaErrorInvalidResourceHandle) << "a stream of another device";
-    EXPECT_EQ(cudaSetDevice(2), cudaErrorInvalidDevice);
+    EXPECT_EQ(cudaSetDevice(6), cudaErrorInvalidDevice);
     EXPECT_EQ(cudaSetDevice(0), cudaSuccess);
     EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
     EXPECT_EQ(cudaLaunchKernelEx(&config, nothing), cudaErrorInvalidResourceHandle);

@@ -8,9 +8,10 @@ from typing import Any
 
 import partita
 import pytest
-from blocks_model import batch_of, config_for
+from blocks_model import batch_of, config_for, make_blocks
 from late_streams import on_late_streams
 from launch_order import Record, circle_of, first_difference, noting_order
+from partita.comm import CommunicationError
 from test_stage3_models import AroundBlocks, _make
 
 Orders = Callable[[int, int], list[int]]  # of blocks, by step and rank
@@ -96,3 +97,23 @@ def test_three_ranks_launch_in_one_order(ranks, zero):
     """Each uses other blocks."""
     settings = config_for(3, "torch", zero=ZERO[zero])
     _assert_no_circle(ranks(3).run(_trained, other_blocks_on_each_rank, None, "", settings, True))
+
+
+def _used_again(orders: list[list[int]]) -> str:
+    engine = partita.Engine(model=make_blocks(), config=config_for(3, "torch"))
+    for step in range(2):
+        engine.module.body.order = [0, 1, 2, 3] if step == 0 else orders[engine.global_rank]  # type: ignore[union-attr]
+        try:
+            engine.backward(engine(*batch_of(step, engine.global_rank)))
+        except CommunicationError as error:
+            return str(error)
+        engine.step()
+    return ""
+
+
+@pytest.mark.parametrize("other", [[0, 1, 2, 3, 2], pytest.param([0, 1, 2, 3], marks=pytest.mark.slow)])
+def test_a_block_that_not_all_ranks_use_again_is_named(ranks, other):
+    """Ranks that gathered different blocks would mix them, as these have the same sizes, or wait for ever."""
+    assert ranks(2).run(_used_again, [[0, 1, 2, 3, 1]] * 2) == ["", ""]
+    for error in ranks(2).run(_used_again, [[0, 1, 2, 3, 1], other]):
+        assert "the gather of 'body.blocks.1.back.bias'" in error and "used again after 4 blocks" in error

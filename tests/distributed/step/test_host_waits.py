@@ -14,6 +14,7 @@ from communicators import Wrapped, communicating_through, world_communicator_by_
 from late_streams import LateStreams, on_late_streams
 from no_waits import HostWaitError, refusing_host_waits
 from partita.device import HOST
+from small_models import config, inputs, seeded
 from torch import Tensor, nn
 
 SCHEDULE = {"type": "WarmupLR", "params": {"warmup_num_steps": 6, "warmup_max_lr": 0.1}}
@@ -111,6 +112,23 @@ def test_a_step_waits_for_the_decision_about_the_one_before_only(ranks, tmp_path
     for waits in ranks(world_size).run(_train, config, over):
         assert waits[0] == 0 and waits[-1] == 1
         assert max(waits) <= 3
+
+
+def test_the_norm_is_there_without_a_wait():
+    with on_late_streams() as streams:
+        engine = partita.Engine(seeded(), config=config(gradient_clipping=1e-3))
+        assert engine.grad_norm_tensor().isnan()
+        norms = []
+        for step in range(3):
+            engine.backward(engine(inputs(step)))
+            engine.step()
+            streams.waits()
+            with refusing_host_waits():
+                norms.append(engine.grad_norm_tensor())
+            assert streams.waits() == []
+            assert norms[-1].item() == pytest.approx(engine.get_global_grad_norm())
+    assert len({norm.item() for norm in norms}) == 3
+    engine.destroy()
 
 
 READS: dict[str, Any] = {
