@@ -1,7 +1,9 @@
 """The tests that need a GPU: the C++ ones, the same under compute-sanitizer, and pytest's; what came of each as JSON.
 
     python bench/gpu/checks.py [--parts tests,sanitize] [--json FILE]
+    python bench/gpu/checks.py --program FILE --parts cpp,pytest,rehearsal,queue,memcheck,racecheck [--json FILE]
 
+With --program, the C++ tests are that program, built before; each part then is one that verify.sh has beside others.
 The environment may say where GoogleTest lies (GOOGLETEST, a source folder; else CMake looks for it and fetches it), for
 which GPUs to compile (CUDA_ARCHITECTURES) and which tests compute-sanitizer leaves out (SANITIZER_FILTER).
 """
@@ -15,7 +17,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from report import write_json
 
 PROGRAM = "build/release/tests/cpp/partita_cuda_tests"
 # Without billions of elements, and without thousands of small allocations, which take minutes under it.
-SANITIZER_FILTER = "-*Large*:*VeryMany*"
+SANITIZER_FILTER = "-*Large*:*VeryMany*:*Unpack*"
 RACECHECK_FILTER = "*Norm*:*Adam*-*Large*:*VeryMany*"  # the kernels with shared memory
 NO_TESTS = {"pytest": 5}  # exit status of a test program that has found nothing to run
 TAIL_LINES = 40
@@ -38,6 +41,7 @@ class Check:
     command: list[str]
     limit_s: float
     needs: str
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def build_checks() -> list[Check]:
@@ -57,34 +61,47 @@ def test_checks() -> list[Check]:
     ctest = ["ctest", "--test-dir", "build/release", "--output-on-failure", "--no-tests=error"]
     small = [*ctest, "-R", r"^Cuda\.", "-E", "Large", "-j", os.environ.get("CTEST_PARALLEL_LEVEL", "8")]
     large = [*ctest, "-R", r"^Cuda\..*Large", "-j", "1"]
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors", "tests"]
+    return [Check("ctest", small, 200, "ctest"), Check("ctest, large", large, 120, "ctest"), *pytest_checks("tests")]
+
+
+def pytest_checks(*where: str) -> list[Check]:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--maxfail", "15"]
+    return [Check("pytest", [*command, "--continue-on-collection-errors", *where], 200, "tests")]
+
+
+def program_checks(program: str) -> list[Check]:
     return [
-        Check("ctest", small, 200, "ctest"),
-        Check("ctest, large", large, 120, "ctest"),
-        Check("pytest", pytest, 200, "tests"),
+        Check("C++ tests", [program, "--gtest_filter=-*Large*", "--gtest_brief=1"], 120, program),
+        Check("C++ tests, large", [program, "--gtest_filter=*Large*", "--gtest_brief=1"], 60, program),
     ]
 
 
-def sanitizer_checks() -> list[Check]:
+def rehearsal_checks(device: str, name: str, *precisions: str, **variables: str) -> list[Check]:
+    environment = {"PYTHONPATH": os.pathsep.join(["examples", "tests/harness", os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "tests/gpu/rehearsal.py", device, *precisions]
+    return [Check(name, command, 240, "tests/gpu", environment | variables)]
+
+
+def sanitizer_checks(tool: str, program: str = PROGRAM) -> list[Check]:
     # Tests of the error paths make calls that fail on purpose.
-    sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no"]
-    filters = {"memcheck": SANITIZER_FILTER, "racecheck": RACECHECK_FILTER}
-    return [
-        Check(
-            tool,
-            [
-                *sanitizer,
-                *("--tool", tool, PROGRAM),
-                *(f"--gtest_filter={os.environ.get('SANITIZER_FILTER', tests)}", "--gtest_brief=1"),
-            ],
-            220,
-            "compute-sanitizer",
-        )
-        for tool, tests in filters.items()
-    ]
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no", "--tool", tool]
+    tests = os.environ.get("SANITIZER_FILTER", {"memcheck": SANITIZER_FILTER, "racecheck": RACECHECK_FILTER}[tool])
+    return [Check(tool, [*sanitizer, program, f"--gtest_filter={tests}", "--gtest_brief=1"], 220, "compute-sanitizer")]
 
 
-PARTS = {"tests": test_checks, "sanitize": sanitizer_checks}
+def parts(program: str | None, device: str) -> dict[str, list[Check]]:
+    if program is None:
+        both = [*sanitizer_checks("memcheck"), *sanitizer_checks("racecheck")]
+        return {"tests": [*build_checks(), *test_checks()], "sanitize": [*build_checks(), *both]}
+    small = ["bf16"] if device == "cpu" else []
+    return {
+        "cpp": program_checks(program),
+        "pytest": pytest_checks("tests/gpu", "--ignore", "tests/gpu/test_rehearsal.py"),
+        "rehearsal": rehearsal_checks(device, "rehearsal", *small),
+        "queue": rehearsal_checks(device, "rehearsal, one queue", "bf16", CUDA_DEVICE_MAX_CONNECTIONS="1"),
+        "memcheck": sanitizer_checks("memcheck", program),
+        "racecheck": sanitizer_checks("racecheck", program),
+    }
 
 
 def run(check: Check, limit_s: float) -> dict[str, Any]:
@@ -101,6 +118,7 @@ def run(check: Check, limit_s: float) -> dict[str, Any]:
         text=True,
         errors="replace",
         start_new_session=True,
+        env={**os.environ, **check.environment},
     )
     try:
         output, _ = process.communicate(timeout=limit_s)
@@ -120,19 +138,25 @@ def run(check: Check, limit_s: float) -> dict[str, Any]:
 def summary_of(lines: list[str]) -> str:
     """The line in which a test program counts its tests; else the last one."""
     signs = ("ERROR SUMMARY", "RACECHECK SUMMARY", "tests passed", " passed", " failed", "[  PASSED  ]", "deselected")
+    signs += ("rehearsal:",)
     found = [line for line in lines if any(sign in line for sign in signs)]
     return (found or lines or [""])[-1].strip("= ")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=["tests", "sanitize"])
+    parser.add_argument("--program", help="the C++ tests, built before")
+    parser.add_argument("--device", default="cuda", help="of the rehearsal")
     parser.add_argument("--budget-s", type=float, default=460)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     begin = time.monotonic()
     results: dict[str, dict[str, Any]] = {}
-    for check in build_checks() + [check for part in arguments.parts for check in PARTS[part]()]:
+    known = parts(arguments.program, arguments.device)
+    for check in [check for part in arguments.parts for check in known[part]]:
+        if check.name in results:  # both parts need the build
+            continue
         left_s = arguments.budget_s - (time.monotonic() - begin)
         results[check.name] = result = run(check, min(check.limit_s, left_s))
         print(f"  {check.name}: {result['outcome']}; {result.get('why', result.get('summary', ''))}", flush=True)

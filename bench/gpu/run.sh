@@ -1,26 +1,34 @@
 #!/bin/sh
 # On a machine with a GPU, torch and nvcc: builds, runs the CUDA tests and the GPU benchmarks, writes JSON and a table.
 #
-#   bench/gpu/run.sh [--only SECTION,SECTION] [--results DIR] [--device cpu] [--small] [--no-build] [DIR]
+#   bench/gpu/run.sh [--only SECTION,SECTION] [--results DIR] [--device cpu] [--quick | --small] [--no-build | --installed]
+#                    [--no-table] [DIR]
 #
-# Sections: tests, sanitize, kernels, step, sync, gpt2, compile, largest, offload. Each takes less than eight minutes, the build in
-# front of the first one counted in. Nothing is fetched. Environment: WHEELS (a folder of wheels to install), GOOGLETEST (its
-# source), PYTHON, CUDA_ARCHITECTURES, SANITIZER_FILTER, SECTION_SECONDS.
+# Sections: tests, sanitize, kernels, step, sync, time, gpt2, compile, largest, offload; none: the build alone. Each takes less than
+# eight minutes, the build in front of the first one counted in. Nothing is fetched. --quick: one round of what matters most, as
+# verify.sh has it; --small: sizes for a CPU. --no-build: what was built before; --installed: the package that Python has.
+# Environment: WHEELS (a folder of wheels to install), GOOGLETEST (its source), PYTHON, CUDA_ARCHITECTURES, SANITIZER_FILTER,
+# SECTION_SECONDS.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 section_begin=$(date +%s)
 results=bench/results/gpu
-sections=tests,sanitize,kernels,step,sync,gpt2,compile,largest,offload
+sections=tests,sanitize,kernels,step,sync,time,gpt2,compile,largest,offload
 device=cuda
 build=yes
-small=no
+site=$PWD/build/gpu/site # nothing is installed into the machine's own Python
+size=leisure
+table=yes
 while [ $# -gt 0 ]; do
   case $1 in
     --only) sections=${2:?--only needs sections}; shift 2 ;;
     --results) results=${2:?--results needs a folder}; shift 2 ;;
     --device) device=${2:?--device needs cuda or cpu}; shift 2 ;;
-    --small) small=yes; shift ;;
+    --quick) size=quick; shift ;;
+    --small) size=small; shift ;;
     --no-build) build=no; shift ;;
+    --no-table) table=no; shift ;;
+    --installed) build=no site=; shift ;;
     -*) echo "no such option: $1" >&2; exit 2 ;;
     *) results=$1; shift ;;
   esac
@@ -30,9 +38,8 @@ done
 python=$(command -v "${PYTHON:-python3}") || { echo "missing: ${PYTHON:-python3}" >&2; exit 1; }
 PATH="$("$python" -c 'import sys, sysconfig; print(sysconfig.get_path("scripts"))'):$PATH"
 command -v nvcc >/dev/null || PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
-site=$PWD/build/gpu/site # nothing is installed into the machine's own Python
 stamp=build/gpu/built
-export PATH PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export PATH PYTHONPATH="$site${PYTHONPATH:+${site:+:}$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 mkdir -p "$results" build/gpu || exit 1
 status=0
 
@@ -105,21 +112,39 @@ checks() {
     { say "$1: something failed"; status=1; }
 }
 
-# Sizes at which a run without a GPU shows that the scripts work.
-pick() { if [ $small = yes ]; then echo "$2"; else echo "$1"; fi; }
+# pick LEISURE QUICK SMALL; the last are sizes at which a run without a GPU shows that the scripts work.
+pick() { case $size in leisure) echo "$1" ;; quick) echo "$2" ;; *) echo "$3" ;; esac; }
 
 # Arguments are lists of words.
 # shellcheck disable=SC2046
 run_section() {
   case $1 in
     tests | sanitize) checks "$1" ;;
-    kernels) benchmark adam adam $(pick "" "--numel 1000000 --rounds 2 --times 2 --copy-mib 16") ;;
-    step) benchmark optimizer_step optimizer_step $(pick "" "--numel 2000000 --rounds 1 --steps 2 --copy-mib 16") ;;
-    sync) benchmark host host $(pick "" "--steps 2 --profiled 2 --repeats 3") ;;
-    gpt2) benchmark gpt2 gpt2 $(pick "" "--models tiny --length 64 --steps 1 --turns 1 --rounds 1") ;;
-    compile) benchmark gpt2 gpt2_compiled --compile --rounds 1 --case-s 300 $(pick "--models 124m,1.5b" "--models tiny --length 64 --steps 1") ;;
-    largest) benchmark largest largest $(pick "" "--width 256 --memory-mib 1200 --tries 5") ;;
-    offload) benchmark offload offload $(pick "" "--width 256 --layers 2 --steps 1 --rounds 1") ;;
+    kernels)
+      benchmark adam adam $(pick "" "--numel 1000000000 --rounds 3 --times 5" \
+        "--numel 1000000 --rounds 2 --times 2 --copy-mib 16")
+      ;;
+    step)
+      benchmark optimizer_step optimizer_step $(pick "" \
+        "--dtypes bf16 --contenders partita0,torch-masters,partita0-split --rounds 1" \
+        "--dtypes bf16 --contenders partita0,torch-masters --numel 2000000 --rounds 1 --steps 2 --copy-mib 16")
+      ;;
+    sync) benchmark host host_sync --what sync,calls $(pick "" "" "--steps 2 --profiled 2") ;;
+    time) benchmark host host --what time $(pick "" "--repeats 30" "--repeats 3") ;;
+    gpt2)
+      benchmark gpt2 gpt2 $(pick "" "--contenders partita0,torch-autocast,partita0-split --rounds 1" \
+        "--contenders partita0,torch-autocast --models tiny --length 64 --steps 1 --turns 1 --warm-up 1 --rounds 1")
+      ;;
+    compile)
+      benchmark gpt2 gpt2_compiled --compile --rounds 1 --case-s 300 $(pick "--models 124m,1.5b" "--models 124m" \
+        "--models tiny --length 64 --steps 1")
+      ;;
+    largest) benchmark largest largest $(pick "" "--tries 5" "--width 256 --memory-mib 1200 --tries 5") ;;
+    offload)
+      benchmark offload offload $(pick "" "--layers 12 --rounds 1" \
+        "--width 256 --layers 2 --steps 1 --rounds 1")
+      ;;
+    none) ;;
     *) echo "no such section: $1" >&2; status=2 ;;
   esac
 }
@@ -133,5 +158,5 @@ for section in $(echo "$sections" | tr , ' '); do
   section_begin=$(date +%s)
 done
 say "results in $results"
-"$python" bench/gpu/summary.py "$results" --markdown "$results/summary.md"
+[ $table = no ] || "$python" bench/gpu/summary.py "$results" --markdown "$results/summary.md"
 exit $status

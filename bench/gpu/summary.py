@@ -152,8 +152,10 @@ def of_offload(result: Result) -> Iterator[Row]:
 TABLES: dict[str, Callable[[Result], Iterator[Row]]] = {
     "tests": of_checks,
     "sanitize": of_checks,
+    **dict.fromkeys(("cpp", "pytest", "rehearsal", "queue", "memcheck", "racecheck"), of_checks),
     "adam": of_adam,
     "optimizer_step": of_step,
+    "host_sync": of_host,
     "host": of_host,
     "gpt2": of_gpt2,
     "gpt2_compiled": of_gpt2,

@@ -1,4 +1,4 @@
-"""What several GPUs would do, rehearsed on one, and the script itself on a CPU."""
+"""What several GPUs would do, rehearsed on one; and on a CPU, where collectives go over gloo."""
 
 from __future__ import annotations
 
@@ -7,25 +7,33 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+import rehearsal
+from on_gpu import needs_cuda
 
-SCRIPT = Path(__file__).with_name("rehearsal.py")
+SCRIPT = str(Path(rehearsal.__file__))
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param("cpu", marks=pytest.mark.slow),
-        pytest.param(
-            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-        ),
-    ],
-)
-def test_one_process_rehearses_several(device):
-    arguments = ["cpu"] if device == "cpu" else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, str(SCRIPT), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("the same bits") == 40
+def rehearse(command: list[str], *precisions: str, **variables: str) -> None:
+    """Every row of the list ran, and has the plain engine's bits."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **variables}
+    done = subprocess.run([*command, *precisions], capture_output=True, text=True, timeout=580, env=environment)
+    said = done.stdout.splitlines()
+    wrong = [line for line in said if not line.endswith(": the same bits")]
+    assert done.returncode == 0, "\n".join([*wrong, done.stderr[-3000:]])
+    expected = rehearsal.names(precisions or rehearsal.PRECISIONS)
+    assert said == [*(f"{name}: the same bits" for name in expected), "rehearsal: ok"]
+
+
+def test_one_process_rehearses_several_over_gloo(python):
+    rehearse([*python.command, SCRIPT, "cpu"])
+
+
+@needs_cuda
+def test_one_process_rehearses_several_over_nccl():
+    rehearse([sys.executable, SCRIPT, "cuda"])
+
+
+@needs_cuda
+def test_kernels_and_copies_that_share_one_queue_do_not_wait_for_each_other():
+    """`CUDA_DEVICE_MAX_CONNECTIONS=1`, as other programs of the field set it."""
+    rehearse([sys.executable, SCRIPT, "cuda"], "bf16", CUDA_DEVICE_MAX_CONNECTIONS="1")

@@ -7,10 +7,11 @@ rounded, is the transport's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
 
+import inside
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,23 +32,31 @@ REDUCTIONS = (Reduction.sum, Reduction.average, Reduction.max)
 SLICED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of reduce_scatter
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
-# What ranks communicate through: for each rank the host that it believes to be on, or "" for torch.
+# What ranks communicate through: for each rank the host that it believes to be on, "" for torch, or WHOLE for torch
+# with the backend's own collectives, as over NCCL.
+WHOLE = "whole"
 TORCH = {n: ("",) * n for n in (2, 3, 4)}
 ONE_HOST = {n: ("a",) * n for n in (2, 3, 4)}
 TWO_HOSTS = {"2+2": tuple("aabb"), "interleaved": tuple("abab"), "2+1": tuple("aab"), "1+2 interleaved": tuple("aba")}
 TRANSPORTS = {f"torch, {n} ranks": hosts for n, hosts in TORCH.items()}
+TRANSPORTS |= {f"whole collectives, {n} ranks": (WHOLE,) * n for n in (2, 3)}
 TRANSPORTS |= {f"shared memory, {n} ranks": hosts for n, hosts in ONE_HOST.items()}
 TRANSPORTS |= {f"two hosts, {name}": hosts for name, hosts in TWO_HOSTS.items()}
 
-every_transport = pytest.mark.parametrize("hosts", TRANSPORTS.values(), ids=TRANSPORTS)
+every_transport = pytest.mark.parametrize(
+    "hosts",
+    [pytest.param(hosts, marks=pytest.mark.slow if hosts == (WHOLE,) * 2 else ()) for hosts in TRANSPORTS.values()],
+    ids=TRANSPORTS,
+)
 
 
 @contextmanager
 def communicator_on(hosts: tuple[str, ...]) -> Iterator[Communicator]:
     group = dist.group.WORLD
     assert group is not None
-    host = hosts[dist.get_rank()]
-    made = communicator_of(group, "auto" if host else "torch", TIMEOUT, host=host or None)
+    host = hosts[dist.get_rank()].removeprefix(WHOLE)
+    with inside.whole_collectives() if WHOLE in hosts else nullcontext():
+        made = communicator_of(group, "auto" if host else "torch", TIMEOUT, host=host or None)
     kinds = {0: SharedMemoryCommunicator, 1: HierarchicalCommunicator}
     assert type(made) is (kinds[len(set(hosts)) - 1] if host else TorchCommunicator)
     yield made

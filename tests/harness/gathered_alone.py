@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from partita.comm import SingleProcess
+from partita.device import HostStreams, Streams
 from partita.units import Offload, ParameterLifetimes, UnitSettings, build_units, stage_policy
 from torch import nn
 
@@ -16,7 +17,7 @@ class Untrained:
         """There is nothing to reduce."""
 
 
-def gathered(model: nn.Module) -> ParameterLifetimes:
+def gathered(model: nn.Module, streams: Streams | None = None) -> ParameterLifetimes:
     """The lifetimes of a model whose parameters are gathered: with shards on the host, one rank gathers, too."""
     communicator = SingleProcess()
     units = build_units(
@@ -27,6 +28,7 @@ def gathered(model: nn.Module) -> ParameterLifetimes:
         communicator=communicator,
         gathering=communicator,
         policy=stage_policy(3),
+        streams=streams or HostStreams(),
     )
     return ParameterLifetimes(units.groups, communicator, 0, 10**6, Untrained())
 

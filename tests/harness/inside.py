@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import partita.comm.torch_transport
 import partita.run.run
 import partita.units.residence.gathered
 import partita.units.unit
@@ -72,6 +73,11 @@ def communicator(engine: Engine) -> Communicator:
 def streams(engine: Engine) -> Streams:
     """The streams that the engine works on."""
     return engine._run.streams
+
+
+def predivide(engine: Engine) -> float:
+    """What gradients are divided by before they are summed over ranks."""
+    return engine._run.predivide
 
 
 def _lifetimes(engine: Engine) -> ParameterLifetimes:
@@ -145,6 +151,12 @@ def connect_by(replacement: Connect) -> None:
 def with_streams(replacement: Streams) -> AbstractContextManager[Any]:
     """Engines made in this block work on `replacement`."""
     return mock.patch.object(_MODULE, "streams_of", lambda _device: replacement)
+
+
+def whole_collectives() -> AbstractContextManager[Any]:
+    """Communicators over torch.distributed made in this block do over any backend what they do over NCCL: whole
+    collectives of the backend, whose waits look at what is outstanding."""
+    return mock.patch.object(partita.comm.torch_transport, "FASTER_BY_MESSAGES", frozenset())
 
 
 def save_in_files_of(engine: Engine, folder: Path, max_bytes: int) -> None:

@@ -27,7 +27,7 @@ class Halves:
             assert inner is not None
             controller = StepController(loss_scaler_of(run.config, run.precision), run.streams, run.world_size)
             self.scaling = LossScaling(controller.scale if run.precision.scales_loss else None)
-            gathers = ParameterGathers()
+            gathers = ParameterGathers(run.streams)
             self.parts = [
                 ModelPart(
                     half, inner, run, self.scaling, Accumulation(run.batch.accumulation, run.policy), gathers, exits

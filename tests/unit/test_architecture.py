@@ -10,7 +10,9 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
 from partita.engine import EngineBase
+from torch.utils._device import _device_constructors
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "partita"
@@ -131,19 +133,31 @@ def test_the_engine_imports_its_parts_by_their_packages():
 
 # -- tensors of our own
 
-# What takes device and dtype from torch's defaults, which are the program's. `*_like` takes both from a tensor.
-FACTORIES = {"empty", "zeros", "ones", "full", "tensor", "arange", "randn", "rand", "randint", "randperm", "eye"}
-FACTORIES |= {"as_tensor", "asarray", "scalar_tensor", "linspace", "empty_strided", "normal", "tril", "triu"}
+# What takes device and dtype from torch's defaults, which are the program's. `*_like` takes both from a tensor, and
+# `new_*` from the one that it is called on; `frombuffer` and `from_numpy` are on the host in any case.
+FACTORIES = {f"torch.{f.__name__}" for f in _device_constructors() if getattr(torch, f.__name__, None) is f}
+FACTORIES |= {f"torch.{name}" for name in ("asarray", "empty_quantized", "from_file", "normal", "vander")}
+FACTORIES |= {"torch.fft.fftfreq", "torch.fft.rfftfreq", "torch.nested.nested_tensor", "torch.nested.as_nested_tensor"}
+# What has no dtype; the generator's device may come first.
+ON_A_DEVICE = {"torch.Generator"}
+# What makes tensors in ways that name neither.
+REFUSED = re.compile(r"torch\.(\w*Tensor|UntypedStorage|TypedStorage)|nn\.[A-Z]\w*|torch\.nn\.[A-Z]\w*|[a-z]\w*\.new")
+NO_TENSORS = {"nn.Parameter", "nn.Module", "nn.ModuleList", "nn.ModuleDict", "nn.Sequential"}
 
 
 def leaves_to_defaults(text: str) -> list[str]:
-    """Calls of torch's factories that name no device or no dtype, and addresses that nobody has checked."""
+    """Calls of torch's factories that name no device or no dtype, and of what takes both from nowhere."""
     found = []
     for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module == "torch":
+            names = {f"torch.{alias.name}" for alias in node.names}
+            found += [f"line {node.lineno}: from torch import {name}" for name in names & (FACTORIES | ON_A_DEVICE)]
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         called, given = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
-        if called in {f"torch.{name}" for name in FACTORIES} and not given >= {"device", "dtype"}:
+        is_short = called in FACTORIES and not given >= {"device", "dtype"}
+        is_nowhere = called in ON_A_DEVICE and not node.args and "device" not in given
+        if is_short or is_nowhere or (REFUSED.fullmatch(called) and called not in NO_TENSORS):
             found.append(f"line {node.lineno}: {ast.unparse(node)}")
     return found
 
@@ -154,11 +168,46 @@ def test_tensors_name_their_device_and_dtype(path):
     assert leaves_to_defaults(path.read_text()) == []
 
 
-def test_tensors_that_name_neither_are_found():
+def test_the_factories_are_those_of_torch():
+    """What torch.set_default_device() changes, as torch lists it."""
+    assert {"torch.empty", "torch.full", "torch.as_tensor", "torch.linspace", "torch.eye"} <= FACTORIES
+    assert len(FACTORIES) > 30
+
+
+WRONG = [
+    "torch.zeros(3)",
+    "torch.tensor(1.0, device=d)",
+    "torch.empty(n, dtype=t)",
+    "f(torch.randn(3, out=x))",
+    "torch.as_tensor(x, device=d)",
+    "torch.linspace(0, 1, 3)",
+    "torch.Generator().manual_seed(3)",
+    "torch.Tensor(3)",
+    "torch.LongTensor([1])",
+    "x.new(3)",
+    "self.layer = nn.Linear(3, 4)",
+    "from torch import zeros",
+]
+RIGHT = [
+    "torch.zeros(3, dtype=t, device=d)",
+    "torch.empty_like(x)",
+    "x.new_zeros(3)",
+    "torch.Generator(HOST)",
+    "torch.frombuffer(b, dtype=t)",
+    "nn.Parameter(x)",
+    "from torch import Tensor, nn",
+]
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_tensors_that_name_neither_are_found(text):
     """The rule above finds what it forbids."""
-    wrong = ["torch.zeros(3)", "torch.tensor(1.0, device=d)", "torch.empty(n, dtype=t)", "f(torch.randn(3, out=x))"]
-    assert all(leaves_to_defaults(text) for text in wrong)
-    assert not leaves_to_defaults("torch.zeros(3, dtype=t, device=d); torch.empty_like(x); x.new_zeros(3)")
+    assert leaves_to_defaults(text)
+
+
+@pytest.mark.parametrize("text", RIGHT)
+def test_what_names_both_is_not(text):
+    assert leaves_to_defaults(text) == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)

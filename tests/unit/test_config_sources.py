@@ -145,7 +145,7 @@ def test_without_pyyaml_the_error_says_what_to_install(tmp_path: Path, monkeypat
 
 AUTO_KEYS = {
     "gradient_clipping": "is 0.0, the default",
-    "zero_optimization.reduce_bucket_size": "is 8388608, the default",
+    "zero_optimization.reduce_bucket_size": "is null, the default: the size follows the kind of device",
     "zero_optimization.stage3_prefetch_bucket_size": "is 8388608, the default",
     "zero_optimization.stage3_max_live_parameters": "is 1000000000, the default",
     "zero_optimization.offload_optimizer.device": "is 'none', the default",

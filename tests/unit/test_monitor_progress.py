@@ -198,7 +198,7 @@ def test_the_pace_is_the_mean_of_the_steps_since_the_last_look():
     now = iter([0.0, 4.0, 4.0, 10.0, 10.0])
     pace = Pace(8, clock=lambda: next(now))
     for step in (1, 2):
-        pace.add(report(step, tokens=100 * step, flops=1e3, phases_ms={"forward": 10.0 * step}))
+        pace.add(report(step, tokens=100 * step, flops=1e3, phases_ms=[{"forward": 10.0 * step}]))
     means = pace.take()
     assert (means.seconds, means.samples_per_s, means.tokens_per_s, means.flops_per_s) == (2.0, 4.0, 75.0, 500.0)
     assert means.phases_ms == {"forward": 15.0} and means.waited_share is None

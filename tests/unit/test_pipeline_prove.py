@@ -8,7 +8,19 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from partita.pipeline import NAMES, Action, Proof, Schedule, ScheduleError, by_name, from_text, prove
+from partita.pipeline import (
+    NAMES,
+    Action,
+    Proof,
+    Schedule,
+    ScheduleError,
+    by_name,
+    from_text,
+    pairs_of,
+    plan_of,
+    prove,
+    schedule_for,
+)
 
 FORMS = [("1f1b", 4, 6), ("gpipe", 3, 4), ("interleaved", 3, 6), ("zb-h1", 4, 5), ("zb-v", 3, 5), ("dualpipe-v", 3, 7)]
 
@@ -220,3 +232,14 @@ def test_few_tensors_are_under_way(name):
 def test_skips_lead_forwards(skips):
     with pytest.raises(ScheduleError, match="skips lead forwards"):
         prove(by_name("1f1b", 4, 4), skips)
+
+
+def test_the_pairs_of_ranks_that_send_to_each_other():
+    """Both ways along the chain, skips and ties; the same list on all ranks, nobody with itself."""
+    schedule = schedule_for("1f1b", 3, 6, None)
+    plans = [plan_of(schedule, rank, [(0, 2)]) for rank in range(3)]
+    chain = [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
+    assert [pairs_of(plan, []) for plan in plans] == [chain] * 3
+    plain = plan_of(schedule, 0)
+    assert pairs_of(plain, []) == [(0, 1), (1, 0), (1, 2), (2, 1)]
+    assert pairs_of(plain, [(0, 2), (1,)]) == chain

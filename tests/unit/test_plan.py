@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from partita.comm import SingleProcess
+from partita.device import HostStreams
 from partita.units import Lifetime, Offload, ParameterInfo, UnitSettings, build_units, make_layout, stage_policy
 from partita.units.plan import PlanSettings, UnitPlan, plan_frozen, plan_trained
 from torch import Tensor, nn
@@ -228,6 +229,7 @@ def test_units_are_built_as_planned(stage, persistent_numel, share, world):
         communicator=communicator,
         gathering=communicator,
         policy=policy,
+        streams=HostStreams(),
     )
     units = [*built.trained, *built.frozen]
     plans = [*trained, *frozen]
@@ -256,6 +258,7 @@ def test_what_refuses_a_model_leaves_it_as_it_was():
             communicator=TwoRanks(),
             gathering=TwoRanks(),
             policy=stage_policy(3),
+            streams=HostStreams(),
         )
     assert weight.data_ptr() == before
     assert type(weight) is nn.Parameter

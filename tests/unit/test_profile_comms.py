@@ -9,9 +9,10 @@ import partita
 import pytest
 import small_models
 import torch
+from late_streams import LateStreams
 from partita.comm import Carried, Waited, WaitRow
 from partita.config import load_config
-from partita.device.streams import HostStreams
+from partita.device.streams import HostStreams, Streams
 from partita.monitor import WaitTable
 from partita.monitor.comms_log import CommsLog, CommsRow, comms_text
 from partita.monitor.waits import Waits, step_waits
@@ -19,12 +20,12 @@ from partita.monitor.waits import Waits, step_waits
 
 def _carried(operation: str = "all_reduce", nbytes: int = 800, seconds: float = 0.5, **changes: Any) -> Carried:
     values = {"axis": "data", "call": "step()", "launched_s": 1.0, "wait_s": 1.25, "done_s": 1.0 + seconds, "ranks": 4}
-    return Carried(operation=operation, nbytes=nbytes, marks=(1.0, 1.0 + seconds), **(values | changes))
+    return Carried(operation=operation, nbytes=nbytes, **(values | {"marks": (1.0, 1.0 + seconds)} | changes))
 
 
-def _log(**section: Any) -> CommsLog:
+def _log(streams: Streams | None = None, **section: Any) -> CommsLog:
     config = load_config({"train_batch_size": 1, "comms_logger": {"enabled": True, **section}})
-    return CommsLog(config.comms_logger, HostStreams(), speaks=True)
+    return CommsLog(config.comms_logger, streams or HostStreams(), speaks=True)
 
 
 def test_operations_add_up_by_name_and_size():
@@ -65,6 +66,21 @@ def test_debug_tells_calls_apart_and_verbose_prints_each(caplog):
         log.add(_carried(call="backward()"))
     assert len(log.rows()) == 2
     assert "all_reduce (data) in step() of 800 B: 500.000 ms" in caplog.text
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_nobody_waits_for_an_operation_that_is_under_way(caplog, verbose):
+    """LateStreams refuses the time of what the device has not come to. A line comes with a later operation."""
+    streams = LateStreams()
+    log = _log(streams, verbose=verbose)
+    with caplog.at_level(logging.INFO, "partita"):
+        log.add(_carried(marks=(streams.mark(), streams.mark())))
+        before = len(caplog.messages)
+        streams.catch_up()
+        log.add(_carried(marks=(streams.mark(), streams.mark())))
+    assert (before, len(caplog.messages)) == (0, int(verbose))
+    streams.catch_up()
+    assert [row.count for row in log.rows()] == [2]
 
 
 def test_what_was_not_asked_for_is_not_there():

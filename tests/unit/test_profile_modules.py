@@ -10,6 +10,7 @@ import partita
 import pytest
 import small_models
 import torch
+from late_streams import on_late_streams
 from partita.monitor.module_table import ModuleCosts, ProfiledStep, inclusive, scaled, summary_text, tree_text
 from torch import Tensor, nn
 
@@ -85,6 +86,24 @@ def test_only_the_first_micro_batch_counts(tmp_path):
     path = tmp_path / "flops.txt"
     _train(2, micro_batches=3, flops_profiler={"enabled": True, "profile_step": 0, "output_file": str(path)})
     assert _rows(path.read_text())["model"][3] == str(2 * BLOCK_MACS + SAMPLES * WIDTH)
+
+
+def test_nobody_waits_for_the_times_of_modules(tmp_path):
+    """LateStreams refuses times that the device has not come to: the table comes with a later step."""
+    path = tmp_path / "flops.txt"
+    settings = {"enabled": True, "output_file": str(path)}
+    with on_late_streams():
+        engine, *_ = partita.initialize(
+            model=small_models.seeded(Blocks), config=small_models.config(flops_profiler=settings)
+        )
+        told = []
+        for step in range(4):
+            engine.backward(engine(small_models.inputs(step, SAMPLES)))
+            engine.step()
+            told.append(path.exists())
+        engine.destroy()
+    assert told == [False, False, True, True]
+    assert float(_rows(path.read_text())["0"][5]) > 0.0
 
 
 def test_a_run_that_ends_early_has_no_times(tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from partita.comm import CommunicationError, Handle, SingleProcess
+from partita.device import HostStreams
 from partita.units import Always, FlatParameters, Gathered, Mapped, ParameterInfo, Residence, Residency, make_layout
 from partita.units.absent import AbsentParameterError
 from torch import Tensor, nn
@@ -45,7 +46,8 @@ def residence_of(kind: type[Residence], communicator: SingleProcess | None = Non
     infos = [ParameterInfo(name, tuple(value.shape), 0, 4, "torch.float32") for name, value in VALUES.items()]
     layout = make_layout(infos, 1)
     parameters = [nn.Parameter(torch.empty_like(value)) for value in VALUES.values()]
-    residence = kind(layout, parameters, torch.float32, range(layout.numel), communicator or Alone())
+    more = {"streams": HostStreams()} if kind is Gathered else {}
+    residence = kind(layout, parameters, torch.float32, range(layout.numel), communicator or Alone(), **more)
     for slot, value in zip(layout.slots, VALUES.values(), strict=True):
         residence.own_params[slot.in_unit] = value.view(-1)
     residence.take()

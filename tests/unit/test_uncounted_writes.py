@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from late_streams import on_late_streams
+from no_waits import refusing_host_waits
 from partita import Engine
 from small_models import assert_same_weights, config, inputs, seeded, weights
 from torch import nn
@@ -24,11 +27,13 @@ def _clip(model: nn.Module, through_data: bool) -> None:
                 parameter.clamp_(-0.2, 0.2)
 
 
-def _run(through_data: bool, stage: int, changes: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _run(through_data: bool, stage: int, changes: dict[str, Any], late: bool = False) -> dict[str, torch.Tensor]:
     zero = {"stage": stage, **changes.get("zero_optimization", {})}
-    engine = Engine(seeded(), config=config(**{**changes, "zero_optimization": zero}))
+    with on_late_streams() if late else nullcontext():
+        engine = Engine(seeded(), config=config(**{**changes, "zero_optimization": zero}))
     for step in range(6):
-        engine.train_batch(inputs(step))
+        with refusing_host_waits() if late and step else nullcontext():  # the first step has agreements
+            engine.train_batch(inputs(step))
         _clip(engine.module, through_data)
     return weights(engine.module)
 
@@ -54,6 +59,16 @@ def test_writes_after_every_step_are_noticed(setting, stage, caplog):
     (record,) = [r for r in caplog.records if ".data" in r.message]
     assert "no_grad()" in record.message
     assert max(p.abs().max().item() for p in found.values()) <= 0.21
+
+
+@pytest.mark.parametrize("setting", ["bf16", "fp16"])
+def test_on_a_device_that_is_not_waited_for_the_masters_take_them_all_the_same(setting, caplog):
+    """The host learns of the writes with the next update, and then warns."""
+    with caplog.at_level(logging.WARNING, "partita"):
+        expected, found = (_run(True, 1, SETTINGS[setting], late) for late in (False, True))
+    assert_same_weights(found, expected, 0.0)
+    usual, late = (r.getMessage() for r in caplog.records if ".data" in r.message)
+    assert late == usual
 
 
 def test_split_masters_follow_their_parameters(caplog):

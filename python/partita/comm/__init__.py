@@ -10,11 +10,12 @@ from partita.comm.agree import (
     ranks_that_differ,
     text_by_rank,
 )
+from partita.comm.calls import error_under_way
 from partita.comm.communicator import Communicator, Done, Handle, SingleProcess
 from partita.comm.grid import Connect, Coordinates, GridShape, ProcessGrid
 from partita.comm.groups import backend_for
 from partita.comm.hierarchical import HierarchicalCommunicator
-from partita.comm.join import init_distributed, is_joined, leave_job, note_rank, place_in_job
+from partita.comm.join import init_distributed, is_joined, join_job, leave_job, note_rank, place_in_job
 from partita.comm.observed import Carried, Listener, Observed
 from partita.comm.same import Entries, digest_number, require_same
 from partita.comm.setup import communicator_of, require_same_on_all_ranks, world_communicator
@@ -50,8 +51,10 @@ __all__ = [
     "by_rank",
     "communicator_of",
     "digest_number",
+    "error_under_way",
     "init_distributed",
     "is_joined",
+    "join_job",
     "leave_job",
     "note_rank",
     "numbers_by_rank",

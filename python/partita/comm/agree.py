@@ -13,6 +13,7 @@ import torch
 
 from partita._core import CommunicationError, Reduction
 from partita.comm.communicator import Communicator
+from partita.device.memory import HOST
 
 DIGEST_BYTES = 32
 NAMED_ERRORS = 3  # in the message of a rank that has no error of its own
@@ -27,9 +28,10 @@ def any_rank_each(communicator: Communicator, conditions: Sequence[bool]) -> lis
     """For each of several conditions, whether it holds on at least one rank. All ranks give equally many."""
     if not conditions:
         return []
-    flags = torch.tensor([float(c) for c in conditions], dtype=torch.float64, device=communicator.device)
+    own = torch.tensor([float(c) for c in conditions], dtype=torch.float64, device=HOST)
+    flags = communicator.to_device(own)
     communicator.all_reduce(flags, Reduction.max).wait()
-    return [bool(flag) for flag in flags.tolist()]
+    return [bool(flag) for flag in communicator.to_host(flags).tolist()]
 
 
 def by_rank(communicator: Communicator, value: float) -> list[float]:
@@ -37,15 +39,16 @@ def by_rank(communicator: Communicator, value: float) -> list[float]:
     values = torch.zeros(communicator.world_size, dtype=torch.float64, device=communicator.device)
     values[communicator.rank] = value
     communicator.all_gather(values).wait()
-    return [float(v) for v in values.tolist()]
+    return [float(v) for v in communicator.to_host(values).tolist()]
 
 
 def numbers_by_rank(communicator: Communicator, numbers: Sequence[float]) -> list[list[float]]:
     """Every rank's numbers, by rank. All ranks give equally many."""
     values = torch.zeros((communicator.world_size, len(numbers)), dtype=torch.float64, device=communicator.device)
-    values[communicator.rank] = torch.tensor(numbers, dtype=torch.float64, device=communicator.device)
+    own = torch.tensor(numbers, dtype=torch.float64, device=HOST)
+    values[communicator.rank] = communicator.to_device(own)
     communicator.all_gather(values.view(-1)).wait()
-    return [[float(each) for each in row] for row in values.tolist()]
+    return [[float(each) for each in row] for row in communicator.to_host(values).tolist()]
 
 
 def text_by_rank(communicator: Communicator, text: str) -> list[str]:
@@ -95,9 +98,9 @@ def _bytes_by_rank(communicator: Communicator, data: bytes) -> list[bytes]:
         return [data] * communicator.world_size
     gathered = torch.zeros(communicator.world_size * len(data), dtype=torch.uint8, device=communicator.device)
     own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    communicator.slice_of(gathered).copy_(own)
+    communicator.slice_of(gathered).copy_(communicator.to_device(own))
     communicator.all_gather(gathered).wait()
-    everything = gathered.cpu().numpy().tobytes()
+    everything = communicator.to_host(gathered).numpy().tobytes()
     return [everything[begin : begin + len(data)] for begin in range(0, len(everything), len(data))]
 
 

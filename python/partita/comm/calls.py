@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
+from partita._core import CommunicationError
+
 FEWER_BATCHES = "did it have fewer batches?"
 
 
@@ -13,10 +15,12 @@ class Calls:
 
     Attributes:
         name: as a program writes the call, "step()"; empty outside of all calls.
+        has_failed: a collective has failed in one of the calls: others will not come, and a GPU may never be done.
     """
 
     def __init__(self) -> None:
         self.name = ""
+        self.has_failed = False
 
     def inside(self, name: str) -> InsideCall:
         """In this block the program is in the call `name`, unless it is in another one already."""
@@ -41,6 +45,15 @@ class InsideCall:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._calls.name = self._outer
+        if kind is not None and issubclass(kind, CommunicationError):
+            self._calls.has_failed = True
+
+
+def error_under_way() -> BaseException | None:
+    """The error that the program is handling, or that ends it; None: there is none. The end of an iterator is no error,
+    nor is what a user or the system asks for."""
+    error = sys.exc_info()[1]
+    return error if isinstance(error, Exception) and not isinstance(error, StopIteration | StopAsyncIteration) else None
 
 
 def why_leaving() -> str:

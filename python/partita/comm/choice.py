@@ -13,6 +13,7 @@ import torch.distributed as dist
 from partita import _core
 from partita.comm.agree import any_rank
 from partita.comm.communicator import Communicator, SingleProcess
+from partita.comm.fate import Fate
 from partita.comm.groups import GROUP_TIMEOUT, OwnGroups, backend_for
 from partita.comm.hierarchical import HierarchicalCommunicator
 from partita.comm.hosts import Contact, exchange_contacts, no_host, ranks_by_host, this_host
@@ -30,11 +31,18 @@ class Wish:
     timeout: timedelta
     device: torch.device
     host: str | None
+    fate: Fate | None = None  # of a communicator that fails together with this one
 
     @property
     def tries_shared_memory(self) -> bool:
         """Whether the ranks of a host are to share memory if they can."""
         return self.transport != "torch" and self.device.type == "cpu"
+
+    def over_torch(
+        self, group: dist.ProcessGroup, own: OwnGroups, downwards: dist.ProcessGroup | None = None
+    ) -> TorchCommunicator:
+        """The communicator of a group's ranks through the group."""
+        return TorchCommunicator(group, self.device, own, timeout=self.timeout, fate=self.fate, downwards=downwards)
 
 
 @dataclass(frozen=True)
@@ -66,15 +74,22 @@ class _FailedError(_UnavailableError):
     """Shared memory is for these ranks, and does not work."""
 
 
-def connect(group: dist.ProcessGroup, wish: Wish, own: OwnGroups, part: Meeting | None = None) -> Communicator:
+def connect(
+    group: dist.ProcessGroup,
+    wish: Wish,
+    own: OwnGroups,
+    part: Meeting | None = None,
+    downwards: dist.ProcessGroup | None = None,
+) -> Communicator:
     """The communicator of a group's ranks. The groups in `own` end with the communicator, or with its failure.
 
     Args:
         part: of a rank whose group is a part of the job; None: the group has all ranks, or the program has made it.
+        downwards: see `TorchCommunicator`.
     """
     with ExitStack() as on_failure:
         on_failure.callback(own.end)
-        made = _choose(group, wish, own, part)
+        made = _choose(group, wish, own, part, downwards)
         on_failure.callback(made.close)
         if own.are_there and isinstance(made, SharedMemoryCommunicator):  # which communicates through none of them
             made.barrier()  # every rank has read from the groups what it needs
@@ -83,12 +98,18 @@ def connect(group: dist.ProcessGroup, wish: Wish, own: OwnGroups, part: Meeting 
         return made
 
 
-def _choose(group: dist.ProcessGroup, wish: Wish, own: OwnGroups, part: Meeting | None) -> Communicator:
+def _choose(
+    group: dist.ProcessGroup,
+    wish: Wish,
+    own: OwnGroups,
+    part: Meeting | None,
+    downwards: dist.ProcessGroup | None,
+) -> Communicator:
     if dist.get_world_size(group) == 1:
         own.end()
         return SingleProcess(wish.device)
     if wish.transport == "torch":
-        return TorchCommunicator(group, wish.device, own)
+        return wish.over_torch(group, own, downwards)
     try:
         if not wish.tries_shared_memory:
             raise _UnavailableError(f"the ranks compute on '{wish.device.type}'")
@@ -100,7 +121,7 @@ def _choose(group: dist.ProcessGroup, wish: Wish, own: OwnGroups, part: Meeting 
             raise RuntimeError(f'comm.transport is "shared_memory", but {error}') from error
         if failed:
             logger.warning("%s; going on over torch.distributed", error)
-        return TorchCommunicator(group, wish.device, own)
+        return wish.over_torch(group, own, downwards)
 
 
 def _over_shared_memory(

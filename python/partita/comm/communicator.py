@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Protocol
@@ -14,6 +15,7 @@ from partita._core import Reduction
 from partita.comm.calls import Calls
 from partita.comm.waited import Waited
 from partita.device.memory import HOST, flat_buffer
+from partita.device.polling import read_back, sent_to
 
 
 class Handle(Protocol):
@@ -45,11 +47,37 @@ class Communicator(ABC):
     transport: str  # what carries the bytes, for people
     device: torch.device = HOST  # of its buffers
     shares_memory: bool = False  # whether mapped() returns a buffer
+    sums_in_fp32: bool = True  # whether sums of 16-bit values are rounded once
 
     @cached_property
     def calls(self) -> Calls:
         """Where the program is; the communicators of one grid share it."""
         return Calls()
+
+    def check_progress(self) -> None:  # noqa: B027  most transports have nothing to look at
+        """Called again and again while the host waits for its device.
+
+        Raises:
+            CommunicationError: a collective has failed, or waits in vain; names it and this rank.
+        """
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """The values of a small tensor on the host, which waits for them and for collectives before them.
+
+        Raises:
+            CommunicationError: as `check_progress`.
+        """
+        return read_back(tensor, self.check_progress)
+
+    def to_device(self, values: Tensor) -> Tensor:
+        """Small values of the host where the buffers are; the host does not wait."""
+        return sent_to(self.device, values)
+
+    def connect_pairs(self, pairs: Sequence[tuple[int, int]]) -> None:  # noqa: B027  most are connected
+        """Messages will go from the first rank of each pair to the second one. A collective: all give the same pairs.
+
+        Without it the first message may hold up the host until the receiver takes it.
+        """
 
     def call_of_all(self, name: str) -> AbstractContextManager[None]:
         """In this block the program is in `name`, an engine call that all ranks make and that is rare.
@@ -58,6 +86,13 @@ class Communicator(ABC):
             CommunicationError: another rank is in another call. Some transports know it here, others in a collective.
         """
         return self.calls.inside(name)
+
+    def come_together(self, what: str) -> None:  # noqa: B027  some transports compare collectives
+        """Returns when all ranks are about to do this; for what is rare.
+
+        Raises:
+            CommunicationError: another rank does something else.
+        """
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A flat buffer that this transport can work on in place; its content is undefined."""
@@ -110,6 +145,15 @@ class Communicator(ABC):
         """
         numel = self.slice_numel(buffer)
         return [buffer[r * numel : (r + 1) * numel] for r in range(self.world_size)]
+
+    def _require_here(self, call: str, tensor: Tensor) -> None:
+        """Raises ValueError, before anything is sent, for a tensor in memory of another kind than the buffers'."""
+        if tensor.device.type != self.device.type:
+            where = "host memory" if self.device.type == "cpu" else f"memory of '{self.device.type}'"
+            raise ValueError(
+                f"{call}() of a tensor on '{tensor.device}', on rank {self.rank} of {self.world_size} over "
+                f"{self.transport}: what it carries is in {where}"
+            )
 
     def _check_rank(self, what: str, rank: int) -> None:
         if not 0 <= rank < self.world_size:

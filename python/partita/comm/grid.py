@@ -171,6 +171,11 @@ class ProcessGrid:
         self._axes.append((made, self._ranks_of(self.shape.data_groups)))
         return self._observed(made, "beside")
 
+    def check_progress(self) -> None:
+        """Called while the host waits for its device; see `Communicator.check_progress`."""
+        for communicator in (self.world, *(axis for axis, _ in self._axes)):
+            communicator.check_progress()
+
     def waited(self) -> Waited | None:
         """How long this rank's program has been held up so far, by rank of the world. None: the world's communicator
         does not know."""

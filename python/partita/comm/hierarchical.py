@@ -63,6 +63,7 @@ class HierarchicalCommunicator(Communicator):
         self.rank = rank
         self.world_size = sum(map(len, hosts))
         self.transport = f"{inside.transport} on {len(hosts)} hosts, {everyone.transport} between them"
+        self.sums_in_fp32 = inside.sums_in_fp32 and everyone.sums_in_fp32
         self._hosts = hosts
         self._host = next(i for i, ranks in enumerate(hosts) if rank in ranks)
         self._inside, self._between, self._everyone = inside, between, everyone
@@ -79,18 +80,22 @@ class HierarchicalCommunicator(Communicator):
         return self._inside.empty(numel, dtype)
 
     def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
+        self._require_here("all_reduce", buffer)
         return self._run(self._all_reduce, buffer, reduction)
 
     def reduce_scatter(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
+        self._require_here("reduce_scatter", buffer)
         self.slice_numel(buffer)
         return self._run(self._reduce_scatter if self._has_sections else self._all_reduce, buffer, reduction)
 
     def all_gather(self, buffer: Tensor) -> Handle:
+        self._require_here("all_gather", buffer)
         self.slice_numel(buffer)
         return self._run(self._all_gather if self._has_sections else self._gather_slices, buffer)
 
     def broadcast(self, tensor: Tensor, root: int) -> Handle:
         self._check_rank("broadcast from", root)
+        self._require_here("broadcast", tensor)
         return self._run(self._broadcast, tensor, root)
 
     def send(self, tensor: Tensor, destination: int) -> Handle:

@@ -58,9 +58,9 @@ def exchange_contacts(everyone: Communicator, host: str, address: bytes) -> list
     """Every rank's contact, by rank. A collective."""
     own = Contact(hashlib.sha256(host.encode()).digest(), address, secrets.token_bytes(TOKEN_BYTES)).pack()
     gathered = torch.zeros(everyone.world_size * own.numel(), dtype=torch.uint8, device=everyone.device)
-    everyone.slice_of(gathered).copy_(own)
+    everyone.slice_of(gathered).copy_(everyone.to_device(own))
     everyone.all_gather(gathered).wait()
-    return [Contact.unpack(packed) for packed in everyone.slices(gathered)]
+    return [Contact.unpack(packed) for packed in everyone.slices(everyone.to_host(gathered))]
 
 
 def ranks_by_host(contacts: list[Contact]) -> list[list[int]]:

@@ -8,6 +8,7 @@ import secrets
 import sys
 import threading
 import time
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from partita import _core
-from partita.comm.groups import GROUP_TIMEOUT
+from partita.comm.fate import are_given_up
+from partita.comm.groups import GROUP_TIMEOUT, has_nccl, set_timeout
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 AGENT_SERVES = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun, whose agent serves the store of the ranks
@@ -50,8 +52,9 @@ def init_distributed(
     which ranks are missing, and where.
 
     Args:
-        dist_backend: "nccl", "gloo", or another that torch.distributed knows; None: NCCL when this build has CUDA
-            kernels and a GPU is there, otherwise gloo. A backend that cannot carry a model's tensors is no obstacle to
+        dist_backend: "nccl", "gloo", or another that torch.distributed knows; None: NCCL for the tensors of GPUs and
+            gloo for those of the host when this build has CUDA kernels and a GPU is there, otherwise gloo. No GPU is
+            used before a tensor of one is sent. A backend that cannot carry a model's tensors is no obstacle to
             training it.
         auto_mpi_discovery: whether processes that MPI started without the launcher's variables are an error; False:
             each of them is alone.
@@ -76,12 +79,39 @@ def init_distributed(
             "dist_init_required=False, and there is no process group: call torch.distributed.init_process_group() "
             "before, or leave dist_init_required out"
         )
-    chosen = given or ("nccl" if _core.built_with_cuda() and torch.cuda.is_available() else "gloo")
+    chosen = given or best_backend()
     if init_method is not None or rank >= 0 or world_size >= 0:
         own = [number if number >= 0 else int(os.environ.get(name, -1)) for number, name in _numbers(rank, world_size)]
         dist.init_process_group(chosen, init_method=init_method, rank=own[0], world_size=own[1], timeout=timeout)
     else:
         _join_launched(chosen, timeout, distributed_port, may_be_mpi=auto_mpi_discovery)
+    group = dist.group.WORLD
+    if group is not None and has_nccl(group):
+        # Before any communicator is made, so that this comes after the end of all of them.
+        weakref.finalize(group, _end_job, weakref.ref(group))
+
+
+def join_job(timeout: timedelta) -> None:
+    """`init_distributed()` for an engine.
+
+    No `device_id` is given. With one, each rank would make an NCCL communicator here, used or not; all groups would be
+    split off it, which hangs where a part of the ranks gets a group of gloo; and messages between ranks would share
+    one queue with everything else.
+
+    Args:
+        timeout: how long waits for NCCL's collectives last, if the group is made here.
+    """
+    if dist.is_initialized():
+        return
+    init_distributed()
+    if dist.group.WORLD is not None:
+        set_timeout(dist.group.WORLD, timeout)
+
+
+def best_backend() -> str:
+    """Of the default process group: gloo, and NCCL beside it where there are GPUs for this build."""
+    has_gpu = _core.built_with_cuda() and dist.is_nccl_available() and torch.cuda.is_available()
+    return "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
 
 
 def _numbers(rank: int, world_size: int) -> list[tuple[int, str]]:
@@ -111,7 +141,7 @@ def _join_launched(backend: str, timeout: timedelta, port: int | None, *, may_be
     elif "RANK" in missing and "WORLD_SIZE" in missing:  # alone, where NCCL and its threads have nothing to do
         if may_be_mpi:
             _refuse_mpi()
-        alone = "gloo" if backend == "nccl" else backend
+        alone = "gloo" if "nccl" in backend else backend
         dist.init_process_group(alone, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         present = [name for name in LAUNCHER_VARIABLES if name not in missing]
@@ -140,6 +170,13 @@ def is_joined() -> bool:
 def leave_job() -> None:
     """Ends the default process group, if there is one: its threads must be gone when Python ends."""
     if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _end_job(made: weakref.ref[dist.ProcessGroup]) -> None:
+    """Ends the default group that was made here: torch.distributed warns of a group of NCCL that nobody has ended."""
+    group = made()
+    if group is not None and dist.group.WORLD is group and not are_given_up():
         dist.destroy_process_group()
 
 

@@ -110,6 +110,27 @@ class Lookout:
                 return f"rank {rank} {told['why']}"
         return ""
 
+    def what_others_do(self, number: int) -> str:
+        """In words, for the error of a rank that waits for the collective `number` no longer."""
+        return "; ".join(f"rank {rank} {self._what_it_does(rank, number)}" for rank in self._others)
+
+    def _what_it_does(self, rank: int, number: int) -> str:
+        ended, waiting = self._told("ended", rank), self._told("waiting", rank)
+        if ended:
+            return str(ended["why"])
+        if "meets" in waiting:
+            return f"is in {waiting['meets']}"
+        if not waiting:
+            return "has told nothing: it computes, hangs, is stopped or has died"
+        has_launched = (
+            "has launched that collective and waits, too"
+            if waiting["launched"] > number
+            else (
+                f"waits, and has not launched that collective (number {number}; it has launched {waiting['launched']})"
+            )
+        )
+        return has_launched
+
     @contextmanager
     def meet(self, name: str) -> Iterator[None]:
         """A block that begins when all ranks are in the call `name`.
@@ -118,11 +139,14 @@ class Lookout:
             CommunicationError: a rank is in another call, has ended, or does not come before the timeout.
         """
         if not self._calls().name and not self._ended:
-            self._await_all(name)
+            self.await_all(name)
         with self._calls().inside(name):
             yield
 
-    def _await_all(self, name: str) -> None:
+    def await_all(self, name: str) -> None:
+        """Returns when all ranks are in `name`; raises as `meet`."""
+        if not self._others:
+            return
         number, self._meetings = self._meetings, self._meetings + 1
         self._store.set(self._key(f"met-{number}", self._rank), name)
         keys = [self._key(f"met-{number}", rank) for rank in self._others]
@@ -191,6 +215,30 @@ class Lookout:
 
     def _key(self, what: str, rank: int) -> str:
         return f"{self._prefix}/{what}/{rank}"
+
+
+class Watch:
+    """Looks around every now and then, while a collective is waited for."""
+
+    def __init__(self, lookout: Lookout, number: int) -> None:
+        self._lookout = lookout
+        self._number = number
+        self._looked_at = time.monotonic()
+        self._is_long = False
+
+    def __call__(self) -> None:
+        """Raises CommunicationError if the wait is in vain."""
+        now = time.monotonic()
+        if now - self._looked_at < LONG_WAIT_S:
+            return
+        self._looked_at, self._is_long = now, True
+        if why := self._lookout.look(self._number):
+            raise CommunicationError(why)
+
+    def close(self) -> None:
+        """The wait is over."""
+        if self._is_long:
+            self._lookout.go_on()
 
 
 def _differ(call: str, other: str) -> bool:

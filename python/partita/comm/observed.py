@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -60,11 +60,20 @@ class Observed(Communicator):
         self.inner = inner
         self.rank, self.world_size = inner.rank, inner.world_size
         self.transport, self.device, self.shares_memory = inner.transport, inner.device, inner.shares_memory
-        self.calls = inner.calls
+        self.sums_in_fp32, self.calls = inner.sums_in_fp32, inner.calls
         self._axis, self._listeners, self._mark = axis, listeners, mark
+
+    def check_progress(self) -> None:
+        self.inner.check_progress()
+
+    def connect_pairs(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self.inner.connect_pairs(pairs)
 
     def call_of_all(self, name: str) -> AbstractContextManager[None]:
         return self.inner.call_of_all(name)
+
+    def come_together(self, what: str) -> None:
+        self.inner.come_together(what)
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         return self.inner.empty(numel, dtype)

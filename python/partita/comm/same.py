@@ -66,6 +66,6 @@ def _text_of_rank_0(communicator: Communicator, text: str) -> str:
     length = int(by_rank(communicator, len(data))[0])
     buffer = torch.zeros(length, dtype=torch.uint8, device=communicator.device)
     if communicator.rank == 0 and length:
-        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        buffer.copy_(communicator.to_device(torch.frombuffer(bytearray(data), dtype=torch.uint8)))
     communicator.broadcast(buffer, 0).wait()
-    return bytes(buffer.tolist()).decode(errors="surrogatepass")
+    return bytes(communicator.to_host(buffer).tolist()).decode(errors="surrogatepass")

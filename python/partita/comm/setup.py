@@ -13,9 +13,9 @@ import torch.distributed as dist
 from partita.comm.agree import raise_together, text_by_rank
 from partita.comm.choice import Meeting, Wish, connect
 from partita.comm.communicator import Communicator, SingleProcess
-from partita.comm.groups import GROUP_TIMEOUT, OwnGroups, backend_for
+from partita.comm.groups import GROUP_TIMEOUT, OwnGroups, backend_for, backend_of
 from partita.comm.same import Entries, require_same
-from partita.comm.torch_transport import TorchCommunicator, backend_of
+from partita.comm.torch_transport import TorchCommunicator
 from partita.device.memory import HOST
 
 
@@ -49,19 +49,15 @@ def world_communicator(
     group = dist.group.WORLD
     if group is None:
         raise RuntimeError("no process group: call init_distributed() first")
-    wish = Wish(transport, timeout, device, host)
+    wish = Wish(transport, timeout, device, host, beside.fate if isinstance(beside, TorchCommunicator) else None)
     if parts is not None:
-        made = _part_communicator(parts, wish)
-        _fail_together(made, beside)
-        return made
+        return _part_communicator(parts, wish)
     carrier = backend_of(group, device)
     carries = carrier is not None and (device.type != "cuda" or carrier != "gloo")
     if dist.get_world_size(group) == 1 or (carries and beside is None):
         return communicator_of(group, transport, timeout, device=device, host=host)
-    own = OwnGroups()
-    made = connect(own.make(backend_for(device)) or group, wish, own)
-    _fail_together(made, beside)
-    return made
+    own = OwnGroups(timeout)
+    return connect(own.make(backend_for(device)) or group, wish, own)
 
 
 def communicator_of(
@@ -84,20 +80,18 @@ def communicator_of(
     Raises:
         RuntimeError: "shared_memory" is asked for and cannot be had; says why.
     """
-    return connect(group, Wish(transport, timeout, device, host), OwnGroups())
-
-
-def _fail_together(made: Communicator, other: Communicator | None) -> None:
-    if isinstance(made, TorchCommunicator) and isinstance(other, TorchCommunicator):
-        made.failures = other.failures
+    return connect(group, Wish(transport, timeout, device, host), OwnGroups(timeout))
 
 
 def _part_communicator(parts: Sequence[Sequence[int]], wish: Wish) -> Communicator:
     """A collective of all ranks of the job: first all make the process groups of all parts, in one order."""
-    own = OwnGroups()
+    own = OwnGroups(wish.timeout)
     if not wish.tries_shared_memory:
-        group, _ = _groups_of_parts(parts, None, own, backend_for(wish.device))
-        return SingleProcess(wish.device) if group is None else connect(group, wish, own)
+        backend = backend_for(wish.device)
+        group, _ = _groups_of_parts(parts, None, own, backend)
+        # After all groups of the other kind, in the same order on all ranks.
+        downwards = _groups_of_parts(parts, None, own, backend)[0] if backend == "nccl" else None
+        return SingleProcess(wish.device) if group is None else connect(group, wish, own, downwards=downwards)
     with ExitStack() as on_failure, _settling() as everyone:
         on_failure.callback(own.end)
         meeting = Meeting.on(wish.host)

@@ -103,11 +103,13 @@ class SharedMemoryCommunicator(Communicator):
         return self._launch(Collective.broadcast, tensor, _element(tensor), root=root)
 
     def send(self, tensor: Tensor, destination: int) -> Handle:
+        self._require_here("send", tensor)
         element = _element(tensor)
         transfer = self._group.send(kernels.address(tensor), _count(tensor, element), element, destination)
         return GroupHandle(transfer, tensor)
 
     def recv(self, tensor: Tensor, source: int) -> Handle:
+        self._require_here("recv", tensor)
         element = _element(tensor)
         transfer = self._group.receive(kernels.address(tensor), _count(tensor, element), element, source)
         return GroupHandle(transfer, tensor)
@@ -135,6 +137,7 @@ class SharedMemoryCommunicator(Communicator):
         reduction: Reduction = Reduction.sum,
         root: int = 0,
     ) -> Handle:
+        self._require_here(collective.name, tensor)
         numel = _count(tensor, element)
         operation = self._group.launch(
             collective, kernels.address(tensor), numel, element, reduction, root, self.calls.name

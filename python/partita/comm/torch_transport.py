@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import count
@@ -18,29 +17,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partita._core import CommunicationError, Reduction
-from partita.comm.calls import Calls, why_ending, why_leaving
+from partita.comm.calls import Calls, why_leaving
 from partita.comm.communicator import Communicator, Handle
-from partita.comm.groups import GROUP_TIMEOUT, OwnGroups
-from partita.comm.lookout import LONG_WAIT_S, Lookout
+from partita.comm.fate import Fate, break_connections
+from partita.comm.groups import GROUP_TIMEOUT, OwnGroups, backend_of, has_nccl, host_patience_s
+from partita.comm.leaving import Ending
+from partita.comm.lookout import Lookout, Watch
+from partita.comm.outstanding import Launched, Outstanding
 from partita.comm.patience import MessageWaits, wait_for_collective
 from partita.comm.waited import Waited
 from partita.device import kernels
 from partita.device.memory import HOST, flat_buffer
 
+# Backends whose own collectives are slower than messages between the ranks, and whose waits are the host's.
+FASTER_BY_MESSAGES = frozenset({"gloo"})
 # Reduce-scatters of gloo that may be under way at once: each holds received slices of its buffer's size.
 GLOO_REDUCE_SCATTERS_IN_FLIGHT = 2
 # Apart from what the program itself sends between ranks.
 REDUCE_SCATTER_TAG = 0x5A52
 SEND_TAG = 0x5A53
-# How long the end of a program waits for gloo's threads; what is under way when a rank has died may never end.
-LET_GO_WITHIN_S = 1.0
-LET_GO_AFTER_BREAK_S = 10.0  # what is under way ends then, where a loaded machine lets it
-THREAD_SWITCH_S = 0.002
 Start = Callable[[], dist.Work | None]
 Finish = Callable[[], None] | None
-# Of a receive that nobody answers, see `_break`.
-BREAK_TAG = 0x5A54
-BREAK_TIMEOUT = timedelta(milliseconds=1)
 # Ctrl-C reaches the ranks of a terminal one after the other: how long a rank that a peer's ends waits for its own.
 OWN_INTERRUPTION_WITHIN_S = 0.2
 OPERATIONS = {
@@ -58,12 +55,9 @@ class WorkHandle:
         finish: what is left to do then.
     """
 
-    def __init__(
-        self, works: list[dist.Work], keep: Tensor, wait: Callable[[list[dist.Work]], None], finish: Finish
-    ) -> None:
-        self._works = works
+    def __init__(self, keep: Tensor, wait: Callable[[], None], finish: Finish) -> None:
         self._keep: Tensor | None = keep
-        self._wait: Callable[[list[dist.Work]], None] | None = wait
+        self._wait: Callable[[], None] | None = wait
         self._finish = finish
 
     def wait(self) -> None:
@@ -75,8 +69,8 @@ class WorkHandle:
         """
         if self._wait is None:
             return
-        self._wait(self._works)
-        self._works, self._wait = [], None
+        self._wait()
+        self._wait = None
         finish, self._finish, self._keep = self._finish, None, None
         if finish is not None:
             finish()
@@ -97,17 +91,40 @@ class TorchCommunicator(Communicator):
 
     When this rank gives up, by an error or a signal, it closes the connections of the group: its own threads end, and
     the other ranks learn at once that there is nothing to wait for, and why from the `Lookout`.
+
+    [Note: messages over NCCL]
+    Messages between two ranks have one queue per process group, in both directions. A pipeline sends both ways: rank 0
+    would send forwards what rank 1 takes after its gradient, and rank 1 send the gradient that rank 0 takes after that.
+    Neither kernel would end. So messages to lower ranks have a group of their own: of two queues, each has one
+    direction, in the order in which the receiver takes what is sent.
+
+    Args:
+        own: ends with the communicator.
+        timeout: how long the host waits for a collective, where waits are those of a stream.
+        fate: shared with those that fail together with this one.
+        downwards: for messages to lower ranks; None: there is no need.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device = HOST, own: OwnGroups | None = None) -> None:
-        self._group = group
-        self._own = own or OwnGroups()
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device = HOST,
+        own: OwnGroups | None = None,
+        *,
+        timeout: timedelta = GROUP_TIMEOUT,
+        fate: Fate | None = None,
+        downwards: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._group, self._downwards = group, downwards
         self.device = device
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self.transport = backend_of(group, device) or str(dist.get_backend(group))
-        self.failures: list[str] = []  # shared by groups that fail together
+        self.fate = fate or Fate()
         self._gloo = self.transport == "gloo"
+        self._whole = self.transport not in FASTER_BY_MESSAGES
+        self.sums_in_fp32 = not self._whole
+        self._gave_up = self._has_begun = False
         self._reducing: deque[WorkHandle] = deque()
         self._received: dict[torch.dtype, list[Tensor]] = {}  # buffers free for the next reduce-scatter
         self._lent_so_far = count()
@@ -118,10 +135,27 @@ class TorchCommunicator(Communicator):
         self._lookout = Lookout(
             str(group.group_name), self.rank, self.world_size, lambda: _calls_of(find()), GROUP_TIMEOUT.total_seconds()
         )
-        weakref.finalize(self, _leave, group, self._lent if self._gloo else None, self._messages, self._lookout)
+        self._outstanding = Outstanding(self._lookout, host_patience_s(group, timeout))
+        for each in filter(None, (group, downwards)):
+            if self.transport == "nccl" and has_nccl(each):
+                self.fate.concerns(each)
+        self._ending = Ending(
+            group,
+            own or OwnGroups(),
+            self._messages,
+            self._lookout,
+            self.fate,
+            self._lent if self._gloo else None,
+            self._outstanding if self._whole else None,
+        )
+        weakref.finalize(self, self._ending.with_the_program)
 
     def call_of_all(self, name: str) -> AbstractContextManager[None]:
         return self._meeting(name)
+
+    def come_together(self, what: str) -> None:
+        with self._naming(what, self._lookout.launches.count):
+            self._lookout.await_all(what)
 
     def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
         start = self._asynchronous(dist.all_reduce, self._lend(_contiguous(buffer)), OPERATIONS[reduction])
@@ -129,7 +163,7 @@ class TorchCommunicator(Communicator):
 
     def reduce_scatter(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
         own = self.slice_of(_contiguous(buffer))
-        if self._gloo:
+        if not self._whole:
             native = buffer.dtype in kernels.DTYPES
             return self._gloo_reduce_scatter(buffer, reduction) if native else self.all_reduce(buffer, reduction)
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -138,12 +172,12 @@ class TorchCommunicator(Communicator):
 
     def all_gather(self, buffer: Tensor) -> Handle:
         slices = self.slices(_contiguous(buffer))
-        if not self._gloo:
+        if self._whole:
             return self.all_gather_into(buffer, slices[self.rank])
         return self._launch("all_gather", buffer, [self._broadcast(s, root) for root, s in enumerate(slices)])
 
     def all_gather_into(self, full: Tensor, shard: Tensor) -> Handle:
-        if self._gloo:
+        if not self._whole:
             return super().all_gather_into(full, shard)
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return self._launch("all_gather", full, [self._asynchronous(all_gather, _contiguous(full), shard)])
@@ -157,26 +191,46 @@ class TorchCommunicator(Communicator):
         return self._launch("send", tensor, [start], messages=True, peer=destination)
 
     def recv(self, tensor: Tensor, source: int) -> Handle:
+        self._require_here("recv", tensor)
         start = self._receive(_raw(tensor), source, SEND_TAG)
         return self._launch("receive", tensor, [start], messages=True, peer=source)
 
+    def connect_pairs(self, pairs: Sequence[tuple[int, int]]) -> None:
+        if self._whole:
+            with self._naming("messages", 0):
+                self._begin()
+            for source, destination in pairs:
+                token = torch.zeros(1, dtype=torch.uint8, device=self.device)
+                if self.rank == source:
+                    self.send(token, destination).wait()
+                elif self.rank == destination:
+                    self.recv(token, source).wait()
+
     def barrier(self) -> None:
-        on_gpu = self.device.type == "cuda"
-        ids = [self.device.index] if on_gpu else None
-        self._launch(
-            "barrier",
-            torch.empty(0, dtype=torch.uint8, device=HOST),
-            [self._asynchronous(dist.barrier, device_ids=ids)],
-        ).wait()
+        # That of torch.distributed would let the host wait in NCCL, and chooses a GPU by itself.
+        token = torch.zeros(1, dtype=torch.float32, device=self.device)
+        start = self._asynchronous(dist.all_reduce, self._lend(token))
+        self._launch("barrier", token, [start]).wait()
+        self.to_host(token)
+
+    def check_progress(self) -> None:
+        if not self._whole or self._gave_up:
+            return
+        if self.fate.failures:  # which was raised elsewhere; what this one has under way was ended with it
+            self._give_up(self.fate.failures[0])
+            return
+        try:
+            self._outstanding.check()
+        except CommunicationError as error:
+            self._give_up(str(error))
+            raise
 
     def waited(self) -> Waited | None:
-        return Waited(tuple(self._waited_s), self._unknown_waited_s) if self._gloo else None
+        return None if self._whole else Waited(tuple(self._waited_s), self._unknown_waited_s)
 
     def close(self) -> None:
         """Ends the process groups that were made for this communicator."""
-        self._lookout.end(f"has left the group: {why_leaving()}")
-        self._messages.close()
-        self._own.end()
+        self._ending.close(why_leaving())
 
     def _asynchronous(self, collective: Callable[..., dist.Work | None], *args: Any, **kwargs: Any) -> Start:
         return partial(collective, *args, group=self._group, async_op=True, **kwargs)
@@ -185,10 +239,16 @@ class TorchCommunicator(Communicator):
         return self._asynchronous(dist.broadcast, self._lend(tensor), group_src=root)
 
     def _send(self, tensor: Tensor, destination: int, tag: int) -> Start:
-        return partial(dist.isend, tensor, group=self._group, tag=tag, group_dst=destination)
+        group = self._group_of_messages(self.rank, destination)
+        return partial(dist.isend, tensor, group=group, tag=tag, group_dst=destination)
 
     def _receive(self, tensor: Tensor, source: int, tag: int) -> Start:
-        return partial(dist.irecv, tensor, group=self._group, tag=tag, group_src=source)
+        group = self._group_of_messages(source, self.rank)
+        return partial(dist.irecv, tensor, group=group, tag=tag, group_src=source)
+
+    def _group_of_messages(self, source: int, destination: int) -> dist.ProcessGroup:
+        """See [Note: messages over NCCL]."""
+        return self._group if self._downwards is None or source < destination else self._downwards
 
     def _launch(
         self,
@@ -201,29 +261,44 @@ class TorchCommunicator(Communicator):
         peer: int | None = None,
     ) -> WorkHandle:
         """Args: messages: the works are sends and receives, which have no number. peer: of all of them."""
+        self._require_here(name, tensor)
         dtype = "" if name == "barrier" else str(tensor.dtype)
         launches, counted = self._lookout.launches, name not in ("send", "receive")
         number = launches.add(self.calls.name, name, tensor.numel(), dtype) if counted else launches.count
-        where = name if not dtype else f"{name} of {tensor.numel()} {dtype.removeprefix('torch.')}"
+        what = name if not dtype else f"{name} of {tensor.numel()} {dtype.removeprefix('torch.')}"
+        where = f"{what}, on rank {self.rank} of {self.world_size} over {self.transport}"
         with self._naming(where, number):
-            works = [start() for start in starts]
-        wait = partial(self._wait, where=where, number=number, messages=messages, peer=peer)
-        return WorkHandle([work for work in works if work is not None], tensor, wait, finish)
+            self._begin()
+            if self._whole and not tensor.numel():
+                starts = []  # gloo's own reduce-scatter of nothing never ends
+            works = [work for work in [start() for start in starts] if work is not None]
+            launched = Launched(where, number, tuple(works))
+            if works and self._whole:
+                self._outstanding.add(launched)
+        return WorkHandle(tensor, partial(self._wait, launched, messages=messages, peer=peer), finish)
 
-    def _wait(self, works: list[dist.Work], *, where: str, number: int, messages: bool, peer: int | None) -> None:
-        with self._naming(where, number):
-            if not self._gloo:  # the stream waits, and not this thread
-                for work in works:
+    def _begin(self) -> None:
+        """All ranks are here before NCCL connects them: there the host would wait for a missing one, without an end."""
+        if self._whole and not self._has_begun:
+            self._has_begun = True
+            self._lookout.await_all("the first collective of a group")
+
+    def _wait(self, launched: Launched, *, messages: bool, peer: int | None) -> None:
+        with self._naming(launched.where, launched.number):
+            if self.device.type != "cpu":  # the stream waits, and not this thread
+                for work in launched.works:
                     work.wait()
                 return
-            watch = _Watch(self._lookout, number)
+            watch = Watch(self._lookout, launched.number)
+            meanwhile = self.check_progress if self._whole else watch
             began = time.perf_counter()
             if messages:
-                self._messages.wait(works, watch)
+                self._messages.wait(launched.works, meanwhile)
             else:
-                for work in works:
-                    wait_for_collective(work, watch)
+                for work in launched.works:
+                    wait_for_collective(work, meanwhile)
             watch.close()
+            self._outstanding.remove(launched)
             waited = time.perf_counter() - began
             if peer is None:
                 self._unknown_waited_s += waited
@@ -231,12 +306,11 @@ class TorchCommunicator(Communicator):
                 self._waited_s[peer] += waited
 
     @contextmanager
-    def _naming(self, what: str, number: int) -> Iterator[None]:
+    def _naming(self, where: str, number: int) -> Iterator[None]:
         """Names the collective in the errors of torch.distributed, and the rank at fault if one has told. Raises at
         once after one of them."""
-        where = f"{what}, on rank {self.rank} of {self.world_size} over {self.transport}"
-        if self.failures:
-            raise CommunicationError(f"{where}: after a failed collective ({self.failures[0]})")
+        if self.fate.failures:
+            raise CommunicationError(f"{where}: after a failed collective ({self.fate.failures[0]})")
         try:
             yield
         except CommunicationError as error:  # of the lookout, which names both sides
@@ -248,25 +322,26 @@ class TorchCommunicator(Communicator):
                 time.sleep(OWN_INTERRUPTION_WITHIN_S)
             unknown = f"{error} (when another rank has ended, what it printed last says why)"
             self._give_up(f"{where}: {why or unknown}")
-            raise CommunicationError(self.failures[0]) from None
+            raise CommunicationError(self.fate.failures[0]) from None
         except BaseException as error:  # the handler of a signal has raised
             self._give_up(f"{where}: interrupted by {type(error).__name__}")
             raise
 
     def _give_up(self, failure: str) -> None:
-        self.failures.append(failure)
+        if self._gave_up:
+            return
+        self._gave_up = True
         self._lookout.end(f"gave up: {failure}", gave_up=True)
+        self.fate.fail(failure)
+        self._outstanding.forget()
         if self._gloo:
-            _break(self._group, self.rank, self.world_size)
+            break_connections(self._group, self.rank, self.world_size)
 
     @contextmanager
     def _meeting(self, name: str) -> Iterator[None]:
         with ExitStack() as exits:
-            try:
+            with self._naming(name, self._lookout.launches.count):
                 exits.enter_context(self._lookout.meet(name))
-            except CommunicationError as error:
-                self._give_up(str(error))
-                raise
             yield
 
     def _lend(self, tensor: Tensor) -> Tensor:
@@ -307,77 +382,8 @@ class TorchCommunicator(Communicator):
         return partial(_divide, result, self.world_size) if reduction == Reduction.average else None
 
 
-def backend_of(group: dist.ProcessGroup, device: torch.device) -> str | None:
-    """What carries a device's tensors in a group (which may have a backend per kind of device); None: nothing does."""
-    try:
-        return str(group._get_backend(torch.device(device.type)).name())
-    except RuntimeError:
-        return None
-
-
-class _Watch:
-    """Looks around every now and then, while a collective is waited for."""
-
-    def __init__(self, lookout: Lookout, number: int) -> None:
-        self._lookout = lookout
-        self._number = number
-        self._looked_at = time.monotonic()
-        self._is_long = False
-
-    def __call__(self) -> None:
-        """Raises CommunicationError if the wait is in vain."""
-        now = time.monotonic()
-        if now - self._looked_at < LONG_WAIT_S:
-            return
-        self._looked_at, self._is_long = now, True
-        if why := self._lookout.look(self._number):
-            raise CommunicationError(why)
-
-    def close(self) -> None:
-        """The wait is over."""
-        if self._is_long:
-            self._lookout.go_on()
-
-
-def _break(group: dist.ProcessGroup, rank: int, world_size: int) -> None:
-    """Closes the connections of a group of gloo: what a receive does when its time is over."""
-    with suppress(RuntimeError):
-        nothing = torch.empty(1, dtype=torch.uint8, device=HOST)
-        group.recv([nothing], (rank + 1) % world_size, BREAK_TAG).wait(BREAK_TIMEOUT)
-
-
 def _calls_of(communicator: TorchCommunicator | None) -> Calls:
     return Calls() if communicator is None else communicator.calls
-
-
-def _leave(
-    group: dist.ProcessGroup,
-    lent: weakref.WeakValueDictionary[int, Tensor] | None,
-    messages: MessageWaits,
-    lookout: Lookout,
-) -> None:
-    """Tells why this rank has ended, and waits until a group's threads have let go of all tensors. If they do not, the
-    group stays for ever: letting go of it would wait for them, and so would ranks that wait for the end of this
-    process.
-
-    Args:
-        lent: None where the backend has no such threads.
-    """
-    lookout.end(f"has left the group: {why_ending()}")
-    messages.close()
-    if lent is None:
-        return
-    deadline = time.monotonic() + LET_GO_WITHIN_S
-    while lent and time.monotonic() < deadline:
-        time.sleep(THREAD_SWITCH_S)
-    if lent:  # what is under way waits for a rank that does not come
-        _break(group, dist.get_rank(group), dist.get_world_size(group))
-        deadline += LET_GO_AFTER_BREAK_S
-        while lent and time.monotonic() < deadline:
-            time.sleep(THREAD_SWITCH_S)
-    time.sleep(THREAD_SWITCH_S)  # the last one may be giving back the memory, with the lock
-    if lent:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def _divide(result: Tensor, divisor: int) -> None:

@@ -120,6 +120,12 @@ class OffloadOptimizerConfig(Section):
     ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="The share of the parameters whose states are offloaded; the rest is updated on the device."
     )
+    threads: Annotated[PositiveInt | None, OwnKey(), RankLocal()] = Field(
+        None,
+        description="Threads of each rank for its update on the CPU; null: the cores of the rank's affinity, of which "
+        "ranks with the same ones have their share. A launcher's `OMP_NUM_THREADS=1` does not matter here. A model on "
+        "the CPU computes with torch's threads (`torch.set_num_threads`) in any case.",
+    )
 
 
 class OffloadParamConfig(Section):
@@ -158,11 +164,14 @@ class ZeroConfig(Section):
         1_000_000_000,
         description="Stage 3: elements of gathered parameters above which nothing is gathered ahead; 0: never.",
     )
-    reduce_bucket_size: Annotated[PositiveInt, DeepSpeedDefault("500000000")] = Field(
-        8_388_608, description="Elements per gradient collective. Smaller ones start sooner, larger ones cost less."
+    reduce_bucket_size: Annotated[PositiveInt | None, DeepSpeedDefault("500000000")] = Field(
+        None,
+        description="Elements per gradient collective. Smaller ones start sooner, larger ones cost less. null: 8388608 "
+        "on the CPU; on GPUs 2097152 for each data-parallel rank, at least 16777216 and at most 134217728. The smaller "
+        "one of this and `allgather_bucket_size` is used for both.",
     )
-    allgather_bucket_size: Annotated[PositiveInt, DeepSpeedDefault("500000000")] = Field(
-        8_388_608, description="Elements per collective that gathers the updated parameters."
+    allgather_bucket_size: Annotated[PositiveInt | None, DeepSpeedDefault("500000000")] = Field(
+        None, description="Elements per collective that gathers the updated parameters; null: as above."
     )
     overlap_comm: Annotated[bool, DeepSpeedDefault("true in stage 3, else false")] = Field(
         True, description="Reduce gradients while backward still computes."
@@ -223,8 +232,8 @@ class CommConfig(Section):
     )
     timeout_seconds: Annotated[float, Field(gt=0, le=1e6), RankLocal()] = Field(
         600.0,
-        description="How long shared memory waits for a rank before it raises. A rank that died is noticed at once. "
-        "torch.distributed has its own, see `init_distributed()`.",
+        description="How long shared memory waits for a rank before it raises, and over NCCL a host that waits for its "
+        "GPU. Over shared memory a rank that died is noticed at once. Gloo has its own, see `init_distributed()`.",
     )
 
 
@@ -299,7 +308,9 @@ class Config(Section):
     comm: Annotated[CommConfig, OwnKey()] = Field(CommConfig(), description="See [comm](#comm).")
     data_types: DataTypesConfig = Field(DataTypesConfig(), description="See [data_types](#data_types).")
     prescale_gradients: bool = Field(
-        False, description="Divide gradients before they are summed over ranks instead of after."
+        False,
+        description="Divide gradients before they are summed over ranks instead of after. Sums in float16 over NCCL "
+        "are divided first in any case while the loss scale is dynamic, by a power of two.",
     )
     gradient_predivide_factor: Annotated[float, Field(gt=0)] = Field(
         1.0, description="With prescale_gradients: this part of the division comes first, the rest after the sum."

@@ -25,7 +25,12 @@ OPEN: dict[str, str] = {
 }
 """Keys whose "auto" is decided when there are a model and an optimizer -> what is said until then."""
 
-_SAID = {"gradient_clipping": "is 0.0, the default: gradients are not clipped"}
+_BY_DEVICE = "is null, the default: the size follows the kind of device and the number of ranks"
+_SAID = {
+    "gradient_clipping": "is 0.0, the default: gradients are not clipped",
+    "zero_optimization.reduce_bucket_size": _BY_DEVICE,
+    "zero_optimization.allgather_bucket_size": _BY_DEVICE,
+}
 """Keys whose default needs a word when it takes the place of "auto"."""
 
 

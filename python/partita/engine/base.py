@@ -117,6 +117,12 @@ class EngineBase(KeepsState):
         """Updates skipped because gradients were not finite."""
         return self._step.controller.loss_scale.skipped_steps
 
+    @property
+    def last_known_step_was_skipped(self) -> bool:
+        """Whether the last step whose outcome the host knows was skipped. Nobody waits for it: on a GPU that is the
+        step before the last one."""
+        return self._step.last_known_was_skipped
+
     def train_batch_size(self) -> int:
         """Samples per update over all ranks."""
         return self._run.batch.train
@@ -132,6 +138,13 @@ class EngineBase(KeepsState):
     def get_global_grad_norm(self) -> float | None:
         """2-norm of the last step's mean gradient over all parameters, before clipping; None before the first step."""
         return self._step.grad_norm()
+
+    def grad_norm_tensor(self) -> Tensor:
+        """`get_global_grad_norm()` as float32 without dimensions, on the device: nobody waits. NaN before the first
+        step."""
+        if not self.global_steps:
+            return torch.full((), float("nan"), dtype=torch.float32, device=self.device)
+        return self._step.controller.grad_norm()
 
     def set_gradient_clipping(self, max_norm: float) -> None:
         """From the next update on this is the largest norm of all gradients together, in the place of the config's
@@ -249,9 +262,19 @@ class EngineBase(KeepsState):
         with ExitStack() as ends:  # all of them, whatever one raises
             ends.callback(self._let_go)
             ends.callback(self._exits.close)
+            if self._calls.has_failed:
+                self._give_up()
+                return
             if self._beside.path is not None:
                 self.wait_for_save()
             self._keeper.settle(self)
+
+    def _give_up(self) -> None:
+        """After a failed collective the others do not come: nobody waits for them, for gathers, or for a save."""
+        if self._beside.path is not None:
+            logger.error(f"the checkpoint '{self._beside.path}' was not finished: a collective has failed")
+        for part in self._parts:
+            part.gathers.abandon()
 
     def _let_go(self) -> None:
         self.optimizer = self.lr_scheduler = None
@@ -279,7 +302,7 @@ class EngineBase(KeepsState):
             f"batch {batch.train} = {batch.micro} x {_count(batch.accumulation, 'micro-batch')} "
             f"x {_count(self._run.grid.data.world_size, 'rank')}"
         )
-        if self.device.type == "cpu" and torch.cuda.device_count():
+        if self.device.type == "cpu" and torch.cuda.is_available():
             logger.warning("the model is on the CPU and trains there; for a GPU: model.to('cuda') before initialize()")
         if self.config.dump_state:
             secret = {"comet": {"api_key"}}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from partita.comm import backend_for, init_distributed, note_rank
+from partita.comm import init_distributed, note_rank
 from partita.config import ConfigSource
 from partita.data import Reading, ShardedLoader, call_with, loss_in, micro_batches, on_device
 from partita.engine.arguments import OWN_ORDER, config_of, model_of, named_arguments
@@ -20,7 +20,7 @@ from partita.engine.dtype_notes import explain_dtypes
 from partita.engine.phase import Phase, require, require_loss
 from partita.engine.pipeline_engine import PipelineEngine
 from partita.engine.prepare import Given, prepare
-from partita.model import Accumulation, ModelPart, device_of
+from partita.model import Accumulation, ModelPart
 from partita.optim import OptimizerSource, SchedulerSource
 from partita.pipeline import PipelineModule
 from partita.step import OptimizerStep
@@ -361,10 +361,8 @@ def initialize(
     given = named_arguments(named.pop("positional"), named)
     settings = config_of(given["args"], {name: given[name] for name in ("config", "config_params")})
     if given["distributed_port"] is not None or given["dist_init_required"] is False:
-        model = given["model"]
-        backend = backend_for(device_of(model if isinstance(model, PipelineModule) else model_of(model)))
         port, required = given["distributed_port"], given["dist_init_required"]
-        init_distributed(backend, distributed_port=port, dist_init_required=required)
+        init_distributed(distributed_port=port, dist_init_required=required)
     own: list[Any] = [settings if name == "config" else given[name] for name in OWN_ORDER]
     engine: EngineBase = (PipelineEngine if isinstance(given["model"], PipelineModule) else Engine)(*own)
     return engine, engine.optimizer, engine.dataloader, engine.lr_scheduler

@@ -12,6 +12,7 @@ from torch import Tensor
 from partita.comm import CommunicationError, Entries, Reduction, any_rank, note_rank, raise_together, require_same
 from partita.config import ConfigError, ConfigSource, load_config
 from partita.data import Reading, micro_batches, on_device
+from partita.device import HOST
 from partita.engine.agreement import model_entries
 from partita.engine.arguments import config_of
 from partita.engine.base import EngineBase
@@ -34,6 +35,7 @@ from partita.pipeline import (
     classes_of,
     fingerprint,
     forward_wave,
+    pairs_of,
     placement,
     plan_of,
     require_same_labels,
@@ -227,7 +229,7 @@ class PipelineEngine(EngineBase):
         pairs: list[tuple[Any, Any]] = []
         error: Exception | None = None
         tied = self._here.ties.trained_here()
-        told = torch.tensor([0.0] * (count + 3) + tied, dtype=torch.float64, device=self.device)
+        told = torch.tensor([0.0] * (count + 3) + tied, dtype=torch.float64, device=HOST)
         inputs: list[Any] = []
         labels: list[Any] = []
         try:
@@ -250,8 +252,10 @@ class PipelineEngine(EngineBase):
         except Exception as failure:
             error = failure
             told[0] = 1
-        self._run.grid.pipe.all_reduce(told, Reduction.max).wait()
-        failed, first, last, *rest = told.tolist()
+        pipe = self._run.grid.pipe
+        told = pipe.to_device(told)
+        pipe.all_reduce(told, Reduction.max).wait()
+        failed, first, last, *rest = pipe.to_host(told).tolist()
         if not failed:
             try:
                 require_same_labels(first, last)
@@ -334,6 +338,7 @@ def _refuse_unfit(config: Config) -> None:
 def _stages_here(model: PipelineModule, plan: RankPlan, ready: Prepared, exits: ExitStack) -> StagesHere:
     """The stages of this rank in training. A collective of the pipeline."""
     run, ranks = ready.run, model.stage_ranks
+    run.grid.pipe.connect_pairs(pairs_of(plan, [tie.stages for tie in model.ties]))
     share_values(model.ties, ranks, model.stages, run.grid.pipe)
     parts: dict[int, ModelPart] = {}
     splits: dict[int, WeightSplit] = {}

@@ -107,6 +107,6 @@ def prepare(
     scaler = loss_scaler_of(run.config, run.precision)
     controller = StepController(scaler, run.streams, run.world_size, WaitsLedger(run.grid))
     scaling = LossScaling(controller.scale if run.precision.scales_loss else None)
-    gathers = ParameterGathers()
+    gathers = ParameterGathers(run.streams)
     exits.callback(gathers.close)
     return Prepared(run, inner, outer, scheduler, loader, controller, scaling, gathers)

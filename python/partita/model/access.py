@@ -88,7 +88,7 @@ class ParameterAccess:
         pieces = self._states(unit, parameter, key)
         if self._misses(unit, parameter, pieces):
             raise KeyError(f"the optimizer has no state '{key}' of parameter '{unit.name_of(parameter)}' (yet)")
-        unit.before_write()
+        unit.will_write()
         _copy_into(pieces, value)
 
     def _states(self, unit: Unit, parameter: nn.Parameter, key: str) -> Pieces:

@@ -130,12 +130,16 @@ class Backward:
         self.lifetimes.begin_backward()
         return BackwardPlan(self._accumulation.reduces, self._scaling.missing())
 
+    def may_reduce(self, unit: Unit) -> bool:
+        """Whether the gradients of a unit may be reduced before the backward is over."""
+        return self.lifetimes.may_reduce(unit)
+
     def reducing(self, unit: Unit) -> None:
         """The gradients of a unit are about to be reduced."""
         if self._overlaps:
             self.lifetimes.before_reduction(unit)
         else:
-            self.lifetimes.gather_rest(unit)
+            self.lifetimes.gather_rest()
 
     @property
     def is_training(self) -> bool:
@@ -149,7 +153,7 @@ class Backward:
             self.reducer.no_more_gradients(units)
 
     def ended(self) -> None:
-        """All reductions of the backward have been launched."""
+        """All reductions of the backward have been launched, but those of gradients that came too late."""
         self.ended_count += 1
         self.lifetimes.end_backward()
 

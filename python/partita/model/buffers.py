@@ -4,8 +4,9 @@
 Each rank's forward writes its own values into such buffers, so ranks would evaluate and save different models. After
 every update they take those of rank 0, in one broadcast per dtype. Most buffers never differ. Which ones do is found
 out by comparing all of them in the updates 1, 2, 4, 8, ...; a buffer that has differed once belongs to those that are
-sent. So a model whose buffers are the same everywhere pays nothing, and no host waits in other steps. Buffers that a
-state dict leaves out, such as caches, stay as they are: they need not even have one size.
+sent. So a model whose buffers are the same everywhere pays nothing. What was found goes to the host beside the next
+step, and is read after the next update: no host waits for it. Buffers that a state dict leaves out, such as caches,
+stay as they are: they need not even have one size.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from partita.comm import Communicator, any_rank_each
+from partita.comm import Communicator, Reduction
+from partita.device import HostCopy, Streams
 
 
 class SharedBuffers:
@@ -26,10 +28,12 @@ class SharedBuffers:
         communicator: of the ranks that have this module.
     """
 
-    def __init__(self, module: nn.Module, communicator: Communicator) -> None:
+    def __init__(self, module: nn.Module, communicator: Communicator, streams: Streams) -> None:
         self._module = module
         self._communicator = communicator
+        self._streams = streams
         self._differing: set[str] = set()
+        self._compared: tuple[list[str], HostCopy] | None = None  # names, and 1.0 for each that differs
         self._updates = 0
 
     def after_update(self) -> None:
@@ -37,6 +41,7 @@ class SharedBuffers:
         self._updates += 1
         if self._communicator.world_size == 1:
             return
+        self._learn()
         if self._updates & (self._updates - 1) == 0:
             self.share_all()
         elif self._differing:
@@ -44,15 +49,24 @@ class SharedBuffers:
 
     @torch.no_grad()
     def share_all(self) -> None:
-        """Every buffer that a state dict has takes rank 0's values. A collective; the host waits."""
+        """Every buffer that a state dict has takes rank 0's values. A collective."""
+        self._learn()
         named = dict(_kept_buffers(self._module))
         if self._communicator.world_size == 1 or not named:
             return
         before = [buffer.clone() for buffer in named.values()]
         self._share(list(named.values()))
-        differs = [not torch.equal(_bits(a), _bits(b)) for a, b in zip(before, named.values(), strict=True)]
-        agreed = any_rank_each(self._communicator, differs)
-        self._differing |= {name for name, differed in zip(named, agreed, strict=True) if differed}
+        differs = [(_bits(a) != _bits(b)).any() for a, b in zip(before, named.values(), strict=True)]
+        flags = torch.stack(differs).to(torch.float64)
+        self._communicator.all_reduce(flags, Reduction.max).wait()
+        self._compared = (list(named), self._streams.copy_to_host(flags))
+
+    def _learn(self) -> None:
+        """Which buffers differed when all were compared is known; on a GPU, long after that."""
+        if self._compared is not None:
+            (names, flags), self._compared = self._compared, None
+            found = zip(names, flags.wait().tolist(), strict=True)
+            self._differing |= {name for name, differs in found if differs}
 
     @torch.no_grad()
     def _share(self, buffers: list[Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import MappingProxyType
@@ -21,14 +20,10 @@ from partita.model.forward_flops import BACKWARD, ForwardFlops
 from partita.model.loss_scaling import LossScaling
 from partita.model.recompute import ActivationCheckpoints
 from partita.model.take import take_model
+from partita.model.writes import UncountedWrites
 from partita.run import Run
 from partita.units import GradientReducer, ParameterGathers
 
-logger = logging.getLogger("partita")
-
-# Updates before which all 16-bit parameters are compared with their masters: the first ones, and every so many.
-FIRST_LOOKS = 3
-LOOKS_EVERY = 100
 _NO_AUTOCAST = nullcontext()
 NO_REPLICAS: Mapping[str, str] = MappingProxyType({})
 
@@ -79,8 +74,8 @@ class ModelPart:
         if replicas:
             for unit in self.units:
                 unit.leave_out_of_norm(replicas.keys())
-        self._updates = 0
-        self._buffers = SharedBuffers(module, run.grid.data)
+        self._writes = UncountedWrites(self.units, run.streams)
+        self._buffers = SharedBuffers(module, run.grid.data, run.streams)
         self._guard = ModelGuard(module, self.units, self.untrained)
         if run.config.zero_optimization.overlap_gather:
             gathers.wait_in_forward(module, self.units)
@@ -184,25 +179,11 @@ class ModelPart:
         self.gathers.wait()  # of parameters that no forward has used since
         for flat in (*self.units, *self.frozen):
             flat.check_unwritten()
-        self._adopt_all_writes()
+        self._writes.adopt()
         self.reducer.reduce_all()
         for unit in self.units:  # what was frozen after its backward stands still, too
             for slot in unit.frozen_slots():
                 unit.drop_gradient(slot)
-
-    def _adopt_all_writes(self) -> None:
-        """A program that writes through `.data` mostly does so after every step: the first steps show it."""
-        looks = self._updates < FIRST_LOOKS or self._updates % LOOKS_EVERY == 0
-        self._updates += 1
-        found = [unit.adopt_written_parameters(looks=looks) for unit in self.units]
-        name = next((name for name in found if name is not None), None)
-        if name is not None:
-            logger.warning(
-                "parameter '%s' was written through .data or from outside of torch, which nothing counts. The masters "
-                "take it, and from now on every step compares all parameters. Write under torch.no_grad() and without "
-                ".data: other such writes may have been lost",
-                name,
-            )
 
     def share_buffers(self) -> None:
         """All ranks have rank 0's buffers, unless the config leaves each rank its own. A collective."""

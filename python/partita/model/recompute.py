@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from partita.device import HOST
 from partita.units import find_blocks
 
 
@@ -61,7 +62,7 @@ class _Checkpointed:
             return self._forward(*args, **kwargs)
         inputs: AbstractContextManager[Any] = nullcontext()
         if self._on_host:
-            inputs = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+            inputs = torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host)
         with inputs:
             return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
 
@@ -69,3 +70,21 @@ class _Checkpointed:
         """A copy of the layer computes as the layer did before: it belongs to no engine."""
         forward: Callable[..., Any] = copy.deepcopy(self._forward, memo)
         return forward
+
+
+# torch.autograd.graph.save_on_cpu() makes its copies on the program's default device.
+
+
+def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    """Where a tensor is, and its values in host memory, for what is queued later on its stream."""
+    if not tensor.is_cuda:
+        return tensor.device, tensor
+    if tensor.layout is not torch.strided:
+        return tensor.device, tensor.to(HOST)
+    copied = torch.empty(tensor.shape, dtype=tensor.dtype, device=HOST, pin_memory=True)
+    return tensor.device, copied.copy_(tensor, non_blocking=True)
+
+
+def _from_host(kept: tuple[torch.device, Tensor]) -> Tensor:
+    device, tensor = kept
+    return tensor.to(device, non_blocking=True)

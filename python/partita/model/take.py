@@ -76,6 +76,7 @@ def take_model(model: nn.Module, optimizer: Optimizer | None, run: Run, exits: E
         communicator=data,
         gathering=gathering or data,
         policy=run.policy,
+        streams=run.streams,
     )
     exits.callback(units.close)
     partitioned = {p for unit in units.frozen for p in unit.parameters}
@@ -114,10 +115,10 @@ def _unit_settings(run: Run) -> UnitSettings:
     offload = Offload(
         states=optimizer.ratio if optimizer.device == "cpu" else 0.0,
         params=params.device == "cpu",
-        pin=params.pin_memory if params.device == "cpu" else optimizer.pin_memory,
+        pin=run.device.type == "cuda" and (params.pin_memory if params.device == "cpu" else optimizer.pin_memory),
     )
     return UnitSettings(
-        bucket_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
+        bucket_numel=run.bucket_numel,
         compute_dtype=run.precision.compute,
         grad_dtype=run.precision.grads,
         splits_masters=run.splits_masters,

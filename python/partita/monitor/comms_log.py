@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("partita")
 
-UNREAD = 1000  # operations whose times on a GPU are not read yet: old ones are over, and nobody waits for them
-
 
 @dataclass(frozen=True)
 class CommsRow:
@@ -56,7 +54,8 @@ class CommsRow:
 
 
 class CommsLog:
-    """Adds up what communicators carry, by operation and size.
+    """Adds up what communicators carry, by operation and size. On a GPU the times of an operation are read when it is
+    over, which is looked at with each of the next ones: only `rows()` waits.
 
     Args:
         speaks: whether this rank prints lines.
@@ -77,18 +76,15 @@ class CommsLog:
         if self._config.debug and carried.call:
             name += f" in {carried.call}"
         self._unread.append((name, carried))
-        if self._prints_each or not self._streams.is_asynchronous:
-            self._read(0)
-        elif len(self._unread) > 2 * UNREAD:
-            self._read(UNREAD)
+        self._read(waits=False)
 
     def rows(self) -> list[CommsRow]:
         """By the time that they took, the longest first. Waits for a GPU."""
-        self._read(0)
+        self._read(waits=True)
         return sorted(self._rows.values(), key=lambda row: -row.seconds)
 
-    def _read(self, left: int) -> None:
-        while len(self._unread) > left:
+    def _read(self, *, waits: bool) -> None:
+        while self._unread and (waits or self._streams.is_reached(self._unread[0][1].marks[1])):
             name, carried = self._unread.popleft()
             seconds = self._streams.milliseconds(*carried.marks) * 1e-3
             one = CommsRow(name, carried.nbytes, 1, seconds, carried.done_s - carried.wait_s, carried.ranks)

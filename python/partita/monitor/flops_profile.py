@@ -73,13 +73,18 @@ class FlopsProfile:
         return nullcontext()
 
     def after_update(self, step: int) -> None:
-        """A step was taken; tells what there is once both are there."""
+        """A step was taken; tells what there is once both are there. On a GPU that may be after a later step, as
+        nobody waits for the times."""
         self._step = step + 1
-        if self._marks is not None:
+        if self._has_times:
             self.tell()
 
+    @property
+    def _has_times(self) -> bool:
+        return self._marks is not None and all(self._streams.is_reached(end) for _, _, end in self._marks)
+
     def tell(self) -> None:
-        """Writes the tables, once, if anything was counted."""
+        """Writes the tables, once, if anything was counted; without times that are not there."""
         if self._flops is None or self._is_told:
             return
         self._is_told = True
@@ -110,7 +115,7 @@ class FlopsProfile:
 
     def _seconds(self) -> dict[str, float] | None:
         """Of each module that was called; of one that only holds others, the sum of theirs."""
-        if self._marks is None:
+        if self._marks is None or not self._has_times:
             return None
         called: dict[str, float] = {}
         for name, start, end in self._marks:

@@ -39,6 +39,8 @@ def model_states(parts: Sequence[ModelPart]) -> dict[str, dict[str, int]]:
             memory.add("gradients", unit.reduced)
         where = part.units[0].params.device.type if part.units else "cpu"
         memory.count(where, "staging", part.reducer.staging_bytes)
+        if part.reducer.landing_bytes:
+            memory.count("cpu", "staging", part.reducer.landing_bytes)
         memory.count(where, "gathered", sum(u.residence.gathered_bytes for u in [*part.units, *part.frozen]))
     return memory.by_device
 

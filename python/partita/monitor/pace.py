@@ -14,6 +14,7 @@ from partita.monitor.records import StepReport
 class Means:
     """Of some steps. What is not known is None.
 
+    phases_ms: of those whose times were known by then.
     slowest_rank: who was the slowest in most of them.
     """
 
@@ -45,6 +46,7 @@ class Pace:
         self._steps = self._tokens = 0
         self._flops = 0.0
         self._phases_ms: dict[str, float] = {}
+        self._timed_steps = 0  # that have phases
         self._waited: list[float] = []
         self._slowest: Counter[int] = Counter()
 
@@ -53,8 +55,10 @@ class Pace:
         self._steps += 1
         self._tokens += report.tokens or 0
         self._flops += report.flops or 0.0
-        for name, ms in report.phases_ms.items():
-            self._phases_ms[name] = self._phases_ms.get(name, 0.0) + ms
+        self._timed_steps += len(report.phases_ms)
+        for phases in report.phases_ms:
+            for name, ms in phases.items():
+                self._phases_ms[name] = self._phases_ms.get(name, 0.0) + ms
         if report.waits is not None:
             self._waited.append(report.waits.waited_share)
             if report.waits.slowest_rank is not None:
@@ -73,7 +77,7 @@ class Pace:
             samples_per_s=self._samples * steps / elapsed_s,
             tokens_per_s=self._tokens / elapsed_s if self._tokens else None,
             flops_per_s=self._flops / elapsed_s if self._flops else None,
-            phases_ms={name: ms / steps for name, ms in self._phases_ms.items()},
+            phases_ms={name: ms / self._timed_steps for name, ms in self._phases_ms.items()},
             waited_share=sum(self._waited) / len(self._waited) if self._waited else None,
             slowest_rank=self._slowest.most_common(1)[0][0] if self._slowest else None,
         )

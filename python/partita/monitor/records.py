@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class StepReport:
     waits: None: not known.
     tokens: of all ranks; None: not known.
     flops: floating-point operations of the model's forwards and backwards on all ranks; None: not known.
-    phases_ms: of this rank, by name; empty: they are not timed.
+    phases_ms: of this rank, by name, of each step whose times have become known since the last report: on a GPU
+        these are often those of the step before. Empty: none have, or phases are not timed.
     """
 
     step: int
@@ -43,7 +44,7 @@ class StepReport:
     waits: StepWaits | None = None
     tokens: int | None = None
     flops: float | None = None
-    phases_ms: Mapping[str, float] = field(default_factory=dict)
+    phases_ms: Sequence[Mapping[str, float]] = ()
 
 
 @dataclass(frozen=True)

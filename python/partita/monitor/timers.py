@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from partita.device.streams import Streams
 
 _UNTIMED = nullcontext()
+_Mark = tuple[str, Any, Any]  # a phase's name, begin and end
 
 
 class PhaseTimers:
@@ -22,8 +24,8 @@ class PhaseTimers:
         self._enabled = enabled
         self.around: list[Callable[[str], AbstractContextManager[object]]] = []
         self._streams = streams
-        self._marks: list[tuple[str, Any, Any]] = []  # of the step under way
-        self._ended: list[tuple[str, Any, Any]] = []  # of steps that are over
+        self._marks: list[_Mark] = []  # of the step under way
+        self._ended: deque[list[_Mark]] = deque()  # of each step that is over, the oldest first
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Adds the time of the block to `name`."""
@@ -49,16 +51,23 @@ class PhaseTimers:
 
     def end_step(self) -> None:
         """What comes next belongs to another step."""
-        self._ended += self._marks
-        self._marks.clear()
+        if self._marks:
+            self._ended.append(self._marks)
+            self._marks = []
 
-    def take(self) -> dict[str, float]:
-        """Milliseconds per phase of the steps that have ended since the last call.
+    def take(self) -> list[dict[str, float]]:
+        """Milliseconds per phase, of each step that is done by now and was not taken before, the oldest first.
 
-        Once the outcome of the last of them is known, that takes no wait: no mark comes after it.
+        Nobody waits: the last phase of a step ends after its outcome is known, with the update and the gathers. So on a
+        GPU a step whose outcome is known may come with a later call.
         """
-        result: dict[str, float] = {}
-        for name, start, end in self._ended:
-            result[name] = result.get(name, 0.0) + self._streams.milliseconds(start, end)
-        self._ended.clear()
-        return result
+        taken: list[dict[str, float]] = []
+        while self._ended and all(map(self._is_over, self._ended[0])):
+            result: dict[str, float] = {}
+            for name, start, end in self._ended.popleft():
+                result[name] = result.get(name, 0.0) + self._streams.milliseconds(start, end)
+            taken.append(result)
+        return taken
+
+    def _is_over(self, mark: _Mark) -> bool:
+        return all(map(self._streams.is_reached, mark[1:]))

@@ -21,7 +21,7 @@ from partita.optim.schedules import (
 )
 from partita.optim.sharded import HyperParameters, ShardedOptimizer, kept_groups, require_supported
 from partita.optim.sharded_step import ShardedStep
-from partita.optim.step_control import PendingOutcome, StepController, Wishes
+from partita.optim.step_control import PendingOutcome, StepController, StepOutcome, Wishes
 
 __all__ = [
     "FusedAdam",
@@ -35,6 +35,7 @@ __all__ = [
     "ShardedStep",
     "StepController",
     "StepDigest",
+    "StepOutcome",
     "WarmupCosineLR",
     "WarmupDecayLR",
     "WarmupLR",

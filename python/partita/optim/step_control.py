@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,21 +54,33 @@ class StepOutcome:
 
 
 class PendingOutcome:
-    """The outcome of a step, on its way to the host."""
+    """The outcome of a step, on its way to the host.
 
-    def __init__(self, memory: HostCopy, world_size: int) -> None:
-        self._memory = memory
+    Several may be unread. Each has host memory of its own, which goes when the outcome is read or nobody has it any
+    more: torch's allocator of pinned memory hands it out again once the copy into it is done. So a run takes new pinned
+    memory in its first steps, and none later.
+    """
+
+    def __init__(self, memory: HostCopy, world_size: int, has_arrived: Callable[[], bool]) -> None:
+        self._memory: HostCopy | None = memory
         self._world_size = world_size
+        self._has_arrived = has_arrived
         self._known: StepOutcome | None = None
 
+    @property
+    def has_arrived(self) -> bool:
+        """Whether `wait()` returns at once. Nobody waits."""
+        return self._memory is None or self._has_arrived()
+
     def wait(self) -> StepOutcome:
-        """The outcome, once the step is done. Several ask, and the memory is read once."""
-        if self._known is None:
-            self._known = self._read()
+        """The outcome, once the step is decided. Several ask, and the memory is read once."""
+        if self._memory is not None:
+            self._known = self._read(self._memory.wait())
+            self._memory = None
+        assert self._known is not None
         return self._known
 
-    def _read(self) -> StepOutcome:
-        memory = self._memory.wait()
+    def _read(self, memory: Tensor) -> StepOutcome:
         sums = memory[SUMS_BEGIN:].view(torch.float64).tolist()
         _, loss, count, total, squares, save, end, tokens, flops = sums[:SUMS]
         control = kernels.address(memory)
@@ -128,6 +141,7 @@ class StepController:
         self.wishes: Callable[[], Wishes] = Wishes
         self._streams = streams
         self._world_size = world_size
+        self._outcome: PendingOutcome | None = None  # of what `_memory` has been decided to be
 
     def add_loss(self, loss: Tensor) -> None:
         """A micro-batch's loss, a scalar, for the report of the step. Nobody waits for it."""
@@ -146,6 +160,11 @@ class StepController:
         """The mean of the losses that ranks have told in the step before this one, float32, on the device; NaN if
         nobody has. It is there once the step was decided."""
         return (self.sums[1] / self.sums[2]).float()
+
+    def grad_norm(self) -> Tensor:
+        """The norm of the last step's mean gradient before clipping, float32, on the device; it is there once the step
+        was decided."""
+        return self.control[: torch.float64.itemsize].view(torch.float64).float().reshape(())  # the first of its fields
 
     def add_work(self, tokens: int, flops: float) -> None:
         """What a micro-batch has on this rank; 0: not known."""
@@ -186,12 +205,19 @@ class StepController:
 
     def remember(self) -> Callable[[], object]:
         """Returns what takes back the decisions since."""
-        before = self._memory.clone()
-        return lambda: self._memory.copy_(before)
+        before, outcome = self._memory.clone(), self._outcome
+
+        def take_back() -> None:
+            self._memory.copy_(before)
+            self._outcome = outcome
+
+        return take_back
 
     def decide(self, *, mean: float, clip: float) -> None:
-        """Fills the control block from the sum of squares (see `loss_scale_update` in loss_scale.h)."""
+        """Fills the control block from the sum of squares (see `loss_scale_update` in loss_scale.h), and starts the
+        copy of the outcome: whoever waits for it does not wait for the update, which is queued after it."""
         kernels.loss_scale_update(self.control, self._state, self.scaler, self.sum_of_squares, mean=mean, clip=clip)
+        self._outcome = self._copy()
 
     def state_dict(self) -> dict[str, Any]:
         """The loss scale with its counters, and what the last step was like."""
@@ -213,14 +239,23 @@ class StepController:
         _core.StepControl(**state["last_step"]).write(kernels.address(memory))
         _core.LossScaleState(**saved).write(kernels.address(memory[_core.StepControl.nbytes :]))
         self._memory.copy_(memory)
+        self._outcome = None
 
     def outcome(self) -> PendingOutcome:
-        """What the last decision was; the host gets it without holding up the device."""
-        return PendingOutcome(self._streams.copy_to_host(self._memory), self._world_size)
+        """What the last decision was. One copy serves all who ask."""
+        if self._outcome is None:  # nothing was decided since the beginning, or since a load
+            self._outcome = self._copy()
+        return self._outcome
 
     def control_on_host(self) -> Tensor:
         """The control block, for updates on the host, which waits for it."""
-        return self._streams.copy_to_host(self._memory).wait()[: _core.StepControl.nbytes]
+        control = torch.empty(_core.StepControl.nbytes, dtype=torch.uint8, device=HOST)
+        self.last.write(kernels.address(control))
+        return control
+
+    def _copy(self) -> PendingOutcome:
+        copy = self._streams.copy_to_host(self._memory)
+        return PendingOutcome(copy, self._world_size, partial(self._streams.is_reached, self._streams.mark()))
 
     @property
     def scale(self) -> Tensor:

@@ -13,7 +13,7 @@ from partita.pipeline.outbox import Outbox
 from partita.pipeline.partition import balanced
 from partita.pipeline.payload import classes_of
 from partita.pipeline.prove import Proof, prove
-from partita.pipeline.rank_plan import RankPlan, plan_of
+from partita.pipeline.rank_plan import RankPlan, pairs_of, plan_of
 from partita.pipeline.same_labels import fingerprint, require_same_labels
 from partita.pipeline.schedule import Action, Schedule, ScheduleError
 from partita.pipeline.shared import Tie
@@ -58,6 +58,7 @@ __all__ = [
     "from_csv",
     "from_text",
     "measure_layers",
+    "pairs_of",
     "placement",
     "plan_of",
     "prove",

@@ -67,7 +67,7 @@ class Mail:
             self._here[item] = [tensor.detach().clone() for tensor in tensors]  # which the other stage may change
         else:
             if known is form:
-                self._outbox.send([form.to_header()], [HEADER], rank)
+                self._outbox.send([self._pipe.to_device(form.to_header())], [HEADER], rank)
             if message_bytes(form.tensors):
                 self._outbox.send(tensors, form.tensors, rank)
         return [tensor for tensor in tensors if tensor.requires_grad]
@@ -122,7 +122,7 @@ class Mail:
         if key not in self._forms:
             header = room_for([HEADER], self._pipe.device)
             self._pipe.recv(header, rank).wait()
-            self._forms[key] = form_of_header(header)
+            self._forms[key] = form_of_header(self._pipe.to_host(header))
         return self._forms[key].tensors
 
 

@@ -99,7 +99,7 @@ def _is_described_by(text: str, structure: pytree.TreeSpec) -> bool:
 
 def form_of_header(header: Tensor) -> Form:
     """The reverse of `Form.to_header`."""
-    data = header.cpu().numpy().tobytes()
+    data = header.numpy().tobytes()
     length = int.from_bytes(data[:_LENGTH_BYTES], "little")
     structure, leaves = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + length])
     return Form(pytree.treespec_loads(structure), tuple(_leaf(described) for described in leaves))

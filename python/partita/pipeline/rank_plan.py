@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from partita.pipeline.prove import Proof, Sent, prove, queues_of, sends
@@ -86,6 +86,19 @@ def plan_of(schedule: Schedule, rank: int, skips: Iterable[tuple[int, int]] = ()
         given = tuple((pair[1], item) for item, pair in sends(action, schedule, links))
         planned.append(PlannedAction(action, tuple(receives), given, proof.reduced_after[action.stage] == action))
     return RankPlan(schedule, links, rank, tuple(planned), window)
+
+
+def pairs_of(plan: RankPlan, tied: Iterable[Sequence[int]]) -> list[tuple[int, int]]:
+    """(from, to): the ranks of the pipeline that send each other something in a step, the same on all ranks.
+
+    Args:
+        tied: stages that have copies of the same parameters.
+    """
+    ranks, links = plan.schedule.stage_ranks, plan.links
+    stages = {(stage, after) for stage, takers in enumerate(links.after) for after in takers}
+    stages |= {(a, b) for group in tied for a in group for b in group}
+    pairs = {(ranks[a], ranks[b]) for a, b in stages}
+    return sorted((a, b) for a, b in pairs | {(b, a) for a, b in pairs} if a != b)
 
 
 def _proved(schedule: Schedule, skips: list[tuple[int, int]]) -> tuple[Proof, int]:

@@ -38,6 +38,12 @@ class Precision:
         return torch.float16 in (self.compute, self.autocast, *self.given)
 
     @property
+    def reduces_in_fp16(self) -> bool:
+        """Whether gradients, those of some parameters at least, are summed over ranks in float16."""
+        own = self.communication or self.grads
+        return own is torch.float16 or (own is None and torch.float16 in (self.compute, *self.given))
+
+    @property
     def is_half(self) -> bool:
         """Whether products are computed in 16 bits."""
         return self.compute is not None or self.autocast is not None or bool(self.given)

@@ -13,25 +13,28 @@ from typing import TYPE_CHECKING
 import torch
 
 from partita.comm import (
+    Communicator,
     Entries,
     GridShape,
     ProcessGrid,
-    backend_for,
-    init_distributed,
     is_joined,
+    join_job,
     leave_job,
     place_in_job,
     require_same_on_all_ranks,
+    text_by_rank,
     world_communicator,
 )
 from partita.config import BatchSizes, ConfigError, ConfigSource, load_config, resolve_batch_sizes
-from partita.device import Streams, streams_of
+from partita.device import Cores, Streams, own_cores, streams_of, threads_for
+from partita.run.buckets import default_bucket_size
 from partita.run.console import ConsoleHandler
 from partita.run.precision import Precision, precision_of, short_name
 from partita.units import StagePolicy, stage_policy
 
 if TYPE_CHECKING:
     from partita.config import Config
+    from partita.config.models import ZeroConfig
 
 logger = logging.getLogger("partita")
 
@@ -40,8 +43,15 @@ logger = logging.getLogger("partita")
 class Run:
     """A training job before it has a model.
 
+    [Note: sums in float16]
+    A transport that adds in float16 overflows at the sum of N ranks, N times sooner than at their mean. So gradients
+    are divided first, by the largest power of two that is at most N, as they are packed, and the update multiplies
+    by it again. A power of two changes no bit of a normal number; a subnormal one loses bits at its end. With a dynamic
+    loss scale nothing is lost by that: the scale, which rises until something overflows, rises by as much. A fixed
+    scale does not, nor do gradients without one: there nothing is divided.
+
     Attributes:
-        config: with all three batch sizes filled in.
+        config: with all three batch sizes and both bucket sizes filled in.
         batch: the batch sizes, over the data-parallel ranks.
         precision: the number formats.
         policy: what the ZeRO stage decides.
@@ -63,6 +73,11 @@ class Run:
         return self.streams.device
 
     @property
+    def host_threads(self) -> int | None:
+        """Threads of native work on the host where the model is on a GPU; None: as many as torch uses."""
+        return self.streams.host_threads
+
+    @property
     def world_size(self) -> int:
         """The number of ranks of the job."""
         return self.grid.world.world_size
@@ -74,11 +89,15 @@ class Run:
 
     @property
     def predivide(self) -> float:
-        """What gradients are divided by before they are summed over ranks."""
-        if not self.config.prescale_gradients:
-            return 1.0
-        factor = self.config.gradient_predivide_factor
-        return factor if factor != 1.0 else float(self.grid.data.world_size)
+        """What gradients are divided by before they are summed over ranks. See [Note: sums in float16]."""
+        ranks = self.grid.data.world_size
+        if self.config.prescale_gradients:
+            factor = self.config.gradient_predivide_factor
+            return factor if factor != 1.0 else float(ranks)
+        is_dynamic = self.precision.scales_loss and self.config.fp16.loss_scale == 0
+        if not self.grid.data.sums_in_fp32 and is_dynamic and self.precision.reduces_in_fp16:
+            return 2.0 ** (ranks.bit_length() - 1)
+        return 1.0
 
     @property
     def mean(self) -> float:
@@ -92,6 +111,13 @@ class Run:
     def splits_masters(self) -> bool:
         """Whether the masters of bf16 parameters are the 16 bits that these lack."""
         return splits_masters(self.config)
+
+    @property
+    def bucket_numel(self) -> int:
+        """Elements of what communicates together, at the most, but for larger parameters."""
+        zero = self.config.zero_optimization
+        sizes = (zero.reduce_bucket_size, zero.allgather_bucket_size)
+        return min(size for size in sizes if size is not None)
 
 
 def splits_masters(config: Config) -> bool:
@@ -150,14 +176,16 @@ def begin_run(
         torch.cuda.set_device(device)  # what is made without naming a device belongs here, and not on GPU 0
     if on_failure is not None and not is_joined():
         on_failure.callback(leave_job)
-    init_distributed(backend_for(device))
+    timeout = timedelta(seconds=config.comm.timeout_seconds)
+    join_job(timeout)
     _show_log_on(place_in_job()[0])
     require_same_on_all_ranks(shared, device)
-    timeout = timedelta(seconds=config.comm.timeout_seconds)
     grid = ProcessGrid(partial(world_communicator, config.comm.transport, timeout, device), pipe or 1)
     exits.callback(grid.close)
+    streams.while_waiting = grid.check_progress
     if config.comms_logger.enabled or config.trace is not None:
         grid.observe(streams.mark)
+    streams.host_threads = host_threads(config, device, grid.world)
     if grid.world.rank == 0:
         _list_ignored(config)
     batch = _batch_sizes(config, grid.data.world_size, loader_batch_size)
@@ -170,13 +198,31 @@ def begin_run(
     if precision.given and grid.world.rank == 0:
         _say_given(precision)
     return Run(
-        config=config.model_copy(update=filled),
+        config=config.model_copy(update=filled | {"zero_optimization": _with_buckets(config, device, grid)}),
         batch=batch,
         precision=precision,
         policy=policy_of(config, pipe),
         streams=streams,
         grid=grid,
     )
+
+
+def _with_buckets(config: Config, device: torch.device, grid: ProcessGrid) -> ZeroConfig:
+    """The section `zero_optimization`, with the bucket sizes that the config leaves to the device."""
+    zero = config.zero_optimization
+    default = default_bucket_size(device.type, grid.data.world_size)
+    sizes = {"reduce_bucket_size": zero.reduce_bucket_size, "allgather_bucket_size": zero.allgather_bucket_size}
+    return zero.model_copy(update={name: default if size is None else size for name, size in sizes.items()})
+
+
+def host_threads(config: Config, device: torch.device, world: Communicator) -> int | None:
+    """As `Run.host_threads` has it; only where the host updates. A collective, where the config offloads."""
+    offload = config.zero_optimization.offload_optimizer
+    if device.type == "cpu" or offload.device == "none":
+        return None
+    own = own_cores()
+    by_rank = [Cores.of_text(text) for text in text_by_rank(world, own.text())]
+    return offload.threads or threads_for(own, by_rank)  # a key that may differ from rank to rank comes last
 
 
 def _say_given(precision: Precision) -> None:

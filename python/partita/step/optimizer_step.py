@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from partita.comm import CommunicationError, require_same
+from partita.comm import CommunicationError, error_under_way, require_same
 from partita.model import ModelPart
 from partita.monitor import Monitor, PhaseTimers, tokens_in
 from partita.optim import ShardedOptimizer, ShardedStep, StepController, group_entries
@@ -73,7 +73,9 @@ class OptimizerStep:
         )
         if optimizer is not None:
             units = [unit for part in parts for unit in part.units]
-            self.sharded = ShardedStep(optimizer.inner, optimizer, units, run.grid, run.policy, controller, gathers)
+            self.sharded = ShardedStep(
+                optimizer.inner, optimizer, units, run.grid, run.policy, controller, gathers, run.host_threads
+            )
             exits.callback(self.sharded.close)
             if not run.policy.shards_states:
                 optimizer.give_states(self.sharded.update.states)
@@ -150,6 +152,11 @@ class OptimizerStep:
         """2-norm of the last step's mean gradient, before clipping; None before the first step."""
         return self.controller.last.grad_norm if self.global_steps else None
 
+    @property
+    def last_known_was_skipped(self) -> bool:
+        """Whether the last step whose outcome is known was skipped. Nobody waits."""
+        return self._outcomes.was_skipped
+
     def was_applied(self) -> bool:
         """Whether the last update was not skipped; False before the first one. On a GPU the host waits for it."""
         return self.global_steps > 0 and not self.controller.last.skip
@@ -172,6 +179,8 @@ class OptimizerStep:
         """Acts on the outcome of the last step; if that ends the run, the gradients at hand go with it."""
         try:
             self._outcomes.settle()
+        except CommunicationError:  # the engine is over, and gradients may be under way for ever
+            raise
         except Exception:
             self._drop_gradients()
             raise
@@ -210,7 +219,7 @@ class OptimizerStep:
 
     def _close(self) -> None:
         try:
-            self._outcomes.close()
+            self._outcomes.close(waits=not self._run.grid.calls.has_failed and error_under_way() is None)
         finally:  # a program may keep the engine, and nothing that is large with it
             if self._optimizer is not None:
                 self._optimizer.give_states(None)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from partita.comm import CommunicationError
 from partita.monitor import Monitor, PhaseTimers, StepReport, step_waits
-from partita.optim import PendingOutcome
+from partita.optim import PendingOutcome, StepOutcome
 from partita.step.schedule import WatchedSchedule
 from partita.step.skips import Finiteness, SkipGuard
 
@@ -52,6 +53,7 @@ class StepOutcomes:
         self._skips = skips
         self._refuse_difference = refuse_difference
         self._last: _Entry | None = None
+        self.was_skipped = False  # the last step whose outcome is known
 
     def enter(self, step: int, outcome: PendingOutcome, finiteness: Finiteness) -> None:
         """A step has been queued; the one before it is settled."""
@@ -61,14 +63,15 @@ class StepOutcomes:
         """The learning rate moves and the step is reported, if that has not happened. Concerns this rank alone."""
         if self._last is None or self._last.is_known:
             return
+        outcome, step = self._wait(self._last), self._last.step
         self._last.is_known = True
-        outcome = self._last.outcome.wait()
         control, state = outcome.control, outcome.loss_scale
+        self.was_skipped = control.skip
         if self._schedule is not None and not control.skip:
             self._schedule.step()
         self._monitor.report(
             StepReport(
-                step=self._last.step,
+                step=step,
                 loss=outcome.loss,
                 lr=self._learning_rates(),
                 grad_norm=control.grad_norm,
@@ -86,10 +89,16 @@ class StepOutcomes:
         """Nothing is done about the last step any more."""
         self._last = None
 
-    def close(self) -> None:
-        """The last step is reported. There is no schedule any more."""
+    def close(self, *, waits: bool) -> None:
+        """The last step is reported. There is no schedule any more.
+
+        Args:
+            waits: False: the step is reported only if its outcome is here. A GPU behind a failed collective may never
+                come to it.
+        """
         try:
-            self.learn()
+            if waits or (self._last is not None and self._last.outcome.has_arrived):
+                self.learn()
         finally:
             self._schedule = self._last = None
 
@@ -100,10 +109,17 @@ class StepOutcomes:
             FloatingPointError: the run skips its steps and does nothing else, see `SkipGuard`.
             RuntimeError: the ranks took the step with different hyper-parameters.
         """
-        if self._last is not None and not self._last.outcome.wait().digests_agree:
+        if self._last is not None and not self._wait(self._last).digests_agree:
             last, self._last = self._last, None
             self._refuse_difference(last.step)
         self.learn()
         if self._last is not None:
             last, self._last = self._last, None
             self._skips.check(last.step, last.outcome.wait().loss_scale, last.finiteness)
+
+    def _wait(self, entry: _Entry) -> StepOutcome:
+        try:
+            return entry.outcome.wait()
+        except CommunicationError:
+            self._last = None  # nobody waits in vain a second time
+            raise

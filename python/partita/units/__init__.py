@@ -27,12 +27,12 @@ from partita.units.build import (
 from partita.units.gathers import ParameterGathers
 from partita.units.graph_tasks import accumulates, accumulates_into
 from partita.units.layout import ParameterInfo, ShardSlice, Slot, UnitLayout, make_layout
-from partita.units.lifetimes import BackwardConductor, ParameterLifetimes
+from partita.units.lifetimes import ParameterLifetimes
 from partita.units.parameters import FlatParameters, fill_from_rank_0, full_values
 from partita.units.plan import PlanSettings, UnitPlan, plan_frozen, plan_trained
 from partita.units.policy import Lifetime, Offload, StagePolicy, stage_policy
 from partita.units.reducer import GradientReducer
-from partita.units.reduction import BackwardListener, BackwardPlan, ReductionSettings
+from partita.units.reduction import BackwardConductor, BackwardListener, BackwardPlan, ReductionSettings
 from partita.units.residence import Always, Gathered, Mapped, Residence, Residency
 from partita.units.taken import TakenGradient
 from partita.units.unit import GradState, Unit

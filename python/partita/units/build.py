@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from partita.comm import Communicator
-from partita.device import kernels
+from partita.device import Streams, kernels
 from partita.units.blocks import find_blocks, owners_of
 from partita.units.layout import ParameterInfo
 from partita.units.parameters import FlatParameters, fill_from_rank_0
@@ -100,6 +100,7 @@ def build_units(
     communicator: Communicator,
     gathering: Communicator,
     policy: StagePolicy,
+    streams: Streams,
 ) -> ModelUnits:
     """Moves parameters into flat buffers, with rank 0's values on every rank; of the untrained ones those that are
     partitioned.
@@ -110,6 +111,7 @@ def build_units(
     Args:
         gathering: carries the parameters of stage 3. Gathers follow the modules and reductions the gradients: each has
             an order of its own, which is the same on all ranks.
+        streams: of the model's device.
 
     Raises:
         TypeError, ValueError: a parameter's dtype or device cannot be trained; names it. A class of `unit_classes` is
@@ -122,7 +124,7 @@ def build_units(
     describe = partial(_describe, model, blocks, settings.compute_dtype, communicator.device)
     trained_plans, frozen_plans = plan_trained(describe(trained), cut), plan_frozen(describe(frozen), cut)
 
-    builder = _Builder(settings, policy, communicator, gathering)
+    builder = _Builder(settings, policy, communicator, gathering, streams)
     units: list[Unit] = []
     kept: list[FlatParameters] = []
     try:
@@ -148,13 +150,15 @@ class _Builder:
     policy: StagePolicy
     communicator: Communicator
     gathering: Communicator
+    streams: Streams
 
     def trained(self, plan: UnitPlan, named: list[NamedParameter]) -> Unit:
         """The unit of a plan, with its states."""
         offload = self.settings.offload if plan.offloads else RESIDENT
         residence = self._residence(plan, named, offload, shards=self.policy.shards_states)
         grad_dtype = self.settings.grad_dtype or residence.dtype
-        return Unit(residence, UnitForm(grad_dtype, self.settings.splits_masters, offload), self.policy)
+        form = UnitForm(grad_dtype, self.settings.splits_masters, offload)
+        return Unit(residence, form, self.policy, self.streams)
 
     def frozen(self, plan: UnitPlan, named: list[NamedParameter]) -> FlatParameters:
         """The parameters of a plan, without states."""
@@ -173,7 +177,7 @@ class _Builder:
             return Always(layout, parameters, dtype, own, communicator)
         if plan.lifetime is Lifetime.MAPPED:
             return Mapped(layout, parameters, dtype, own, communicator)
-        return Gathered(layout, parameters, dtype, own, communicator, self.gathering, offload)
+        return Gathered(layout, parameters, dtype, own, communicator, self.streams, self.gathering, offload)
 
 
 def require_on(device: torch.device, what: str, tensor: torch.Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from partita.units.unit import GradState, Unit
 REDUCTIONS_IN_FLIGHT = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _InFlight:
     """A collective under way; the buffer stays alive and unchanged until it has been waited for."""
 
@@ -35,9 +35,12 @@ class _InFlight:
 class Reductions:
     """Reduces full buffers of units over the data-parallel ranks, and brings the sums to `Unit.reduced`.
 
+    Sums that leave the device do so on the stream of copies to the host: that stream waits for the collective in the
+    place of the one on which backward goes on.
+
     Args:
-        staging_numel: of the largest unit.
-        order: of all work on these buffers.
+        units: all that are reduced.
+        order: of all work on these buffers, but for copies to the host.
     """
 
     def __init__(
@@ -46,17 +49,17 @@ class Reductions:
         policy: StagePolicy,
         settings: ReductionSettings,
         streams: Streams,
-        staging_numel: int,
+        units: Sequence[Unit],
         order: InOrder,
     ) -> None:
         self._communicator = communicator
         self._policy = policy
         self._settings = settings
-        self._is_asynchronous = streams.is_asynchronous
+        self._streams = streams
         self._order = order
         self._in_flight: deque[_InFlight] = deque()
-        self._arrivals = Arrivals(streams)
-        self._staging = Staging(communicator, staging_numel)
+        self._arrivals = Arrivals(streams, units)
+        self._staging = Staging(communicator, max((unit.layout.numel for unit in units), default=0))
 
     def __bool__(self) -> bool:
         """Whether any is under way."""
@@ -66,6 +69,11 @@ class Reductions:
     def staging_bytes(self) -> int:
         """Of buffers that gradients of several units use in turns."""
         return self._staging.nbytes
+
+    @property
+    def landing_bytes(self) -> int:
+        """The same on the host, of sums that are added there."""
+        return self._arrivals.landing_bytes
 
     def has(self, unit: Unit) -> bool:
         """Whether one of this unit is under way."""
@@ -105,15 +113,19 @@ class Reductions:
         return self._settings.communication_dtype or unit.reduced.dtype
 
     def _start(self, unit: Unit, buffer: Tensor, staging: Tensor | None) -> None:
-        while not self._is_asynchronous and len(self._in_flight) >= REDUCTIONS_IN_FLIGHT:
+        while not self._streams.is_asynchronous and len(self._in_flight) >= REDUCTIONS_IN_FLIGHT:
             self._complete_oldest()
         if self._policy.reduce_scatter:
             handle = self._communicator.reduce_scatter(buffer)
         else:
             handle = self._communicator.all_reduce(buffer)
-        self._in_flight.append(_InFlight(unit, handle, staging))
+        flight = _InFlight(unit, handle, staging)
+        self._in_flight.append(flight)
         if not self._settings.overlap:
             self.finish()
+        elif self._arrivals.leaves(unit):
+            with self._streams.to_host():
+                self._complete(flight)
 
     def _take_staging(self, dtype: torch.dtype) -> Tensor:
         while (buffer := self._staging.take(dtype)) is None:
@@ -121,14 +133,17 @@ class Reductions:
         return buffer
 
     def _complete_oldest(self) -> None:
-        flight = self._in_flight[0]
         self._order.enter()
+        self._complete(self._in_flight[0])
+
+    def _complete(self, flight: _InFlight) -> None:
         flight.handle.wait()  # if this raises, the collective stays under way: it was not completed
-        self._in_flight.popleft()
-        unit = flight.unit
+        self._in_flight.remove(flight)
+        unit, copy = flight.unit, None
         full = unit.full_grads if flight.staging is None else flight.staging[: unit.layout.numel]
         if full is not None and (flight.staging is not None or unit.offloads):
-            self._arrivals.take(unit, unit.part(full), accumulate=unit.grad_state is GradState.REDUCED)
+            copy = self._arrivals.take(unit, unit.part(full), accumulate=unit.grad_state is GradState.REDUCED)
         if flight.staging is not None:
-            self._staging.give_back(flight.staging)
+            self._staging.give_back(flight.staging, copy)
+        # A full buffer of the unit's own is written again when the host has waited for the copy: in the next step.
         unit.grad_state = GradState.REDUCED

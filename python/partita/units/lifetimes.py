@@ -22,57 +22,48 @@ released there leave their memory to these tensors. It goes when the graph goes.
 that keeps a parameter on its context, and not with `save_for_backward()`, cannot be differentiated twice.
 
 [Note: order of gathers]
-Where parameters are gathered by collectives, all ranks must issue the same collectives in the same order, whatever each
-rank uses. A pass is a forward or a backward. A backward is a pass if it asks for a parameter or trains; so a gradient
-that `autograd.grad()` takes is one, on all ranks or on none. The rules are:
+Where parameters are gathered by collectives, all ranks launch the same collectives in one order, whatever each rank
+uses: gathers and reductions, though each kind has a communicator of its own. docs/design.md ("The order of
+collectives") shows that no deadlock is possible then. A pass is a forward or a backward. A backward is one if it asks
+for a parameter or trains; so a gradient that `autograd.grad()` takes is one, on all ranks or on none. The rules are:
 
 1. In every pass every block is gathered once; in a forward of a module of the model, every block in it. The order is
    the one in which the first forward used the blocks, if all ranks used the blocks in the same order; else the order of
-   the model. A backward takes the reverse, after the root.
-2. A block that a rank skips is gathered and released there.
-3. Before the gradients of a unit are reduced, the unit's block has been sent for.
-4. Before a rank waits for a block, the rank reduces the units of blocks that come earlier in backward. When autograd
-   reaches an operation, autograd is done with all later operations. So blocks that the forward used only later, or not
-   at all, get no gradient any more. This holds in a backward that trains. The others reduce nothing.
+   the model. A backward takes the reverse, after the root. A block that a rank skips is gathered and released there.
+2. How many blocks have been sent for at the turn of a block follows from the sizes of the blocks alone (`Ahead`).
+3. Before the gradients of a unit are reduced, so many blocks have been sent for as at the turn of the unit's block, or
+   of an earlier unit's if that is later. Before those of the root, all have been; till then they wait.
+4. Before a rank sends for more blocks than that, it reduces the unit: in a backward that trains, at the turn of a
+   block, the units of all blocks that come earlier. When autograd reaches an operation, autograd is done with all later
+   ones. So blocks that the forward used only later, or not at all, get no gradient any more.
 5. A block that is used again after its turn is gathered again, whoever asks: a module, a saved tensor or an absent
-   parameter. Then all ranks must use the block again. Nothing checks that.
+   parameter. Then all ranks must use the block again.
 
-With rules 1 to 4, no rank can wait for a gather of a rank that waits for a reduction, as long as each rank uses its
-blocks in turn: ranks may have different graphs then. Where ranks share memory nothing is gathered, and none of the
-rules apply.
+Ranks may have different graphs as long as each uses its blocks in turn; with the same graph they may do as they like.
+Where ranks share memory nothing is gathered, and none of the rules apply.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from partita.comm import CommunicationError, Communicator, ranks_that_differ
+from partita.comm import CommunicationError, Communicator
 from partita.units.blocks import watched_modules
 from partita.units.build import ParameterGroup
-from partita.units.gather_pass import GatherPass
+from partita.units.gather_pass import Ahead, BlockOrder, GatherPass, Reuses
 from partita.units.graph_tasks import GraphTasks, current_operation, in_backward, next_operation
 from partita.units.module_hooks import OwnHook, tensors_in
 from partita.units.parameters import FlatParameters
+from partita.units.reduction import BackwardConductor
 from partita.units.residence import Residency
 from partita.units.saved_tensors import SavedTensors
-
-
-class BackwardConductor(Protocol):
-    """What the lifetimes ask and tell about the backward under way."""
-
-    @property
-    def is_training(self) -> bool:
-        """Whether gradients of the backward under way go to an optimizer, and somebody will call `end_backward`."""
-
-    def past(self, units: Sequence[FlatParameters]) -> None:
-        """These units get no gradient any more in the backward under way."""
 
 
 class ParameterLifetimes:
@@ -83,7 +74,8 @@ class ParameterLifetimes:
         communicator: of the gathers; None where there is nothing to gather.
         prefetch_numel: while one group computes, the next group of the pass is sent for. Further groups are sent for as
             long as they have together at most so many elements.
-        max_live_numel: no group is sent for ahead of its turn if more elements than this would be here.
+        max_live_numel: no group is sent for ahead of its turn if the root, the group that computes and those ahead
+            would have more elements than this.
         conductor: of the backwards.
     """
 
@@ -98,17 +90,17 @@ class ParameterLifetimes:
         own = weakref.ref(self)  # a model may outlive its engine, and its hooks must not keep the engine alive
         self.groups = groups
         self._communicator = communicator
-        self._prefetch_numel = prefetch_numel
-        self._max_live_numel = max_live_numel
         self._conductor = conductor
         self._root = len(groups) - 1
-        self._order = list(range(self._root))  # of the blocks in a forward
-        self._used: list[int] | None = []  # blocks in this rank's first forward; None: the order is settled
+        self._ahead = Ahead(prefetch_numel, max_live_numel - groups[self._root].numel)
+        self._order = BlockOrder(self._root)
+        self._reuses = None if communicator is None else Reuses(communicator)
         self._pass: GatherPass | None = None  # under way
         self._live: set[int] = set()  # groups that have been sent for and not released
         self._running: list[int] = []  # groups whose forward runs, the innermost last
         self._is_whole = False  # whether that is a forward of the whole model
-        # Autograd numbers the operations in the order of their forward: that tells which block was used first.
+        self._is_recording = False  # whether autograd was enabled when it began
+        # Autograd numbers the operations in the order of their forward.
         self._began = 0  # the next operation when this micro-batch began
         self._first_use: dict[int, int] = {}  # block -> the next operation when this micro-batch used it first
         self._to_come: set[int] = set()  # blocks that the backward under way may still bring gradients to
@@ -116,8 +108,7 @@ class ParameterLifetimes:
         self._is_recorded: bool | None = None  # whether the backward under way has a graph of its own; None: unknown
         self._operation = -1  # whose saved tensors asked last
         self._asked: set[int] = set()  # groups that saved tensors have asked for since the operation before that
-        # By number: each unit with its group.
-        self._units = [(i, unit) for i, group in enumerate(groups) for unit in group.units]
+        self._units = [(i, unit) for i, group in enumerate(groups) for unit in group.units]  # by number
         self._number = {id(unit): number for number, (_, unit) in enumerate(self._units)}
         self._saved = None if communicator is None else SavedTensors(partial(_saved_asked, own))
         self._hooks: list[RemovableHandle] = []
@@ -144,21 +135,30 @@ class ParameterLifetimes:
 
     def before_reduction(self, unit: FlatParameters) -> None:
         """The gradients of a unit are about to be reduced: rule 3 of [Note: order of gathers]."""
-        number = self._number.get(id(unit))
-        owner = self._root if number is None else self._units[number][0]
-        if self._pass is not None and self._pass.is_to_come(owner):
-            self._live |= {*self._pass.up_to(owner), owner}
+        if (owner := self._owner(unit)) == self._root:
+            self.gather_rest()
+        elif self._pass is not None:
+            self._pass.before_reduction(owner)
 
-    def gather_rest(self, _unit: FlatParameters) -> None:
-        """Takes the place of `before_reduction` where all reductions follow the backward of this rank."""
-        if self._pass is not None:
+    def may_reduce(self, unit: FlatParameters) -> bool:
+        """Whether the gradients of a unit may be reduced before the backward under way is over: rule 3."""
+        return self._pass is None or self._pass.is_sent or self._owner(unit) != self._root
+
+    def gather_rest(self) -> None:
+        """Sends for all blocks that have not been sent for. The backward under way uses none of them any more."""
+        if self._pass is not None and not self._pass.is_sent:
             for i in self._pass.rest():
                 self._release([i])
+
+    def _owner(self, unit: FlatParameters) -> int:
+        """The group of a unit; units that are always here count as the root's."""
+        number = self._number.get(id(unit))
+        return self._root if number is None else self._units[number][0]
 
     def begin_backward(self) -> None:
         """Gradients are about to arrive."""
         if self._pass is None:
-            self._pass = GatherPass(reversed(self._order), self.groups)
+            self._pass = GatherPass(reversed(self._order.blocks), self.groups, self._ahead)
             self._to_come = set(range(self._root))
             if self._root not in self._live:
                 # Every rank brings the root, whether the gradients of this rank come through modules or not.
@@ -197,13 +197,15 @@ class ParameterLifetimes:
 
     def _need(self, index: int) -> None:
         """A group computes now: waits for the group, and sends for the groups that follow in this pass."""
-        current = self._pass or GatherPass([], self.groups)
+        current = self._pass or GatherPass([], self.groups, self._ahead)
         try:
-            skipped = current.up_to(index) if current.is_to_come(index) else []
+            skipped = current.turn_of(index) if current.is_to_come(index) else []
+            if self._reuses is not None and current.must_gather_again(index):
+                self._reuses.check(index, self.groups[index].units[0].layout.slots[0].name, current)
             current.start_gather(index)  # does nothing unless this is the root, or a block whose turn was before
             self._live |= {index, *skipped}
             # Prefetching starts before the wait, so that the next gathers go on beside this group's computing.
-            current.ahead(self._prefetch_numel, self._max_live_numel - sum(self.groups[i].numel for i in self._live))
+            current.send_ahead(index)
             for unit in self.groups[index].units:
                 unit.residence.wait()
                 if self._saved is not None:
@@ -238,25 +240,32 @@ class ParameterLifetimes:
             self._tasks.see()
             if not self._running:
                 self.begin_backward()
+            if not self._tasks.is_nested:
+                self._reached(current_operation())
         else:
             if not self._running:
                 self._tasks.forget()
                 self._is_whole = len(blocks) == self._root
-                self._pass = GatherPass((i for i in self._order if i in blocks), self.groups)
+                self._is_recording = torch.is_grad_enabled()
+                self._pass = GatherPass((i for i in self._order.blocks if i in blocks), self.groups, self._ahead)
             self._running.append(index)
             self._note_use(index)
         if self._root not in self._live:
             self._need(self._root)
+        elif self._communicator is not None:  # another stream may be the current one now
+            for unit in self.groups[self._root].units:
+                unit.residence.join()
         if index != self._root:
             self._need(index)
 
     def _note_use(self, index: int) -> None:
         if index == self._root:
             return
-        if torch.is_grad_enabled():
-            self._first_use.setdefault(index, next_operation())
-        if self._used is not None and index not in self._used:
-            self._used.append(index)
+        if self._is_recording:
+            # Without gradients this is the forward of a reentrant checkpoint: the operation that computes the block
+            # again in backward is the one that autograd has numbered last.
+            self._first_use.setdefault(index, next_operation() - (not torch.is_grad_enabled()))
+        self._order.note(index)
 
     def _after_forward(self, index: int, is_training: bool, outputs: Any) -> None:
         is_recomputed = in_backward()
@@ -278,22 +287,11 @@ class ParameterLifetimes:
         if is_outermost:
             stays = torch.is_grad_enabled() and (is_training or self._saved is None)
             self._end_pass({self._root} if stays else set())
-            if self._is_whole:
-                self._settle_order()
+            # Where all is pinned, ranks may do different things, and some of them nothing.
+            if self._is_whole and self._communicator is not None:
+                self._order.settle(self._communicator, all(unit.residence.is_pinned for _, unit in self._units))
         elif index != self._root and not is_recomputed and index not in self._running:
             self._release([index])
-
-    def _settle_order(self) -> None:
-        """After the first forward: adopts the order in which it used the blocks, if that is the same on all ranks."""
-        if self._used is None or self._communicator is None or not self._root:
-            return
-        if all(unit.residence.is_pinned for _, unit in self._units):
-            self._used = []  # where all is pinned, ranks may do different things, and some of them nothing
-            return
-        used = [*self._used, *(i for i in range(self._root) if i not in self._used)]
-        self._used = None
-        if not ranks_that_differ(self._communicator, repr(used).encode()):
-            self._order = used
 
     # -- backward
 
@@ -327,6 +325,8 @@ class ParameterLifetimes:
             self._asked.add(index)
             if unit.residence.state not in (Residency.HERE, Residency.PINNED):
                 self._bring_back(index)
+            else:
+                unit.residence.join()  # autograd runs an operation on the stream of its forward
 
     def bring(self, index: int) -> bool:
         """A parameter of a group is used. Returns whether the model computes, so that the parameter is here now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class FlatParameters:
         (`take_full_precision`, its states). A collective at both ends. The parameters follow with the end, unless an
         error leaves the block. What others have written into parameters is adopted before, or forgotten."""
         self.communicator.barrier()  # nobody computes with the old ones any more
-        self.before_write()
+        self.will_write()
         self.take_written()
         yield
         self._follow()
@@ -93,11 +93,25 @@ class FlatParameters:
     def _follow(self) -> None:
         """What is made of what was written. A collective."""
 
+    def settle(self) -> None:
+        """No copy reads the unit's values in memory of the host any more, so that the host may write there. It waits.
+
+        An update calls this before it writes; others call `will_write`.
+        """
+        self.residence.settle()
+
+    def will_write(self) -> None:
+        """Others than an update are about to write into the unit's values or states."""
+        self.settle()
+        self.before_write()
+
     def abandon(self) -> None:
         """The parameters have no holder any more, and those that come and go no values, see `Residence.abandon`."""
         own = [
             parameter for parameter in self.parameters if holder_of(parameter) is self
         ]  # not another engine's by now
+        with suppress(RuntimeError):  # of a device that has failed: nobody copies any more
+            self.settle()  # the memory may go with this
         self.residence.abandon(own)
         drop_holder(own)
 
@@ -122,7 +136,7 @@ class FlatParameters:
 
     def pin(self) -> None:
         """The values are in memory that belongs to this rank alone, see `Holder`."""
-        self.before_write()
+        self.will_write()
         if not self.residence.is_pinned:
             self._versions_at_pin = self._current_versions()
         self.residence.pin()
@@ -164,7 +178,7 @@ class FlatParameters:
     def writing_shards(self, parameters: list[nn.Parameter]) -> Iterator[None]:
         """Inside the block, each rank writes its `shard_runs`, see `Holder`."""
         self.communicator.barrier()  # nobody computes with the old ones any more
-        self.before_write()
+        self.will_write()
         yield
         if self.residence.comes_and_goes:
             self._note_committed(parameters)
@@ -205,7 +219,7 @@ class FlatParameters:
         """The parameters that were written or committed since the last call, by others than the engine."""
         written = {*self._committed, *self._written_slots()}
         if written:
-            self.before_write()
+            self.will_write()
             self._versions, self._committed = self._current_versions(), set()
         return written
 
@@ -244,4 +258,4 @@ def fill_from_rank_0(
         communicator.broadcast(values, 0).wait()
         if (part := parts.get(slot)) is not None:
             destination[part.in_shard] = values.view(-1)[part.in_parameter]
-        freed.add(values.nbytes)
+        freed.add(values.nbytes, values.device)

@@ -20,12 +20,12 @@ class Offload:
     are made all the same.
 
     states: the share of the elements whose masters, moments and reduced gradients are on the host. params: the shards
-    of GATHERED parameters, too. pin: in pinned memory.
+    of GATHERED parameters, too. pin: in pinned memory, as only the model on a GPU needs it.
     """
 
     states: float = 0.0
     params: bool = False
-    pin: bool = True
+    pin: bool = False
 
 
 RESIDENT = Offload()

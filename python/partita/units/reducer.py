@@ -62,8 +62,8 @@ class GradientReducer:
         self._listener = listener
         self._first_backward = True
         self._plan = BackwardPlan(reduces=False)  # of the backward under way
-        largest = max((unit.layout.numel for unit in units), default=0)
-        self._reductions = Reductions(communicator, policy, settings, streams, largest, self._order)
+        self._next = 0  # the unit that is launched next in it
+        self._reductions = Reductions(communicator, policy, settings, streams, units, self._order)
         self.packing = Packing(units, settings.grad_factor, streams)
         self._names = [slot.name for unit in units for slot in unit.layout.slots]
         self._unit_of = [i for i, unit in enumerate(units) for _ in unit.parameters]
@@ -91,17 +91,23 @@ class GradientReducer:
         """Of buffers that gradients of several units use in turns."""
         return self._reductions.staging_bytes
 
+    @property
+    def landing_bytes(self) -> int:
+        """The same on the host."""
+        return self._reductions.landing_bytes
+
     def finish_backward(self) -> None:
         """Backward is over: packs and launches what is left; parameters without a gradient count as zeros."""
         if not self._bucketer.in_backward:
             return
-        self._launch_all(*self._bucketer.finish())
+        self._bucketer.finish()
+        self._launch_up_to(len(self.units), at_end=True)
+        self._listener.ended()
         if self._first_backward:
             self._first_backward = False
             if self._settings.overlap:
                 self._launch_late()
             FreedMemory().give_back()  # of building the model, and of what backward needs only once
-        self._listener.ended()
 
     @torch.no_grad()
     def _launch_late(self) -> None:
@@ -215,6 +221,7 @@ class GradientReducer:
         self._reductions.wait_for_host()  # what was on its way to the host during the last micro-batch
         self._reductions.finish()  # gradients of another backward may be under way in the buffers that this one writes
         self._plan = self._listener.begins()
+        self._next = 0
         self._bucketer.begin_backward(self._settings.overlap)
 
     def accumulated(self, index: int, parameter: nn.Parameter) -> None:
@@ -223,12 +230,12 @@ class GradientReducer:
             self.begin_backward()
         self._taken.receive(self._unit_of[index], parameter)
         try:
-            begin, end = self._bucketer.mark_ready(index)
+            _, end = self._bucketer.mark_ready(index)
         except RuntimeError as error:
             raise _fired_too_often(self._names[index]) from error
         self.packing.produced(self._unit_of[index])
-        if begin < end:
-            self._launch_all(begin, end)
+        if self._next < end:
+            self._launch_up_to(end)
         elif self._bucketer.is_complete(index) and not self._bucketer.was_launched(index):
             self._collect(self._unit_of[index])
 
@@ -243,11 +250,12 @@ class GradientReducer:
                 if fresh(parameter) is None and not self._bucketer.is_complete(p):
                     self.accumulated(p, parameter)
 
-    def _launch_all(self, begin: int, end: int) -> None:
-        if begin < end:
-            with torch.no_grad():
-                for i in range(begin, end):
-                    self._launch(i)
+    @torch.no_grad()
+    def _launch_up_to(self, end: int, *, at_end: bool = False) -> None:
+        """Launches the complete units before `end`, one after the other, as far as the listener lets them go."""
+        while self._next < end and (at_end or self._listener.may_reduce(self.units[self._next])):
+            self._next += 1
+            self._launch(self._next - 1)
 
     @torch.no_grad()
     def _collect(self, index: int) -> None:

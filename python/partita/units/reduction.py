@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from partita.units.parameters import FlatParameters
 from partita.units.unit import Unit
 
 
@@ -43,8 +45,23 @@ class BackwardListener(Protocol):
     def begins(self) -> BackwardPlan:
         """The first gradient of a backward has arrived. The answer says what becomes of the gradients."""
 
+    def may_reduce(self, unit: Unit) -> bool:
+        """Whether the gradients of a unit may be reduced now; at the end of a backward all are."""
+
     def reducing(self, unit: Unit) -> None:
         """The gradients of a unit are about to be reduced."""
 
     def ended(self) -> None:
-        """All gradients of the backward are in flat buffers, and all their reductions have been launched."""
+        """The reductions of the backward have been launched. Those of gradients that came too late, in the first
+        backward, follow."""
+
+
+class BackwardConductor(Protocol):
+    """What the lifetimes ask and tell about the backward under way."""
+
+    @property
+    def is_training(self) -> bool:
+        """Whether gradients of the backward under way go to an optimizer, and somebody will call `end_backward`."""
+
+    def past(self, units: Sequence[FlatParameters]) -> None:
+        """These units get no gradient any more in the backward under way."""

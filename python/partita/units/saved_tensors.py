@@ -96,6 +96,12 @@ class SavedTensors:
         # A home may have been replaced since it was noted, and another tensor may lie where it was.
         return found[0] if found is not None and found[1].home_storage == storage else None
 
+    def used(self, tensor: Tensor) -> int | None:
+        """`unit_of`, for a tensor that an operation has used on the current stream."""
+        if (number := self.unit_of(tensor)) is not None:
+            self._units[self._storages[number]][1].join()
+        return number
+
 
 # The hooks. They hold a weak reference, as the graph holds them. What they make of a tensor is what is kept of it, the
 # version of the tensor, and the number of the unit that it is a view of. Only one of the last two matters.
@@ -105,7 +111,7 @@ _Packed = tuple[Any, int, int | None]
 
 def _pack(own: weakref.ref[SavedTensors], outer: Pack | None, tensor: Tensor) -> _Packed:
     saved = own()
-    unit = None if saved is None else saved.unit_of(tensor)
+    unit = None if saved is None else saved.used(tensor)
     if outer is not None and unit is None:
         return outer(tensor), -1, None
     # Detached: an operation may save what it returns, and would hold itself. The version is shared all the same.

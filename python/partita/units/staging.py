@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from partita.comm import Communicator
+from partita.device.streams import HostCopy
 
 STAGING_BUFFERS = 2
 
@@ -16,19 +17,27 @@ class Staging:
     def __init__(self, communicator: Communicator, numel: int) -> None:
         self._communicator = communicator
         self._numel = numel
-        self._free: dict[torch.dtype, list[Tensor]] = {}
+        # Free ones, the last one used last; with the copy that still reads it.
+        self._free: dict[torch.dtype, list[tuple[Tensor, HostCopy | None]]] = {}
 
     def take(self, dtype: torch.dtype) -> Tensor | None:
-        """A free buffer; None while both are in use."""
+        """A buffer that what is queued from now on may write; None while both are in use."""
         if dtype not in self._free:
-            self._free[dtype] = [self._communicator.empty(self._numel, dtype) for _ in range(STAGING_BUFFERS)]
-        return self._free[dtype].pop() if self._free[dtype] else None
+            self._free[dtype] = [(self._communicator.empty(self._numel, dtype), None) for _ in range(STAGING_BUFFERS)]
+        free = self._free[dtype]
+        if not free:
+            return None
+        # The last one is in the caches of a CPU. Where copies leave the device, the first one is read no more, soonest.
+        buffer, copy = free.pop() if free[-1][1] is None else free.pop(0)
+        if copy is not None:
+            copy.come_after()
+        return buffer
 
     @property
     def nbytes(self) -> int:
         """Of all buffers, free or not."""
         return sum(STAGING_BUFFERS * self._numel * dtype.itemsize for dtype in self._free)
 
-    def give_back(self, buffer: Tensor) -> None:
-        """Nobody uses the buffer any more."""
-        self._free[buffer.dtype].append(buffer)
+    def give_back(self, buffer: Tensor, copy: HostCopy | None = None) -> None:
+        """Nobody uses the buffer any more, but for a copy that reads it."""
+        self._free[buffer.dtype].append((buffer, copy))

@@ -13,6 +13,7 @@ from torch import Tensor
 from partita._core import Segments
 from partita.device import kernels
 from partita.device.memory import flat_buffer, host_buffer
+from partita.device.streams import HostCopy, Streams
 from partita.units.layout import Slot, UnitLayout
 from partita.units.parameters import FlatParameters, fill_from_rank_0
 from partita.units.policy import RESIDENT, Offload, StagePolicy
@@ -47,14 +48,16 @@ class Unit(FlatParameters):
     above.
     """
 
-    def __init__(self, residence: Residence, form: UnitForm, policy: StagePolicy) -> None:
+    def __init__(self, residence: Residence, form: UnitForm, policy: StagePolicy, streams: Streams) -> None:
         super().__init__(residence)
+        self._streams = streams
+        self._published: HostCopy | None = None  # what reads `updated`, if that is on the host
         layout, communicator = self.layout, self.communicator
         self.segments = _segments(layout, self.own, self.own.start)
         # Every element is counted by one rank in every stage, so that the norm has the same bits in all of them.
         self.norm_segments = _segments(layout, layout.shard_range(communicator.rank), self.own.start)
         self.offloads = form.offload.states > 0  # what follows is on the host, and moves there and back
-        self._pin = form.offload.pin
+        self.pins = form.offload.pin  # in memory that the device copies from and to by itself
 
         # fp32; for fp32 parameters, this rank's part of them. None: `remainder` (int16) has what `updated` lacks.
         self.master: Tensor | None = None
@@ -102,7 +105,7 @@ class Unit(FlatParameters):
     def state_buffer(self, dtype: torch.dtype) -> Tensor:
         """Memory for something of every element of `own`, where the optimizer computes; zeros."""
         if self.offloads:
-            return host_buffer(len(self.own), dtype, self._pin)
+            return host_buffer(len(self.own), dtype, self.pins)
         return flat_buffer(len(self.own), dtype, self.params.device)
 
     def _take_weights(self, splits_masters: bool) -> None:
@@ -137,7 +140,14 @@ class Unit(FlatParameters):
     def publish(self) -> None:
         """The parameters of `own` are what the last update wrote; on a GPU, for what is queued from now on."""
         if self.updated is not self.own_params:
-            self.own_params.copy_(self.updated, non_blocking=True)
+            self._published = self._streams.bring(self.own_params, self.updated)
+            self._published.come_after()
+
+    def settle(self) -> None:
+        super().settle()
+        if self._published is not None:
+            self._published.wait()
+            self._published = None
 
     def stored_weights(self) -> dict[str, Tensor]:
         """How the weights of this rank's own range are kept, nothing converted: "" what the model computes with, and
@@ -199,20 +209,48 @@ class Unit(FlatParameters):
             self._adopt(written)
         return unseen
 
-    def _uncounted_write(self) -> str | None:
-        """A parameter of this rank's own range that is not what the last update wrote. Parameters that come and go
-        forget what is written to them, and split masters follow their parameters anyway."""
+    def adopt_unseen(self) -> Tensor | None:
+        """The same with `looks`, on a device for which the host does not wait.
+
+        Returns:
+            For `has_unseen()`, an int64 without dimensions on the device; None where there is nothing to look for.
+        """
+        place: Tensor | None = None
+        written = self.take_written()
+        looks = not written and not self._adopts_always and self._shows_writes
+        if looks:
+            differs = _differ(self._made_by_update(slice(None)), self.own_params)
+            place = torch.where(differs.any(), differs.to(torch.uint8).argmax(), -1)
+        if written or self._adopts_always or looks:
+            self._adopt(written)
+        return place
+
+    def has_unseen(self, place: int) -> str | None:
+        """What `adopt_unseen()` has found, read: as `adopt_written_parameters` returns it."""
+        found = (s.slot.name for s in self.own_slices() if s.in_shard.start <= place < s.in_shard.stop)
+        name = next(found, None)
+        self._adopts_always = self._adopts_always or name is not None
+        return name
+
+    @property
+    def _shows_writes(self) -> bool:
+        """Whether a parameter of this rank's own range that others wrote to is not what the last update wrote.
+        Parameters that come and go forget what is written to them, and split masters follow their parameters anyway.
+        """
         if self.residence.comes_and_goes:
-            return None
-        if self.updated is self.own_params and (self.master is None or self.dtype == torch.float32):
+            return False
+        return self.updated is not self.own_params or (self.master is not None and self.dtype != torch.float32)
+
+    def _uncounted_write(self) -> str | None:
+        """A parameter of this rank's own range that is not what the last update wrote. The host waits."""
+        if not self._shows_writes:
             return None
         # In blocks that a processor's caches hold; a GPU takes all at once.
         size = BLOCK if self.own_params.device.type == "cpu" else max(1, len(self.own))
         blocks = [slice(begin, begin + size) for begin in range(0, len(self.own), size)]
         if all(_same_bits(self._made_by_update(b), self.own_params[b]) for b in blocks):
             return None
-        known, here = self._made_by_update(slice(None)), self.own_params
-        differs = (known != here) & ~(known.isnan() & here.isnan())
+        differs = _differ(self._made_by_update(slice(None)), self.own_params)
         return next((s.slot.name for s in self.own_slices() if bool(differs[s.in_shard].any())), None)
 
     def _made_by_update(self, block: slice) -> Tensor:
@@ -225,7 +263,7 @@ class Unit(FlatParameters):
         return known
 
     def _adopt(self, slots: Collection[Slot]) -> None:
-        self.before_write()
+        self.will_write()
         if self.updated is not self.own_params:
             self.updated.copy_(self.own_params)
         if self.remainder is not None:
@@ -234,6 +272,11 @@ class Unit(FlatParameters):
                     self.remainder[part.in_shard].zero_()
         elif self.master is not None and self.dtype != torch.float32:
             kernels.adopt_written(self.master, self.updated)
+
+
+def _differ(known: Tensor, here: Tensor) -> Tensor:
+    """For each element; NaN is like NaN."""
+    return (known != here) & ~(known.isnan() & here.isnan())
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

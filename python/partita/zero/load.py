@@ -223,7 +223,8 @@ class _Loading:
         """The rank that reads gives every tensor to all."""
         freed = FreedMemory()
         for holder, names in names_of.items():
-            freed.add(sum(self._tensors[name].nbytes for name in names))
+            for tensor in (self._tensors[name] for name in names):
+                freed.add(tensor.nbytes, tensor.device)
             there = self._there(names)
             if holder is None:
                 for name in there:

@@ -15,8 +15,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from partita.comm import (
     Communicator,
     any_rank_each,
-    backend_for,
-    init_distributed,
+    join_job,
     ranks_that_differ,
     world_communicator,
 )
@@ -109,7 +108,7 @@ class Partitioner:
                 del self._storages[holder.key]  # which changes where a storage is left to others
                 holder.unpin()
                 self._storages[holder.key] = holder
-                self._freed.add(holder.nbytes)
+                self._freed.add(holder.nbytes, holder.device)
 
     def finish(self, failed: bool) -> None:
         """Nothing looks up storages any more. A collective, unless the model could not be built.
@@ -198,8 +197,8 @@ class Partitioner:
     def _lease(self, device: torch.device) -> Lease:
         if device not in self._leases:
             with torch._C.DisableTorchFunction():
-                init_distributed(backend_for(device))
                 timeout = timedelta(seconds=self._comm.timeout_seconds)
+                join_job(timeout)
                 self._leases[device] = Lease(world_communicator(self._comm.transport, timeout, device))
         return self._leases[device]
 

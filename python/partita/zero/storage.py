@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from partita.comm import Communicator
-from partita.device import HOST
 from partita.device.memory import flat_buffer, host_buffer
 from partita.units import ShardRun, drop_holder, give_to, holder_of, make_absent, make_present
 
@@ -28,7 +27,7 @@ class ShardMemory:
     def empty(self, nbytes: int, device: torch.device) -> Tensor:
         """Memory for a shard of a parameter of this device."""
         if self.on_host:
-            return host_buffer(nbytes, torch.uint8, self.pin and device != HOST)
+            return host_buffer(nbytes, torch.uint8, self.pin and device.type == "cuda")
         return flat_buffer(nbytes, torch.uint8, device)
 
 
@@ -99,6 +98,11 @@ class PartitionedStorage:
     def key(self) -> int:
         """The storage, as `key_of` tells it of a tensor."""
         return int(self._storage._cdata)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the whole values are, when they are here."""
+        return self._storage.device
 
     def join(self, parameter: nn.Parameter, name: str) -> None:
         """A parameter that is a view of the storage is one of this holder's from now on."""

@@ -2,140 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import partita
 import pytest
 import torch
-from blocks_model import TRANSPORTS, BlocksModel, assert_same_weights, batch_of, config_for, make_blocks
-from partita import utils, zero
+from blocks_model import TRANSPORTS, assert_same_weights, config_for, make_blocks
+from lives import SCHEDULE, life, samples
+from partita import zero
+from partita.pipeline import LayerSpec
 from partita.zero import GatheredParameters
+from pipelines import Shape, micro_batch, train
+from pipelines import config_for as pipeline_config
 from torch import Tensor, nn
 
-DEFAULTS: dict[str, tuple[str | None, torch.dtype]] = {
-    "meta": ("meta", torch.float32),
-    "float64": (None, torch.float64),
-    "meta, bfloat16": ("meta", torch.bfloat16),
+# How the device is given: for the whole thread, or for a block.
+DEFAULTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], torch.dtype]] = {
+    "meta": (lambda: default_device("meta"), torch.float32),
+    "float64": (nullcontext, torch.float64),
+    "meta in a block, bfloat16": (lambda: torch.device("meta"), torch.bfloat16),
 }
+BOTH = "meta in a block, bfloat16"
 
 
 @contextmanager
-def defaults(device: str | None, dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
+def default_device(device: str) -> Iterator[None]:
     torch.set_default_device(device)
-    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
         torch.set_default_device(None)
+
+
+@contextmanager
+def defaults(name: str) -> Iterator[torch.dtype]:
+    """The block's default dtype."""
+    on_device, dtype = DEFAULTS[name]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with on_device():
+            yield dtype
+    finally:
         torch.set_default_dtype(before)
 
 
-def samples() -> list[tuple[Tensor, Tensor]]:
-    batches = [batch_of(step, 0) for step in range(12)]
-    return [(tokens[i], targets[i]) for tokens, targets in batches for i in range(2)]
-
-
-def _optimizer(model: nn.Module, kind: str) -> Any:
-    """A native one from the config, one of torch over pieces, or ours as the program makes it."""
-    if kind == "config":
-        return None
-    if kind == "SGD":
-        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
-    return partita.FusedAdam(model.parameters(), lr=1e-2)
-
-
-def _life(
-    folder: Path, model: BlocksModel, data: list[Any], config: dict[str, Any], kind: str
-) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
-    """All that a program does with an engine; losses, weights in the end, weights of the file."""
-    engine, _, loader, _ = partita.initialize(
-        model=model, optimizer=_optimizer(model, kind), training_data=data, config=config
-    )
-    losses: list[float] = []
-    for batch in loader:  # type: ignore[union-attr]
-        loss = engine(*batch)
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-        if len(losses) == 3:
-            break
-    losses.append(engine.train_batch().item())
-    engine.eval()
-    losses.append(float(engine.eval_batch(tuple(batch))))
-    engine.train()
-    losses.append(engine.get_global_grad_norm() or 0.0)
-    parameter = engine.module.body.norm.weight
-    weight = utils.safe_get_full_fp32_param(parameter)
-    assert weight is not None
-    utils.safe_set_full_fp32_param(parameter, weight * 2)
-    with GatheredParameters(engine.module.body.scale, modifier_rank=0), torch.no_grad():
-        engine.module.body.scale.mul_(1.5)
-    loss = engine(*batch)
-    engine.backward(engine.token_mean(loss * 4, 4))
-    gradient = utils.safe_get_full_grad(parameter)
-    assert gradient is not None
-    utils.safe_set_full_grad(parameter, gradient / 2)
-    engine.step()
-    engine.module_state_dict(rank=0)
-    weights = engine.module_state_dict()
-    state = engine.train_state()
-    state.restore(state.copy())
-    path = folder / "model.safetensors"
-    engine.save_model(path, dtype=torch.float32)
-    engine.load_module_state_dict(path)
-    from_file = engine.module_state_dict()
-    losses.append(engine.loss_scale)
-    engine.destroy()
-    return losses, weights, from_file
-
-
-def _lives_the_same(folder: str, name: str, transport: str, stage: int, precision: str, kind: str) -> None:
-    changes: dict[str, Any] = {"gradient_clipping": 0.5}
-    if kind == "offload":
-        host = {"device": "cpu"}
-        changes["zero"] = {"offload_optimizer": host, **({"offload_param": host} if stage == 3 else {})}
-    config = config_for(stage, transport, precision, **changes)
-    kind = "config" if kind == "offload" else kind
+def _lives_the_same(folder: str, names: list[str], transport: str, row: tuple[int, str, str, dict[str, Any]]) -> None:
+    stage, precision, kind, changes = row
+    config = config_for(stage, transport, precision, **{"gradient_clipping": 0.5, **changes})
     if kind != "config":
         del config["optimizer"]
-    expected = _life(Path(folder), make_blocks(), samples(), config, kind)
-    model, data = make_blocks(), samples()
-    with defaults(*DEFAULTS[name]):
-        actual = _life(Path(folder), model, data, config, kind)
-    assert actual[0] == expected[0]
-    assert_same_weights(actual[1], expected[1])
-    assert_same_weights(actual[2], expected[2])
+    if "csv_monitor" in changes:
+        config["csv_monitor"] |= {"output_path": folder}
+    expected = life(Path(folder, "expected"), make_blocks(), samples(), config, kind)
+    for name in names:
+        model, data = make_blocks(), samples()
+        with defaults(name):
+            actual = life(Path(folder, name), model, data, config, kind)
+        assert actual[0] == expected[0]
+        for what, weights in expected[1].items():
+            assert_same_weights(actual[1][what], weights, what)
 
 
-LIVES = [
-    (0, "fp32", "SGD"),
-    (0, "fp16", "config"),
-    (1, "bf16", "SGD"),
-    (2, "split", "config"),
-    (2, "fp32", "offload"),
-    (3, "fp32", "FusedAdam"),
-    (3, "bf16", "offload"),
-    (3, "fp16", "config"),
+HOST: dict[str, Any] = {"device": "cpu"}
+LIVES: list[tuple[int, str, str, dict[str, Any]]] = [
+    (0, "fp32", "SGD", {"gradient_accumulation_steps": 2}),
+    (0, "fp16", "config", {"scheduler": SCHEDULE}),
+    (
+        1,
+        "bf16",
+        "SGD",
+        {"checkpoint": {"async_save": True}, "monitor": {"flops": True}, "csv_monitor": {"enabled": True}},
+    ),
+    (2, "split", "config", {"scheduler": SCHEDULE, "gradient_accumulation_steps": 2}),
+    (2, "fp32", "config", {"zero": {"offload_optimizer": HOST}, "activation_checkpointing": {"enabled": True}}),
+    (3, "fp32", "FusedAdam", {"gradient_accumulation_steps": 2}),
+    (3, "bf16", "config", {"zero": {"offload_optimizer": HOST, "offload_param": HOST}}),
+    (3, "fp16", "config", {"checkpoint": {"async_save": True}, "comms_logger": {"enabled": True}}),
+    (3, "bf16", "SGD", {"zero": {"offload_optimizer": HOST, "offload_param": HOST}, "scheduler": SCHEDULE}),
 ]
 
 
+@pytest.mark.parametrize("names", [[BOTH], pytest.param(list(DEFAULTS), marks=pytest.mark.slow)], ids=["both", "each"])
+@pytest.mark.parametrize("row", range(len(LIVES)))
+def test_a_whole_life_is_the_same(ranks, tmp_path, row, names):
+    """Every stage and every kind of optimizer, over both transports."""
+    ranks(2).run(_lives_the_same, str(tmp_path), names, TRANSPORTS[row % 2], LIVES[row])
+
+
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_a_whole_life_is_the_same(ranks, tmp_path, name):
-    """Every stage and every kind of optimizer; on one rank, and on two over both transports."""
-    for i, (stage, precision, kind) in enumerate(LIVES):
-        ranks(2).run(_lives_the_same, str(tmp_path), name, TRANSPORTS[i % 2], stage, precision, kind)
-    ranks(1).run(_lives_the_same, str(tmp_path), name, "auto", 2, "bf16", "config")
+def test_a_whole_life_alone_is_the_same(ranks, tmp_path, name):
+    ranks(1).run(_lives_the_same, str(tmp_path), [name], "auto", (2, "bf16", "config", {}))
 
 
 def _builds_the_same(name: str, transport: str) -> None:
     """Constructors make tensors on the default device: the program names another one, or means it."""
-    device, dtype = DEFAULTS[name]
     config = config_for(3, transport)
-    with defaults(device, dtype):
+    with defaults(name) as dtype:
         with zero.Init(config=config, dtype=torch.float32), torch.device("cpu"):
             model = make_blocks()
         torch.manual_seed(5)
@@ -160,3 +127,67 @@ def test_a_model_is_built_the_same(ranks, name):
     """zero.Init, materialize, load_weights and GatheredParameters."""
     for path in TRANSPORTS:
         ranks(2).run(_builds_the_same, name, path)
+
+
+PIPELINES: list[tuple[str, dict[str, Any]]] = [
+    ("zb-v", {"bf16": {"enabled": True}}),
+    ("1f1b", {"optimizer": {"type": "AdamW", "params": {"lr": 0.01}}, "gradient_clipping": 0.1}),
+]
+
+
+def _pipelines_alike(schedule: str, changes: dict[str, Any]) -> None:
+    config = pipeline_config(4, pipeline={"schedule": schedule}, comm={"transport": "auto"}, **changes)
+    shape = Shape(tied=True, skips={4: [1]} if schedule == "1f1b" else {})
+    data = [[micro_batch(step, index) for index in range(4)] for step in range(4)]
+    expected = train(lambda: shape.module(2), config)
+    with mock.patch.object(LayerSpec, "build", _as_without_defaults(LayerSpec.build)), defaults(BOTH):
+        actual = train(lambda: shape.module(2), config, batch=lambda step, index: data[step][index])
+    assert (actual.losses, actual.norms, actual.evaluated) == (expected.losses, expected.norms, expected.evaluated)
+    assert_same_weights(actual.weights, expected.weights)
+
+
+def _as_without_defaults(build: Callable[[LayerSpec], nn.Module]) -> Callable[[LayerSpec], nn.Module]:
+    """Layers are built when the engine is made. What they make there follows the program's defaults."""
+
+    def built(self: LayerSpec) -> nn.Module:
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device("cpu"):
+                return build(self)
+        finally:
+            torch.set_default_dtype(dtype)
+
+    return built
+
+
+@pytest.mark.parametrize(("schedule", "changes"), PIPELINES)
+def test_pipelines_are_the_same(ranks, schedule, changes):
+    ranks(2).run(_pipelines_alike, schedule, changes)
+
+
+def _fused_adam(dtype: torch.dtype, within: Callable[[], AbstractContextManager[Any]]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(5, 7), (1,), (3, 1, 2)]
+    values = [torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype) for shape in shapes]
+    grads = [[torch.randn(v.shape, generator=generator, dtype=torch.float32).to(dtype) for v in values] for _ in "abcd"]
+    with within():
+        parameters = [nn.Parameter(value) for value in values]
+        optimizer = partita.FusedAdam(parameters, lr=0.1, weight_decay=0.1)
+        for i, of_step in enumerate(grads):
+            for parameter, grad in zip(parameters, of_step, strict=True):
+                parameter.grad = grad
+            optimizer.step()
+            if i == 1:
+                optimizer.load_state_dict(optimizer.state_dict())
+                with torch.no_grad():
+                    parameters[0].mul_(1.5)
+        return [p.detach() for p in parameters] + [s["exp_avg_sq"] for s in optimizer.state.values()]
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_fused_adam_alone_is_the_same(name):
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = _fused_adam(dtype, nullcontext)
+        actual = _fused_adam(dtype, lambda: defaults(name))
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))

@@ -14,6 +14,8 @@ import pytest
 import torch
 from dictated import SPLIT, Dictated, config_for, dictate, share, take_step
 from late_streams import LateStreams, on_late_streams
+from partita._core import LossScaler
+from partita.optim import StepController
 from partita.units import Unit
 from support import whole
 from torch import Tensor
@@ -131,22 +133,23 @@ def test_reports_come_one_step_later(ranks):
 # -- who waits when
 
 
-def _waits(config: dict[str, Any]) -> list[tuple[list[int], list[int], list[int]]]:
-    """For each step, the copies waited for in forward and backward, in step(), and in get_lr() after odd steps."""
+def _waits(config: dict[str, Any]) -> list[tuple[range, list[int], list[int], list[int]]]:
+    """For each step, the copies begun, and those waited for in forward and backward, in step(), and in get_lr() after
+    odd steps."""
     with on_late_streams() as streams:
         engine = partita.Engine(model=Dictated(), config=config)
         rows = []
         streams.waits()
         for step in range(6):
             engine.backward(engine(gradients(engine, step, bad=step == 2)))
-            before = streams.waits()
+            before, begun = streams.waits(), streams.copies
             with inside.watching_step(engine, lambda: streams.events.append("run")):
                 engine.step()
             assert "run" in streams.events
             assert all(e[0] != "wait" for e in streams.events[streams.events.index("run") :]), "waits after the update"
-            in_step = streams.waits()
+            in_step, copies = streams.waits(), range(begun + 1, streams.copies + 1)
             engine.get_lr() if step % 2 else None
-            rows.append((before, in_step, streams.waits()))
+            rows.append((copies, before, in_step, streams.waits()))
         engine.destroy()
     return rows
 
@@ -154,14 +157,85 @@ def _waits(config: dict[str, Any]) -> list[tuple[list[int], list[int], list[int]
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_waits_for_the_step_before_and_for_nothing_else(ranks, stage, precision):
-    """One copy a step. Copy k is not waited for before the step after it, unless the learning rate is asked for."""
+    """One copy a step. Copy k is not waited for before the step after it, unless the learning rate is asked for. In the
+    first three steps of a model with masters beside its parameters, what others wrote is a second copy."""
     config = config_for(stage, optimizer=ADAM, scheduler=WARMUP, **PRECISIONS[precision])
+    has_masters = precision == "fp16" and stage < 3
     for rows in ranks(2).run(_waits, config):
-        for step, (before, in_step, asked) in enumerate(rows):
+        looks, outcome = list[int](), 0
+        for step, (copies, before, in_step, asked) in enumerate(rows):
             assert before == [], f"forward or backward of step {step} waited"
-            # Copies count from 1. After odd steps get_lr() has waited already, and nobody waits a second time.
-            assert in_step == ([step] if step % 2 else []), f"step {step}"
-            assert set(asked) == ({step + 1} if step % 2 else set()), f"get_lr() after step {step}"
+            # After odd steps get_lr() has waited already, and nobody waits a second time.
+            assert sorted(in_step) == [*looks, *([outcome] if step % 2 else [])], f"step {step}"
+            *looks, outcome = copies
+            assert len(looks) == (has_masters and step < 3)
+            assert set(asked) == ({outcome} if step % 2 else set()), f"get_lr() after step {step}"
+
+
+def _around_the_decision(config: dict[str, Any], hooked: bool, folder: str) -> list[list[str]]:
+    """For each step, what happened from its sum of squares on: copies begun and waited for, and the update."""
+    if folder:
+        config = {**config, "checkpoint": {"dir": folder}}
+    with on_late_streams() as streams:
+        engine = partita.Engine(model=Dictated(), config=config)
+        if hooked:
+            engine.optimizer.register_step_pre_hook(lambda *_: None)
+        rows = []
+        for step in range(4):
+            engine.backward(engine(gradients(engine, step, bad=step == 2)))
+            streams.events.clear()
+            with (
+                inside.watching_step(engine, lambda: streams.events.append(("begin",))),
+                inside.watching_update(engine, lambda: streams.events.append(("update",))),
+            ):
+                engine.step()
+            names = [event[0] for event in streams.events if event[0] != "come after"]
+            rows.append(names[names.index("begin") + 1 :])
+        engine.destroy()
+    return rows
+
+
+WHO_READS: dict[str, tuple[dict[str, Any], bool, bool]] = {
+    "nobody": ({}, False, False),
+    "hooks": ({}, True, False),
+    "a torch optimizer": (CHANGES["torch optimizer"], False, False),
+    "the update on the host": ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, False, False),
+    "the keeper of checkpoints": ({}, False, True),
+    "all": (CHANGES["torch optimizer"], True, True),
+}
+
+
+@pytest.mark.parametrize("who", WHO_READS)
+def test_the_outcome_is_copied_once_and_before_the_update(ranks, tmp_path, who):
+    """So the host that waits for a decision does not wait for the update and the gathers that follow it."""
+    changes, hooked, keeps = WHO_READS[who]
+    config = config_for(2, **{"optimizer": ADAM, **{k: v for k, v in changes.items() if k != "zero_optimization"}})
+    config["zero_optimization"] |= changes.get("zero_optimization", {})
+    for rows in ranks(2).run(_around_the_decision, config, hooked, str(tmp_path) if keeps else ""):
+        for row in rows:
+            update = row.index("update")
+            assert row[:update].count("copy") == 1
+            if who != "the update on the host":  # where parameters travel to the device afterwards
+                assert "copy" not in row[update:]
+            assert ("wait" in row) == (who not in ("nobody", "the keeper of checkpoints"))
+
+
+def test_outcomes_that_nobody_has_read_keep_their_values():
+    """A host that is ahead has several; later steps write none of them."""
+    streams = LateStreams()
+    controller = StepController(LossScaler(False, 1.0, 1.0, 1000, 2, False), streams)
+    pending = []
+    for step in range(4):
+        controller.add_loss(torch.tensor(float(step), dtype=torch.float32))
+        controller.begin(0)[:] = 4.0**step
+        controller.decide(mean=1.0, clip=0.0)
+        pending.append(controller.outcome())
+        controller.forget_told()
+    assert len(set(map(id, pending))) == streams.copies == 4
+    for step in (2, 0, 3, 1):
+        outcome = pending[step].wait()
+        assert (outcome.control.step, outcome.control.grad_norm, outcome.loss) == (step + 1, 2.0**step, step)
+        assert pending[step].wait() is outcome
 
 
 # -- runs that only skip

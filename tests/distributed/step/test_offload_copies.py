@@ -8,9 +8,9 @@ from typing import Any
 import inside
 import partita
 import pytest
-import torch
+from communicators import WaitingCommunicator, communicating_through, world_communicator_by_default
 from dictated import Dictated
-from late_streams import LateStreams, on_late_streams
+from late_streams import LateStreams, TellingCommunicator, on_late_streams
 from offloaded import (
     assert_same,
     offloading,
@@ -18,63 +18,56 @@ from offloaded import (
     seen_in,
     three_backwards,
 )
-from partita.units import Gathered
-from torch import Tensor
+from partita.comm import Communicator
+
+# Whether copies to the host read their source as late or as early as may be, and whether collectives wait for whoever
+# waits for them.
+LATE, LATE_GATHERS, EARLY = (True, False), (True, True), (False, True)
 
 
-class OnHost(Tensor):
-    """Memory that is not the device's, as its `device` says."""
-
-    device = torch.device("cpu", 0)  # type: ignore[assignment]
-
-
-class ApartStreams(LateStreams):
-    """The host has memory of its own."""
-
-    def copy_to_host(self, tensor: Tensor) -> Any:
-        copy = super().copy_to_host(tensor)
-        if tensor.is_floating_point():  # gradients
-            copy._bytes = copy._bytes.as_subclass(OnHost)
-        return copy
-
-
-def _set_apart(engine: partita.Engine) -> None:
-    """From now on, what gradients and shards are copied to and from is on another device."""
-    for unit in inside.units(engine):
-        if unit.offloads:
-            unit.reduced = unit.reduced.as_subclass(OnHost)
-            if engine.config.zero_optimization.offload_param.device == "cpu" and isinstance(unit.residence, Gathered):
-                unit.residence.own_params = unit.own_params.as_subclass(OnHost)
-    inside.streams(engine).waits()
-
-
-def _late(config: dict[str, Any], backward: Callable[..., None], apart: bool) -> list[tuple[int, int]]:
-    """Copies and waits of the late run, whose bits are those of the usual one."""
+def _trains_as_usual(config: dict[str, Any], backward: Callable[..., None], late: bool, waiting: bool) -> None:
+    """The bits of the run whose copies take no time."""
     expected_rows, expected = seen_in(config, backward)
-    with on_late_streams(ApartStreams() if apart else LateStreams()) as streams:
-        rows, state = seen_in(config, backward, prepare=_set_apart if apart else None)
+    streams = LateStreams(late=late)
+
+    def through(inner: Communicator) -> Communicator:
+        return TellingCommunicator(WaitingCommunicator(inner) if waiting else inner, streams)
+
+    over = inside.with_connect(world_communicator_by_default(config["comm"]["transport"]))
+    with on_late_streams(streams), over, communicating_through(through):
+        rows, state = seen_in(config, backward)
     assert repr(rows) == repr(expected_rows)
     assert_same(state, expected)
-    return [(streams.copies, len({event for event in streams.events if event[0] == "wait"}))]
+    assert streams.copies > 3 * len(rows)
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("late", "waiting"), [LATE, LATE_GATHERS, EARLY])
 @pytest.mark.parametrize("backward", [one_backward, three_backwards])
-@pytest.mark.parametrize("change", ["plain", "accumulation", "fp32 sums", "16-bit traffic", "torch optimizer"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
-    ("offload", "over"), [("1", "auto"), ("2", "torch"), ("2, some", "auto"), ("3, parameters too", "torch")]
+    "change",
+    ["plain", "accumulation", "clipping", "fp32 sums", "16-bit traffic", "torch optimizer", "not overlapped"],
 )
-def test_gradients_that_arrive_late_are_read_when_they_have_arrived(ranks, offload, over, change, backward, apart):
-    """G1, for the way to the host: what is on its way is garbage until somebody waits."""
-    ranks(2).run(_late, offloading(offload, "bf16", change, over), backward, apart)
+@pytest.mark.parametrize(
+    ("offload", "over"),
+    [("1", "auto"), ("2", "torch"), ("2, some", "auto"), ("3", "torch"), ("3, parameters too", "torch")],
+)
+def test_copies_that_come_late_change_nothing(ranks, offload, over, change, precision, backward, late, waiting):
+    """G1, for both ways: what is read too early is garbage, and what is written too early spoils a copy."""
+    ranks(2).run(_trains_as_usual, offloading(offload, precision, change, over), backward, late, waiting)
+
+
+@pytest.mark.parametrize("offload", ["1", "2", "3, parameters too"])
+def test_copies_of_one_rank_may_come_late_too(ranks, offload):
+    """No collective waits for a copy there."""
+    ranks(1).run(_trains_as_usual, offloading(offload, "bf16", "accumulation"), three_backwards, True, False)
 
 
 def _order(config: dict[str, Any]) -> list[Any]:
     """For the second step: what happened before step(), and in it until the norm was summed."""
-    with on_late_streams(ApartStreams()) as streams:
+    with on_late_streams(LateStreams()) as streams:
         engine = partita.Engine(model=Dictated(), config=config)
-        _set_apart(engine)
         one_backward(engine, 0, bad=False)
         engine.step()
         first = streams.copies

@@ -156,10 +156,9 @@ class DeepSpeedEngine(SmallCalls, AsModule, ConfigAnswers):
             raise RuntimeError("engine.step() was called inside engine.no_sync(): call it after the block")
         if self._is_ended:
             return
-        skipped = self._inner.skipped_steps
         self._inner.step()
         if self.optimizer is not None:
-            self.optimizer.overflow = self._inner.skipped_steps > skipped
+            self.optimizer.overflow = self._inner.last_known_step_was_skipped
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Says whether the next backward is the last one of a step; `step()` need not be called after the others."""

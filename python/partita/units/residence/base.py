@@ -132,6 +132,10 @@ class Residence(ABC):
             RuntimeError: nobody has called `start_gather`.
         """
 
+    def join(self) -> None:
+        """The current stream uses the parameters, if they are here, whichever stream has waited for them."""
+        return
+
     @abstractmethod
     def release(self, *, gives_away: bool = False) -> None:
         """Nothing computes with the parameters any more. Legal in every state.
@@ -160,6 +164,10 @@ class Residence(ABC):
         Raises:
             RuntimeError: the parameters are not pinned.
         """
+
+    def settle(self) -> None:
+        """No copy to the device reads `own_params` any more, so that the host may write there. The host waits."""
+        return
 
     @abstractmethod
     def readable(self) -> list[Tensor] | None:

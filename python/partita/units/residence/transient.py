@@ -78,6 +78,8 @@ class Transient(Residence):
             self._finish()
             make_present(self.parameters)
             self.state = Residency.HERE
+        else:
+            self.join()
 
     def release(self, *, gives_away: bool = False) -> None:
         self._computes = False
@@ -117,6 +119,7 @@ class Transient(Residence):
 
     def commit(self, parameters: list[nn.Parameter]) -> None:
         self._require("commit", Residency.PINNED)
+        self.settle()
         committed = set(map(id, parameters))
         given = {s: p for s, p in zip(self.layout.slots, self.parameters, strict=True) if id(p) in committed}
         for part in self.own_slices():
