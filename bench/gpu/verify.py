@@ -225,8 +225,8 @@ def packed(results: Path, out: Path) -> Path:
     return path
 
 
-def report(results: Path, ended: Sequence[Ended]) -> str:
-    """The ends of the logs of what failed, then the table, within what a terminal keeps."""
+def report(results: Path, ended: Sequence[Ended]) -> tuple[str, bool]:
+    """The ends of the logs of what failed, then the table, within what a terminal keeps; and whether all is well."""
     failures = []
     for section in ended:
         if not section.passed:
@@ -235,7 +235,8 @@ def report(results: Path, ended: Sequence[Ended]) -> str:
     command = [sys.executable, f"{HERE}/summary.py", str(results), "--markdown", str(results / "summary.md")]
     table = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     shown = (table.stdout + table.stderr)[-TABLE_CHARACTERS:]
-    return "\n".join(failures)[:FAILURES_CHARACTERS] + shown
+    text = "\n".join(failures)[:FAILURES_CHARACTERS] + shown
+    return text, table.returncode == 0 and all(section.passed for section in ended)
 
 
 def main() -> None:
@@ -268,11 +269,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, interrupted)
     try:
         verification.run(phases_of(setting))
-        print(report(results, verification.ended), flush=True)
+        text, is_well = report(results, verification.ended)
+        print(text, flush=True)
     finally:
         verification.end()
         print(packed(results, arguments.out), flush=True)
-    sys.exit(not all(section.passed for section in verification.ended))
+    sys.exit(not is_well)
 
 
 if __name__ == "__main__":
