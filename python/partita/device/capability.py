@@ -75,8 +75,8 @@ def why_not_loaded(gpu: Gpu, error: str) -> str:
     if any(name in error for name in NEWER_PTX):
         return (
             f"{gpu.name} has compute capability {_capability(gpu)}; {built_for}, and its driver, which supports CUDA "
-            f"{_version(gpu.driver)}, cannot compile that of CUDA {_version(gpu.runtime)} for it: update the driver, or "
-            f"{again}"
+            f"{_version(gpu.driver)}, cannot compile that of CUDA {_version(gpu.runtime)} for it: update the driver, "
+            f"or {again}"
         )
     return f"the kernels could not be loaded on {gpu.name}: {error}"
 

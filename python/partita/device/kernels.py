@@ -116,8 +116,11 @@ def _is_made_of_others(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not _OWN_MEMORY
 
 
-def _where(name: str, tensor: Tensor, **others: Tensor | None) -> int | Stream:
+def _where(name: str, tensor: Tensor, threads: int | None = None, **others: Tensor | None) -> int | Stream:
     """Where work on these tensors is done: on how many threads, or on which stream, the current one of their device.
+
+    Args:
+        threads: on the CPU; None: as many as torch uses. So it is for all functions here.
 
     Raises:
         ValueError: they are not all on one device, or on one without kernels.
@@ -127,7 +130,7 @@ def _where(name: str, tensor: Tensor, **others: Tensor | None) -> int | Stream:
         if other is not None and other.device != device:
             raise ValueError(f"{other_name} is on device '{other.device}' but {name} is on '{device}'")
     if tensor.is_cpu:
-        return torch.get_num_threads()
+        return torch.get_num_threads() if threads is None else threads
     if not tensor.is_cuda:
         raise _no_kernels(tensor, name)
     return Stream(device.index, torch.cuda.current_stream(device).cuda_stream)
@@ -152,9 +155,16 @@ def pack(
     _core.pack(target, sources, offsets, scale, known, accumulate, where)
 
 
-def cast(destination: Tensor, source: Tensor, *, scale: float = 1.0, accumulate: bool = False) -> None:
+def cast(
+    destination: Tensor,
+    source: Tensor,
+    *,
+    scale: float = 1.0,
+    accumulate: bool = False,
+    threads: int | None = None,
+) -> None:
     """destination = [destination +] source * scale, in fp32, rounded once; both of the same number of elements."""
-    where = _where("destination", destination, source=source)
+    where = _where("destination", destination, threads, source=source)
     _core.cast(span(destination, "destination"), span(source, "source"), scale, accumulate, where)
 
 
@@ -191,9 +201,9 @@ def norm_part(values: Tensor, segments: Segments) -> Part[NormPart]:
     return Part(NormPart(span(values, "values"), segments), values.device)
 
 
-def sum_of_squares(total: Tensor, parts: list[Part[NormPart]]) -> None:
+def sum_of_squares(total: Tensor, parts: list[Part[NormPart]], *, threads: int | None = None) -> None:
     """Adds the sum of squares of all parts to `total` (float64, one element, on the device of all parts)."""
-    where, address_of_total = _where("total", total), address(_one_double(total), "total")
+    where, address_of_total = _where("total", total, threads), address(_one_double(total), "total")
     native = _native_parts(parts, "total", total)
     if isinstance(where, Stream):
         blocks = sum(part.blocks for part in native)
@@ -203,12 +213,14 @@ def sum_of_squares(total: Tensor, parts: list[Part[NormPart]]) -> None:
         _core.norm(address_of_total, native, where)
 
 
-def split_master(params: Tensor, master: Tensor, remainder: Tensor | None = None) -> None:
+def split_master(
+    params: Tensor, master: Tensor, remainder: Tensor | None = None, *, threads: int | None = None
+) -> None:
     """Writes 16-bit `params` from their fp32 `master`, and the 16 bits (int16) that bf16 ones lack to be exact.
 
     bf16 is rounded to nearest, ties away from zero: see [Note: split masters] in weights.h.
     """
-    where = _where("params", params, master=master, remainder=remainder)
+    where = _where("params", params, threads, master=master, remainder=remainder)
     _core.split_master(span(params, "params"), _remainder(remainder, master), span(master, "master"), where)
 
 
@@ -253,7 +265,7 @@ def adam_part(
         if buffer.numel() != numel:
             raise ValueError(f"{name} has {buffer.numel()} elements, the weights have {numel}")
     (first, buffer), *others = buffers.items()
-    _where(first, buffer, **dict(others), remainder=remainder)
+    _where(first, buffer, None, **dict(others), remainder=remainder)
     spans = {name: span(buffer, name) for name, buffer in buffers.items()}
     native = AdamPart(
         spans["grads"],
@@ -277,7 +289,9 @@ def move_grads(parts: list[Part[AdamPart]], grads: list[Tensor], like: list[Tens
     """
     addresses: list[int] = []
     for grad, old in zip(grads, like, strict=True):
-        if grad is not old and (grad.dtype is not old.dtype or grad.numel() != old.numel() or grad.device != old.device):
+        if grad is not old and (
+            grad.dtype is not old.dtype or grad.numel() != old.numel() or grad.device != old.device
+        ):
             raise ValueError(
                 f"gradients of {old.numel()} x {old.dtype} on '{old.device}' cannot move to {grad.numel()} x "
                 f"{grad.dtype} on '{grad.device}'"
@@ -286,14 +300,14 @@ def move_grads(parts: list[Part[AdamPart]], grads: list[Tensor], like: list[Tens
     _core.move_grads([part.native for part in parts], addresses)
 
 
-def adam(parts: list[Part[AdamPart]], groups: list[AdamGroup], control: Tensor) -> None:
+def adam(parts: list[Part[AdamPart]], groups: list[AdamGroup], control: Tensor, *, threads: int | None = None) -> None:
     """One Adam or AdamW update of all parts (see `adam.h`).
 
     `control` is a `StepControl` in memory, on the device of all parts: uint8, of its number of bytes.
     """
     if control.dtype != torch.uint8 or control.numel() != _core.StepControl.nbytes:
         raise TypeError(f"control is {_core.StepControl.nbytes} bytes, not {control.numel()} x {control.dtype}")
-    where = _where("control", control)
+    where = _where("control", control, threads)
     _core.adam(_native_parts(parts, "control", control), groups, address(control, "control"), where)
 
 

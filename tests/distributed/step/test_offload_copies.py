@@ -8,7 +8,7 @@ from typing import Any
 import inside
 import partita
 import pytest
-from communicators import WaitingCommunicator, communicating_through
+from communicators import WaitingCommunicator, communicating_through, world_communicator_by_default
 from dictated import Dictated
 from late_streams import LateStreams, TellingCommunicator, on_late_streams
 from offloaded import (
@@ -33,7 +33,8 @@ def _trains_as_usual(config: dict[str, Any], backward: Callable[..., None], late
     def through(inner: Communicator) -> Communicator:
         return TellingCommunicator(WaitingCommunicator(inner) if waiting else inner, streams)
 
-    with on_late_streams(streams), communicating_through(through):
+    over = inside.with_connect(world_communicator_by_default(config["comm"]["transport"]))
+    with on_late_streams(streams), over, communicating_through(through):
         rows, state = seen_in(config, backward)
     assert repr(rows) == repr(expected_rows)
     assert_same(state, expected)
