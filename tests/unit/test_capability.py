@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from partita import _core
 from partita.device import capability, streams
 from partita.device.capability import Gpu, prepare_kernels, why_not_loaded, why_unusable
 from partita.device.streams import streams_of
+from partita.run import run
 
 H100 = Gpu("'cuda:1' (NVIDIA H100)", (9, 0), driver=13000, runtime=13000, architectures="80-real;90-real;100")
 
@@ -128,3 +130,18 @@ def test_a_build_without_cuda_says_so():
 def test_every_known_major_version_has_a_driver():
     assert all(driver.isdigit() for driver in capability.DRIVERS.values())
     assert capability.OLDEST_DRIVER // 1000 in capability.DRIVERS
+
+
+def test_the_gpu_of_a_run_is_the_current_one_before_its_kernels_are_loaded(monkeypatch):
+    """Who loads them on another one than the current one makes that current again, which takes memory there."""
+    calls: list[str] = []
+
+    def streams_of(device: torch.device) -> None:
+        calls.append(f"streams of {device}")
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(f"current {device}"))
+    monkeypatch.setattr(run, "streams_of", streams_of)
+    with ExitStack() as exits, pytest.raises(RuntimeError, match=r"^enough$"):
+        run.begin_run({"train_batch_size": 1}, torch.device("cuda", 1), exits)
+    assert calls == ["current cuda:1", "streams of cuda:1"]

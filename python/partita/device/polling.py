@@ -1,7 +1,8 @@
-"""Small values on their way between the host and a device; a host that waits for them looks around meanwhile."""
+"""Waits of the host for a device in which somebody may look around, and small values on their way between the two."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -48,7 +49,7 @@ def read_back(tensor: Tensor, meanwhile: Meanwhile) -> Tensor:
     host.copy_(tensor.detach(), non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(tensor.device))
-    poll(event.query, meanwhile)
+    wait_until(event.query, meanwhile)
     return host
 
 
