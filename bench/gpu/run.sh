@@ -158,5 +158,5 @@ for section in $(echo "$sections" | tr , ' '); do
   section_begin=$(date +%s)
 done
 say "results in $results"
-[ $table = no ] || "$python" bench/gpu/summary.py "$results" --markdown "$results/summary.md"
+[ $table = no ] || "$python" bench/gpu/summary.py "$results" --markdown "$results/summary.md" || status=1
 exit $status

@@ -35,7 +35,14 @@ def wait_until(done: Callable[[], bool], meanwhile: Meanwhile) -> None:
 
 def read_back(tensor: Tensor, meanwhile: Meanwhile) -> Tensor:
     """The values of a small tensor in host memory, once the current stream has come to them. On the host: the tensor
-    itself."""
+    itself.
+
+    CUDA's own waits (`.item()`, `.tolist()`) do not return before the device is done, which is never if one of its
+    collectives waits for a rank that has died.
+
+    Args:
+        meanwhile: called at least every 50 ms; what it raises ends the wait.
+    """
     if tensor.is_cpu:
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, device=HOST, pin_memory=True)

@@ -63,6 +63,8 @@ class Streams(ABC):
     name: str  # of what computes, for people
     # Whether calls return before their work is done. If so, the host learns the outcome of a step during the next one.
     is_asynchronous: bool
+    # Of native work on the host beside this device, such as the update of offloaded units; None: as many as torch uses.
+    host_threads: int | None = None
 
     def __init__(self) -> None:
         # Called at least every 50 ms while the host waits for the device; what it raises ends the wait.
