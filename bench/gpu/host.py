@@ -37,6 +37,7 @@ BLOCKING_CALLS = (
     *("cudaMemcpy", "cudaMalloc", "cudaFree"),
 )
 # For the outcome of the step before, when a GPU with more to do than the host has not got there; it never idles for it.
+# The engine asks by cudaEventQuery, and so does torch's allocator: those are counted by themselves.
 WAITS_FOR_LAST_STEP = ("cudaEventSynchronize", "cuEventSynchronize")
 ACCUMULATION = 2
 OVERFLOWING_SCALE_POWER = 24  # halved in skipped steps: the watched steps are to see some of these, too
@@ -139,6 +140,7 @@ def calls_in_range(events: list[dict[str, Any]]) -> dict[str, Any]:
         "calls": len(calls),
         "blocking": {name: calls.count(name) for name in BLOCKING_CALLS if name in calls},
         "waits_for_last_step": sum(calls.count(name) for name in WAITS_FOR_LAST_STEP),
+        "event_queries": calls.count("cudaEventQuery"),
     }
 
 
