@@ -61,19 +61,21 @@ class Setting:
     device: str
     small: bool
     installed: bool  # the package that Python has is verified; else the tree's is built
+    patience: float = 1.0  # times the limits of the sections
 
     @property
     def on_gpu(self) -> bool:
         return self.device != "cpu"
 
     def build(self, limit_s: float) -> Section:
-        return Section("build", [*self._run("none"), *self._sizes()], limit_s)
+        return Section("build", [*self._run("none"), *self._sizes()], self.patience * limit_s)
 
     def benchmark(self, section: str, limit_s: float) -> Section:
         which = "--installed" if self.installed else "--no-build"
-        return Section(section, [*self._run(section), which, *self._sizes()], limit_s)
+        return Section(section, [*self._run(section), which, *self._sizes()], self.patience * limit_s)
 
     def check(self, part: str, limit_s: float) -> Section:
+        limit_s *= self.patience
         program = str(self.folder / "partita_cuda_tests")
         command = [sys.executable, f"{HERE}/checks.py", "--parts", part, "--program", program, "--device", self.device]
         command += ["--budget-s", str(limit_s - GRACE_S), "--json", str(self.results / f"{part}.json")]
@@ -225,8 +227,8 @@ def packed(results: Path, out: Path) -> Path:
     return path
 
 
-def report(results: Path, ended: Sequence[Ended]) -> str:
-    """The ends of the logs of what failed, then the table, within what a terminal keeps."""
+def report(results: Path, ended: Sequence[Ended]) -> tuple[str, bool]:
+    """The ends of the logs of what failed, then the table, within what a terminal keeps; and whether all is well."""
     failures = []
     for section in ended:
         if not section.passed:
@@ -235,7 +237,8 @@ def report(results: Path, ended: Sequence[Ended]) -> str:
     command = [sys.executable, f"{HERE}/summary.py", str(results), "--markdown", str(results / "summary.md")]
     table = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     shown = (table.stdout + table.stderr)[-TABLE_CHARACTERS:]
-    return "\n".join(failures)[:FAILURES_CHARACTERS] + shown
+    text = "\n".join(failures)[:FAILURES_CHARACTERS] + shown
+    return text, table.returncode == 0 and all(section.passed for section in ended)
 
 
 def main() -> None:
@@ -246,12 +249,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--installed", action="store_true")
-    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--seconds", type=float, help="in all; each section's limit is in proportion")
     arguments = parser.parse_args()
-    phases_of, seconds = CALLS[arguments.call]
+    phases_of, usual_seconds = CALLS[arguments.call]
+    seconds = arguments.seconds or usual_seconds
     results = arguments.out.resolve() / "results" if arguments.device == "cpu" else ROOT / "build/gpu/results"
     results.mkdir(parents=True, exist_ok=True)
-    setting = Setting(arguments.folder.resolve(), results, arguments.device, arguments.small, arguments.installed)
+    patience = seconds / usual_seconds
+    folder = arguments.folder.resolve()
+    setting = Setting(folder, results, arguments.device, arguments.small, arguments.installed, patience)
     if setting.on_gpu and (architecture := architecture_here()):
         os.environ.setdefault("CUDA_ARCHITECTURES", architecture)
     os.environ.update(PYTHONUNBUFFERED="1", PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
@@ -259,7 +265,7 @@ def main() -> None:
         os.environ["WHEELS"] = str(setting.folder / "wheels")
     site = "" if arguments.installed else str(SITE)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
-    verification = Verification(results, arguments.seconds or seconds)
+    verification = Verification(results, seconds)
 
     def interrupted(number: int, frame: FrameType | None) -> None:
         verification.end()  # else the threads would wait for their sections
@@ -268,11 +274,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, interrupted)
     try:
         verification.run(phases_of(setting))
-        print(report(results, verification.ended), flush=True)
+        text, is_well = report(results, verification.ended)
+        print(text, flush=True)
     finally:
         verification.end()
         print(packed(results, arguments.out), flush=True)
-    sys.exit(not all(section.passed for section in verification.ended))
+    sys.exit(not is_well)
 
 
 if __name__ == "__main__":

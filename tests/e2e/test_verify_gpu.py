@@ -57,7 +57,8 @@ def test_a_section_that_hangs_is_ended_with_all_its_processes_and_the_others_run
     expected = {"beside": "passed", "hangs": "ended after 1 s", "after": "passed", "fails": "exit status 3"}
     assert outcomes(verification) == expected
     assert not is_alive(int((tmp_path / "pid").read_text()))
-    shown = verify.report(tmp_path, verification.ended)
+    shown, is_well = verify.report(tmp_path, verification.ended)
+    assert not is_well
     assert "-- hangs: ended after 1 s\nhanging" in shown and "-- fails: exit status 3\nwhy" in shown
 
 
@@ -82,7 +83,30 @@ def test_what_is_said_fits_a_terminal_whatever_failed(verify, tmp_path):
     checks = {f"check {i}": {"outcome": "failed", "summary": "words " * 50} for i in range(200)}
     (tmp_path / "pytest.json").write_text(json.dumps({"checks": checks}))
     ended = [verify.Ended(f"section {i}", "exit status 1", 1.0, log) for i in range(20)]
-    assert 8000 < len(verify.report(tmp_path, ended)) < 11_500
+    assert 8000 < len(verify.report(tmp_path, ended)[0]) < 11_500
+
+
+HOST = {"steps": 20, "watched": True, "raised": None, "skipped_steps": 0, "where": []}
+CHECK = {"summary": "", "seconds": 1.0}
+
+
+@pytest.mark.parametrize(
+    "name, result, is_well",
+    [
+        ("pytest", {"checks": {"pytest": {"outcome": "passed", **CHECK}}}, True),
+        ("pytest", {"checks": {"pytest": {"outcome": "failed", **CHECK}}}, False),
+        ("racecheck", {"checks": {"racecheck": {"outcome": "left out", "why": "there is none"}}}, True),
+        ("host_sync", {"cases": {"sync fp16 0": [{**HOST, "synchronisations": 0}]}}, True),
+        ("host_sync", {"cases": {"sync fp16 0": [{**HOST, "synchronisations": 1}]}}, False),
+        ("host_sync", {"cases": {"sync fp16 0": [{"error": "no time was left for it"}]}}, False),
+        ("host", {"cases": {"time fp32 partita0": [{"median_ms": 9.0, "parameters": 1000}]}}, True),
+    ],
+)
+def test_what_is_wrong_is_no_matter_of_speed(verify, tmp_path, name, result, is_well):
+    (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    passed = verify.Ended(name, "passed", 1.0, tmp_path / "log")
+    text, seen = verify.report(tmp_path, [passed])
+    assert seen == is_well, text
 
 
 def test_limits_add_up_to_less_than_a_call_may_take(verify, tmp_path):
@@ -143,10 +167,11 @@ def test_what_is_brought_is_what_the_package_needs(monkeypatch):
 def call(what: str, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(BENCH / "verify.sh"), what, "--installed", "--device", "cpu", "--out", str(out), *options]
     environment = {**os.environ, "PYTHON": sys.executable}
-    return subprocess.run(command, capture_output=True, text=True, timeout=590, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1300, env=environment)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1400)
 @pytest.mark.parametrize(
     "what, files",
     [
@@ -156,7 +181,7 @@ def call(what: str, out: Path, *options: str) -> subprocess.CompletedProcess[str
 )
 def test_both_calls_on_a_cpu(tmp_path, what, files):
     """Everything that needs no GPU, with small sizes."""
-    done = call(what, tmp_path, "--small", "--seconds", "560")
+    done = call(what, tmp_path, "--small", "--seconds", "1200")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "error" not in done.stdout and " NO " not in done.stdout
     assert len(done.stdout) < 12_000

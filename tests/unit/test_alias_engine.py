@@ -8,6 +8,7 @@ from typing import Any
 import partita
 import pytest
 import torch
+from late_streams import on_late_streams
 from partita.checkpoint import CheckpointError
 from partita.compat import deepspeed
 from partita.compat.deepspeed._config import translated
@@ -138,6 +139,22 @@ def test_a_skipped_step_is_an_overflow_of_the_optimizer():
         seen.append((optimizer.overflow, engine.skipped_steps, optimizer.cur_scale))
     assert seen == [(False, 0, 16.0), (True, 1, 8.0), (False, 1, 8.0)]
     assert isinstance(optimizer, torch.optim.Optimizer) and optimizer.optimizer.param_groups is optimizer.param_groups
+    engine.destroy()
+
+
+def test_whether_a_step_overflowed_is_told_without_a_wait():
+    """On a GPU the optimizer tells of the step before."""
+    with on_late_streams() as streams:
+        engine, optimizer, _, _ = deepspeed.initialize(
+            model=model_of(), config=config_of(2, fp16={"enabled": True, "initial_scale_power": 4, "hysteresis": 1})
+        )
+        seen = []
+        for factor in (1.0, float("inf"), 1.0):
+            engine.backward(engine(batch_of(0, torch.float16)).float().mean() * factor)
+            engine.step()
+            assert streams.copies not in streams.waits()  # the last copy is that of this step's outcome
+            seen.append(optimizer.overflow)
+    assert seen == [False, False, True]
     engine.destroy()
 
 

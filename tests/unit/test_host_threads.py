@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -152,11 +154,12 @@ def _train(zero: dict[str, Any], optimizer: Any = None) -> None:
     engine.destroy()
 
 
-def test_the_update_of_offloaded_units_has_the_threads_of_the_host():
-    with noting_threads() as seen:
+def test_the_update_of_offloaded_units_has_the_threads_of_the_host(caplog):
+    with caplog.at_level(logging.INFO, "partita"), noting_threads() as seen:
         _train(OFFLOAD)
     assert seen["adam"] == [3] * len(seen["adam"])
     assert seen["norm"].count(3) == 2
+    assert "and 3 threads of the host;" in caplog.text
     with noting_threads() as seen:
         _train({"stage": 1})
     assert set(seen["adam"]) == {torch.get_num_threads()} != {3}
@@ -183,6 +186,29 @@ def test_threads_of_torch_are_given_back_after_an_error():
     with torch_threads(None):
         assert torch.get_num_threads() == before
     assert torch.get_num_threads() == before
+
+
+# -- threads of ours, and the GPU
+
+# A thread begins on GPU 0, and whatever it does there with CUDA makes a context, on the GPU of another rank.
+THREADS = {
+    "checkpoint/save.py": "commits files",
+    "comm/fate.py": "aborts NCCL: on the rank's device",
+    "comm/hierarchical.py": "collectives in the memory of the host",
+    "comm/join.py": "a store",
+    "comm/patience.py": "waits of gloo",
+    "monitor/writer.py": "numbers and texts",
+}
+
+
+def test_threads_have_nothing_to_do_with_a_gpu_but_one_that_names_it():
+    package = threads.Path(partita.__file__).parent
+    sources = {str(path.relative_to(package)): path.read_text() for path in package.rglob("*.py")}
+    begins = re.compile(r"\b(Thread|ThreadPoolExecutor|Timer|start_new_thread)\(")
+    assert {name for name, text in sources.items() if begins.search(text)} == THREADS.keys()
+    uses = re.compile(r"torch\.cuda\.(?!is_available)|pin_memory|host_buffer|copy_to_host|copy_into")
+    assert [name for name in THREADS if uses.search(sources[name])] == ["comm/fate.py"]
+    assert "torch.cuda.set_device(device)" in sources["comm/fate.py"]
 
 
 # -- what they compute

@@ -46,9 +46,9 @@ def why_unusable(gpu: Gpu) -> str | None:
     if gpu.driver // 1000 < built:
         driver = DRIVERS.get(built, f"for CUDA {built}")
         return (
-            f"the driver of {gpu.name} supports CUDA {_version(gpu.driver)}, and this build of Partita was made with CUDA "
-            f"{_version(gpu.runtime)}, which needs driver {driver} or newer: update the driver, or build Partita again "
-            f"with an nvcc of CUDA {gpu.driver // 1000}"
+            f"the driver of {gpu.name} supports CUDA {_version(gpu.driver)}, and this build of Partita was made with "
+            f"CUDA {_version(gpu.runtime)}, which needs driver {driver} or newer: update the driver, or build Partita "
+            f"again with an nvcc of CUDA {gpu.driver // 1000}"
         )
     if gpu.driver < OLDEST_DRIVER:
         return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ NativePart = TypeVar("NativePart", NormPart, AdamPart)
 NOTHING = Span(0, 0, _core.DType.f32)
 # Where a storage has no memory, the address is that of the tensor in it, counted from 0: less than this.
 NO_MEMORY_BELOW = 1 << 40
+_device, _layout, _is_nested = attrgetter("device"), attrgetter("layout"), attrgetter("is_nested")
 _OWN_MEMORY = Tensor.__torch_dispatch__  # of a class whose tensors compute with the memory that they have
 
 
@@ -53,6 +55,16 @@ def address(tensor: Tensor, name: str = "tensor") -> int:
         reason = why_no_address(tensor) or f"of shape {tuple(tensor.shape)} has no memory: its values are elsewhere"
         raise ValueError(f"{name} {reason}; the native core needs a tensor with memory of its own")
     return pointer
+
+
+def _addresses(tensors: list[Tensor], name: str) -> list[int]:
+    """The same for many tensors. They are looked at one by one only where one of them may have no address."""
+    if set(map(type, tensors)) == {Tensor} and set(map(_layout, tensors)) == {torch.strided}:
+        pointers = list(map(Tensor.data_ptr, tensors))
+        others = any(map(Tensor.is_neg, tensors)) or any(map(_is_nested, tensors))
+        if not others and min(pointers) >= NO_MEMORY_BELOW and all(map(Tensor.is_contiguous, tensors)):
+            return pointers
+    return [address(tensor, name) for tensor in tensors]
 
 
 def memory(tensor: Tensor, name: str = "tensor") -> memoryview:
@@ -279,25 +291,18 @@ def adam_part(
     return Part(native, grads.device)
 
 
-def move_grads(parts: list[Part[AdamPart]], grads: list[Tensor], like: list[Tensor]) -> None:
-    """Has each part read its gradients from another tensor, of the kind of `like`: what the part was made with.
+def move_grads(parts: list[Part[AdamPart]], grads: list[Tensor]) -> None:
+    """Has each part read its gradients from another tensor of its device, of the size and dtype that the part was made
+    with. The caller has compared dtypes.
 
     That is much faster than `adam_part`, which looks at all buffers.
 
     Raises:
-        ValueError: as for `address`; or another size, dtype or device.
+        ValueError: another size or device, or as for `address`.
     """
-    addresses: list[int] = []
-    for grad, old in zip(grads, like, strict=True):
-        if grad is not old and (
-            grad.dtype is not old.dtype or grad.numel() != old.numel() or grad.device != old.device
-        ):
-            raise ValueError(
-                f"gradients of {old.numel()} x {old.dtype} on '{old.device}' cannot move to {grad.numel()} x "
-                f"{grad.dtype} on '{grad.device}'"
-            )
-        addresses.append(address(grad, "grads"))
-    _core.move_grads([part.native for part in parts], addresses)
+    if {part.device for part in parts} != set(map(_device, grads)):
+        raise ValueError("gradients are on other devices than the parts that are to read them")
+    _core.move_grads([part.native for part in parts], _addresses(grads, "grads"), list(map(Tensor.numel, grads)))
 
 
 def adam(parts: list[Part[AdamPart]], groups: list[AdamGroup], control: Tensor, *, threads: int | None = None) -> None:

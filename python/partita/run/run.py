@@ -171,9 +171,11 @@ def begin_run(
         RuntimeError: the device or the transport cannot be had.
     """
     config = checked_config(source, loader_batch_size, pipe)
-    streams = streams_of(device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # what is made without naming a device belongs here, and not on GPU 0
+        # What is made without naming a device belongs here, and not on GPU 0. First, as whoever works on another device
+        # than the current one makes the latter current again, which takes memory there.
+        torch.cuda.set_device(device)
+    streams = streams_of(device)
     if on_failure is not None and not is_joined():
         on_failure.callback(leave_job)
     timeout = timedelta(seconds=config.comm.timeout_seconds)
