@@ -184,10 +184,7 @@ def begin_run(
     require_same_on_all_ranks(shared, device)
     grid = ProcessGrid(partial(world_communicator, config.comm.transport, timeout, device), pipe or 1)
     exits.callback(grid.close)
-    streams.while_waiting = grid.check_progress
-    if config.comms_logger.enabled or config.trace is not None:
-        grid.observe(streams.mark)
-    streams.host_threads = host_threads(config, device, grid.world)
+    _acquaint(config, streams, grid)
     if grid.world.rank == 0:
         _list_ignored(config)
     batch = _batch_sizes(config, grid.data.world_size, loader_batch_size)
@@ -207,6 +204,14 @@ def begin_run(
         streams=streams,
         grid=grid,
     )
+
+
+def _acquaint(config: Config, streams: Streams, grid: ProcessGrid) -> None:
+    """What the device and the ranks must know of each other. A collective, where the config offloads."""
+    streams.while_waiting = grid.check_progress
+    if config.comms_logger.enabled or config.trace is not None:
+        grid.observe(streams.mark)
+    streams.host_threads = host_threads(config, streams.device, grid.world)
 
 
 def _with_buckets(config: Config, device: torch.device, grid: ProcessGrid) -> ZeroConfig:
