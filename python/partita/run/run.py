@@ -185,8 +185,7 @@ def begin_run(
     grid = ProcessGrid(partial(world_communicator, config.comm.transport, timeout, device), pipe or 1)
     exits.callback(grid.close)
     _acquaint(config, streams, grid)
-    if grid.world.rank == 0:
-        _list_ignored(config)
+    _list_ignored(config, grid.world.rank)
     batch = _batch_sizes(config, grid.data.world_size, loader_batch_size)
     filled = {
         "train_batch_size": batch.train,
@@ -244,8 +243,10 @@ def _say_given(precision: Precision) -> None:
     )
 
 
-def _list_ignored(config: Config) -> None:
-    """One line about keys without an effect of their own, and one for each that expects more than it gets."""
+def _list_ignored(config: Config, rank: int) -> None:
+    """On rank 0, one line about keys without an effect of their own, and one for each that expects more than it gets."""
+    if rank:
+        return
     notes = [str(note) for note in config.ignored if not note.warns]
     if notes:
         logger.info("config, noted: %s", "; ".join(notes))
