@@ -244,7 +244,7 @@ def _say_given(precision: Precision) -> None:
 
 
 def _list_ignored(config: Config, rank: int) -> None:
-    """Rank 0 says in one line which keys have no effect of their own, and in one each which expect more than they get."""
+    """Rank 0 says in one line which keys have no effect of their own, and which expect more than they get."""
     if rank:
         return
     notes = [str(note) for note in config.ignored if not note.warns]
