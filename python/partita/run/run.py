@@ -183,12 +183,8 @@ def begin_run(
     require_same_on_all_ranks(shared, device)
     grid = ProcessGrid(partial(world_communicator, config.comm.transport, timeout, device), pipe or 1)
     exits.callback(grid.close)
-    streams.while_waiting = grid.check_progress
-    if config.comms_logger.enabled or config.trace is not None:
-        grid.observe(streams.mark)
-    streams.host_threads = host_threads(config, device, grid.world)
-    if grid.world.rank == 0:
-        _list_ignored(config)
+    _acquaint(config, streams, grid)
+    _list_ignored(config, grid.world.rank)
     batch = _batch_sizes(config, grid.data.world_size, loader_batch_size)
     precision = precision_of(config, batch.accumulation, dtypes)
     if precision.given and grid.world.rank == 0:
@@ -201,6 +197,14 @@ def begin_run(
         streams=streams,
         grid=grid,
     )
+
+
+def _acquaint(config: Config, streams: Streams, grid: ProcessGrid) -> None:
+    """What the device and the ranks must know of each other. A collective, where the config offloads."""
+    streams.while_waiting = grid.check_progress
+    if config.comms_logger.enabled or config.trace is not None:
+        grid.observe(streams.mark)
+    streams.host_threads = host_threads(config, streams.device, grid.world)
 
 
 def _filled(config: Config, batch: BatchSizes, device: torch.device, grid: ProcessGrid) -> Config:
@@ -240,8 +244,10 @@ def _say_given(precision: Precision) -> None:
     )
 
 
-def _list_ignored(config: Config) -> None:
-    """One line about keys without an effect of their own, and one for each that expects more than it gets."""
+def _list_ignored(config: Config, rank: int) -> None:
+    """Rank 0 says in one line which keys have no effect of their own, and which expect more than they get."""
+    if rank:
+        return
     notes = [str(note) for note in config.ignored if not note.warns]
     if notes:
         logger.info("config, noted: %s", "; ".join(notes))
