@@ -174,6 +174,7 @@ def measure(case: str, arguments: argparse.Namespace) -> cases.Answer:
 def main() -> None:
     parser = cases.new_parser(__doc__)
     parser.add_argument("--what", type=cases.names, default=["sync", "time", "calls"])
+    parser.add_argument("--first", type=int, help="so many cases of each kind; default: all")
     parser.add_argument("--steps", type=int, default=20, help="under each debug mode")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before those that are watched")
     parser.add_argument("--profiled", type=int, default=10, help="steps under the profiler")
@@ -181,7 +182,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=1000)
     arguments = parser.parse_args()
     subjects = {"sync": SYNC_CASES, "time": TIME_CASES, "calls": SYNC_CASES}
-    wanted = [f"{what} {subject}" for what in arguments.what for subject in subjects[what]]
+    wanted = [f"{what} {subject}" for what in arguments.what for subject in subjects[what][: arguments.first]]
     cases.run(arguments, lambda case: measure(case, arguments), lambda runner: runner.take_turns(wanted, 1))
 
 

@@ -13,7 +13,7 @@ from late_streams import on_late_streams
 from launch_order import Record, circle_of, first_difference, noting_order
 from partita.comm import CommunicationError
 from test_stage3_models import AroundBlocks, _make
-from torch import nn
+from torch import Tensor, nn
 
 Orders = Callable[[int, int], list[int]]  # of blocks, by step and rank
 
@@ -35,14 +35,25 @@ def another_in_each_step(step: int, _rank: int) -> list[int]:
     return [[3, 1, 0, 2], [0, 1, 2, 3], [1, 0, 1]][step]
 
 
+class PartlyUsed(AroundBlocks):
+    """Leaves most of its parameters without gradients when told to."""
+
+    leaves_out = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(x) * self.scale if self.leaves_out else super().forward(x)
+
+
 def _trained(orders: Orders, checkpoints: bool | None, freezes: str, config: dict[str, Any], late: bool) -> Record:
     def run() -> None:
-        engine = partita.Engine(model=_make(AroundBlocks, checkpoints, freezes), config=config)
+        engine = partita.Engine(model=_make(PartlyUsed, checkpoints, freezes), config=config)
         micro_batches = engine.gradient_accumulation_steps()
         for step in range(3):
             for m in range(micro_batches):
                 order = orders((step + m) % 3, engine.global_rank)
                 engine.module.body.order = order or ([2] if freezes else [])  # type: ignore[union-attr]
+                for i, block in enumerate(engine.module.body.blocks):  # type: ignore[union-attr,arg-type]
+                    block.leaves_out = orders is other_blocks_on_each_rank and not (i + step + engine.global_rank) % 2
                 engine.backward(engine(*batch_of(7 * step + m, engine.global_rank)))
                 engine.step()
             engine.eval_batch(batch_of(50, engine.global_rank))
