@@ -56,6 +56,14 @@ __device__ void copy_chunk(To* to, const From* from, int numel, Lane scale) {
     }
 }
 
+template <class To>
+__device__ void zero_chunk(To* to, int numel) {
+    constexpr int width = vector_width<To>;
+    const int vectors = is_aligned<width>(to) ? numel / width : 0;
+    for (int v = threadIdx.x; v < vectors; v += block_threads) store(to, v, Vector<To, width>{});
+    for (int i = vectors * width + threadIdx.x; i < numel; i += block_threads) to[i] = To{};
+}
+
 template <bool accumulate, class From, class To, int table_bytes>
 __global__ void __launch_bounds__(block_threads, resident_blocks)
     copy_kernel(const __grid_constant__ Rows<CopyRow, table_bytes> table, const Scale scale) {
@@ -69,7 +77,7 @@ __global__ void __launch_bounds__(block_threads, resident_blocks)
         if (row.from != nullptr) {
             copy_chunk<accumulate>(to, static_cast<const From*>(row.from) + begin, numel, factor);
         } else if (!accumulate) {
-            for (int i = threadIdx.x; i < numel; i += block_threads) to[i] = To{};
+            zero_chunk(to, numel);
         }
     }
 }

@@ -4,7 +4,8 @@
 
 All subjects take turns within one process per group and size; figures are medians over rounds. Bytes are those that the
 work must read and write: Adam on 16-bit gradients and weights with fp32 masters and moments reads 14 and writes 14 per
-parameter.
+parameter. Values stay what they are, however often the work is repeated: the learning rate is 0, which no kernel treats
+in another way, and moments are those of such gradients.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from torch import Tensor
 Action = Callable[[], object]
 PIECES = 100  # tensors that are packed into a flat buffer
 GROUPS = ("adam", "others")
+GRADIENT, WEIGHT = 1e-3, 0.02  # how large such numbers are
+BF16, FP32 = torch.bfloat16, torch.float32
 
 
 @dataclass(frozen=True)
@@ -43,22 +46,24 @@ def control_on(device: torch.device) -> Tensor:
     return control.to(device)
 
 
+def spread(numel: int, scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of that size, as those of a training run: no zeros, and not one number throughout."""
+    return torch.empty(numel, dtype=dtype, device=device).normal_().mul_(scale)
+
+
 def adam(dtype: torch.dtype, split: bool = False) -> Callable[[int, torch.device], Action]:
     def build(numel: int, device: torch.device) -> Action:
-        def filled(value: float, of: torch.dtype) -> Tensor:
-            return torch.full((numel,), value, dtype=of, device=device)
-
         buffers: dict[str, Tensor | None] = {
-            "grads": filled(1e-3, dtype),
-            "exp_avg": filled(0.0, torch.float32),
-            "exp_avg_sq": filled(0.0, torch.float32),
-            "params": None if dtype is torch.float32 else filled(0.5, dtype),
-            "master": None if split else filled(0.5, torch.float32),
+            "grads": spread(numel, GRADIENT, dtype, device),
+            "exp_avg": spread(numel, GRADIENT, torch.float32, device),
+            "exp_avg_sq": torch.full((numel,), GRADIENT**2, dtype=torch.float32, device=device),
+            "params": None if dtype is torch.float32 else spread(numel, WEIGHT, dtype, device),
+            "master": None if split else spread(numel, WEIGHT, torch.float32, device),
         }
         if split:
             buffers["remainder"] = torch.zeros(numel, dtype=torch.int16, device=device)
         segments = _core.Segments([(0, numel, 0)])
-        groups = [_core.AdamGroup(1e-3, 0.9, 0.999, 1e-8, 0.01, True)]
+        groups = [_core.AdamGroup(0.0, 0.9, 0.999, 1e-8, 0.01, True)]
         control = control_on(device)
         part: Callable[..., kernels.Part[_core.AdamPart]] = kernels.adam_part
         parts = [part(**buffers, segments=segments)]
@@ -72,14 +77,14 @@ def adam(dtype: torch.dtype, split: bool = False) -> Callable[[int, torch.device
 
 
 def torch_adam(numel: int, device: torch.device) -> Action:
-    parameter = torch.nn.Parameter(torch.full((numel,), 0.5, device=device))
-    parameter.grad = torch.full_like(parameter, 1e-3)
-    return torch.optim.AdamW([parameter], fused=True).step
+    parameter = torch.nn.Parameter(spread(numel, WEIGHT, FP32, device))
+    parameter.grad = spread(numel, GRADIENT, FP32, device)
+    return torch.optim.AdamW([parameter], lr=0.0, fused=True).step
 
 
 def norm(dtype: torch.dtype) -> Callable[[int, torch.device], Action]:
     def build(numel: int, device: torch.device) -> Action:
-        values = torch.full((numel,), 1e-3, dtype=dtype, device=device)
+        values = spread(numel, GRADIENT, dtype, device)
         total = torch.zeros(1, dtype=torch.float64, device=device)
         segments = _core.Segments([(0, numel, 0)])
         return lambda: kernels.sum_of_squares(total, [kernels.norm_part(values, segments)])
@@ -88,19 +93,19 @@ def norm(dtype: torch.dtype) -> Callable[[int, torch.device], Action]:
 
 
 def cast(numel: int, device: torch.device) -> Action:
-    source = torch.full((numel,), 0.5, device=device)
+    source = spread(numel, WEIGHT, FP32, device)
     target = torch.zeros(numel, dtype=torch.bfloat16, device=device)
     return lambda: kernels.cast(target, source)
 
 
-def pack(destination: torch.dtype, accumulate: bool) -> Callable[[int, torch.device], Action]:
-    """`PIECES` bf16 tensors into a flat buffer."""
+def pack(destination: torch.dtype, accumulate: bool, without: int = 0) -> Callable[[int, torch.device], Action]:
+    """`PIECES` bf16 tensors into a flat buffer; the first ones are those of parameters `without` a gradient."""
 
     def build(numel: int, device: torch.device) -> Action:
         piece = numel // PIECES
         flat = torch.zeros(piece * PIECES, dtype=destination, device=device)
-        tensors = [torch.full((piece,), 1e-3, dtype=torch.bfloat16, device=device) for _ in range(PIECES)]
-        spans = [kernels.span(tensor) for tensor in tensors]
+        tensors = [spread(piece, GRADIENT, BF16, device) for _ in range(without, PIECES)]
+        spans = [_core.Span(0, piece, _core.DType.bf16)] * without + [kernels.span(tensor) for tensor in tensors]
         offsets = [i * piece for i in range(PIECES)]
 
         def action(keep_alive: list[Tensor] = tensors) -> None:
@@ -111,7 +116,6 @@ def pack(destination: torch.dtype, accumulate: bool) -> Callable[[int, torch.dev
     return build
 
 
-BF16, FP32 = torch.bfloat16, torch.float32
 SUBJECTS = {
     "adam": [
         Subject("adam bf16", 28, adam(BF16)),
@@ -125,6 +129,7 @@ SUBJECTS = {
         Subject("norm fp32", 4, norm(FP32)),
         Subject("cast fp32 to bf16", 6, cast),
         Subject("pack bf16", 4, pack(BF16, accumulate=False)),
+        Subject("pack bf16, half of it without gradients", 3, pack(BF16, accumulate=False, without=PIECES // 2)),
         Subject("pack bf16 into fp32, accumulating", 10, pack(FP32, accumulate=True)),
     ],
 }

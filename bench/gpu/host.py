@@ -37,6 +37,7 @@ BLOCKING_CALLS = (
     *("cudaMemcpy", "cudaMalloc", "cudaFree"),
 )
 # For the outcome of the step before, when a GPU with more to do than the host has not got there; it never idles for it.
+# The engine asks by cudaEventQuery, and so does torch's allocator: those are counted by themselves.
 WAITS_FOR_LAST_STEP = ("cudaEventSynchronize", "cuEventSynchronize")
 ACCUMULATION = 2
 OVERFLOWING_SCALE_POWER = 24  # halved in skipped steps: the watched steps are to see some of these, too
@@ -139,6 +140,7 @@ def calls_in_range(events: list[dict[str, Any]]) -> dict[str, Any]:
         "calls": len(calls),
         "blocking": {name: calls.count(name) for name in BLOCKING_CALLS if name in calls},
         "waits_for_last_step": sum(calls.count(name) for name in WAITS_FOR_LAST_STEP),
+        "event_queries": calls.count("cudaEventQuery"),
     }
 
 
@@ -172,6 +174,7 @@ def measure(case: str, arguments: argparse.Namespace) -> cases.Answer:
 def main() -> None:
     parser = cases.new_parser(__doc__)
     parser.add_argument("--what", type=cases.names, default=["sync", "time", "calls"])
+    parser.add_argument("--first", type=int, help="so many cases of each kind; default: all")
     parser.add_argument("--steps", type=int, default=20, help="under each debug mode")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before those that are watched")
     parser.add_argument("--profiled", type=int, default=10, help="steps under the profiler")
@@ -179,7 +182,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=1000)
     arguments = parser.parse_args()
     subjects = {"sync": SYNC_CASES, "time": TIME_CASES, "calls": SYNC_CASES}
-    wanted = [f"{what} {subject}" for what in arguments.what for subject in subjects[what]]
+    wanted = [f"{what} {subject}" for what in arguments.what for subject in subjects[what][: arguments.first]]
     cases.run(arguments, lambda case: measure(case, arguments), lambda runner: runner.take_turns(wanted, 1))
 
 

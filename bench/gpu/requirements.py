@@ -15,6 +15,11 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+
 COME_WITH_TORCH = {"torch", "numpy"}
 TEST_RUNNERS = {"hypothesis", "pytest", "pytest-timeout"}  # of the extra "test", what the tests of a GPU import
 ALSO = ["packaging"]  # of this script
@@ -49,8 +54,6 @@ def main() -> None:
     parser.add_argument("--list", type=Path)
     arguments = parser.parse_args()
     if arguments.list is not None:
-        import tomllib
-
         print("\n".join(to_bring(tomllib.loads(arguments.list.read_text()))))
         return
     names = missing("partita")

@@ -129,8 +129,8 @@ run_section() {
         "--dtypes bf16 --contenders partita0,torch-masters,partita0-split --rounds 1" \
         "--dtypes bf16 --contenders partita0,torch-masters --numel 2000000 --rounds 1 --steps 2 --copy-mib 16")
       ;;
-    sync) benchmark host host_sync --what sync,calls $(pick "" "" "--steps 2 --profiled 2") ;;
-    time) benchmark host host --what time $(pick "" "--repeats 30" "--repeats 3") ;;
+    sync) benchmark host host_sync --what sync,calls $(pick "" "" "--first 1 --steps 2 --profiled 2") ;;
+    time) benchmark host host --what time $(pick "" "--repeats 30" "--first 1 --repeats 3") ;;
     gpt2)
       benchmark gpt2 gpt2 $(pick "" "--contenders partita0,torch-autocast,partita0-split --rounds 1" \
         "--contenders partita0,torch-autocast --models tiny --length 64 --steps 1 --turns 1 --warm-up 1 --rounds 1")
@@ -158,5 +158,5 @@ for section in $(echo "$sections" | tr , ' '); do
   section_begin=$(date +%s)
 done
 say "results in $results"
-[ $table = no ] || "$python" bench/gpu/summary.py "$results" --markdown "$results/summary.md"
+[ $table = no ] || "$python" bench/gpu/summary.py "$results" --markdown "$results/summary.md" || status=1
 exit $status

@@ -1,12 +1,15 @@
 """A short table of the results in a folder, targets beside the figures.
 
 python bench/gpu/summary.py bench/results/gpu [--markdown FILE]
+
+Exit status 1 when something in it is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from report import print_table
 
 Result = dict[str, Any]
 HEADER = ["what", "measured", "target", "met", "note"]
+RIGHT_OR_WRONG = ("passed", "0", "True")  # targets that are not of speed
 ADAM_TARGETS = {"adam bf16", "adam bf16 split masters", "adam fp32", "adam fp16"}
 
 
@@ -30,6 +34,11 @@ class Row:
     target: str = ""
     met: bool | None = None
     note: str = ""
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether something failed, or was not tried for want of time; a target of speed that is missed is neither."""
+        return self.measured == "error" or (self.met is False and self.target in RIGHT_OR_WRONG)
 
     @property
     def cells(self) -> list[str]:
@@ -203,6 +212,7 @@ def main() -> None:
         lines = [HEADER, ["---"] * len(HEADER), *(row.cells for row in rows)]
         table = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in lines)
         arguments.markdown.write_text(f"{about(arguments.folder)}\n\n{table}\n")
+    sys.exit(any(row.is_wrong for row in rows))
 
 
 if __name__ == "__main__":

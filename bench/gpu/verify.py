@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = "bench/gpu"
 SITE = ROOT / "build/gpu/site"  # where run.sh installs the package
-SHOWN_CHARACTERS = 7000  # of the summary; with the lines before it less than a terminal of 12,000 keeps
+# What is printed last fits into 12,000 characters: the ends of logs of what failed, and the table.
+FAILURES_CHARACTERS, TABLE_CHARACTERS = 3500, 7500
 TAIL_LINES, TAIL_CHARACTERS = 8, 700  # of a section that failed
 GRACE_S = 5.0  # between the end of a section's own budget and that of its processes
 
@@ -59,19 +61,21 @@ class Setting:
     device: str
     small: bool
     installed: bool  # the package that Python has is verified; else the tree's is built
+    patience: float = 1.0  # times the limits of the sections
 
     @property
     def on_gpu(self) -> bool:
         return self.device != "cpu"
 
     def build(self, limit_s: float) -> Section:
-        return Section("build", [*self._run("none"), *self._sizes()], limit_s)
+        return Section("build", [*self._run("none"), *self._sizes()], self.patience * limit_s)
 
     def benchmark(self, section: str, limit_s: float) -> Section:
         which = "--installed" if self.installed else "--no-build"
-        return Section(section, [*self._run(section), which, *self._sizes()], limit_s)
+        return Section(section, [*self._run(section), which, *self._sizes()], self.patience * limit_s)
 
     def check(self, part: str, limit_s: float) -> Section:
+        limit_s *= self.patience
         program = str(self.folder / "partita_cuda_tests")
         command = [sys.executable, f"{HERE}/checks.py", "--parts", part, "--program", program, "--device", self.device]
         command += ["--budget-s", str(limit_s - GRACE_S), "--json", str(self.results / f"{part}.json")]
@@ -122,6 +126,8 @@ class Verification:
         self._results = results
         self._begin = time.monotonic()
         self._deadline = self._begin + seconds
+        self._starting = Lock()  # a process that begins, or the end of all
+        self._is_over = False
         self._processes: list[subprocess.Popen[bytes]] = []
         self.ended: list[Ended] = []
 
@@ -134,7 +140,9 @@ class Verification:
                 return
 
     def end(self) -> None:
-        """No process of a section goes on."""
+        """No process of a section goes on, and none begins."""
+        with self._starting:
+            self._is_over = True
         for process in self._processes:
             _kill(process)
 
@@ -150,7 +158,9 @@ class Verification:
         self._say(f"{section.name}: {outcome}, {time.monotonic() - begin:.0f} s")
 
     def _watched(self, section: Section, limit_s: float, log: Path) -> str:
-        with log.open("wb") as output:
+        with log.open("wb") as output, self._starting:
+            if self._is_over:
+                return "interrupted"
             process = subprocess.Popen(
                 section.command,
                 env=section.within(limit_s),
@@ -160,11 +170,11 @@ class Verification:
                 cwd=ROOT,
             )
             self._processes.append(process)
-            try:
-                status = process.wait(limit_s)
-            except subprocess.TimeoutExpired:
-                _kill(process)
-                return f"ended after {limit_s:.0f} s"
+        try:
+            status = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            _kill(process)
+            return f"ended after {limit_s:.0f} s"
         return "passed" if status == 0 else f"exit status {status}"
 
     def _say(self, text: str) -> None:
@@ -197,6 +207,16 @@ def _descendants(parent: int) -> list[int]:
     return found
 
 
+def architecture_here() -> str:
+    """That of the first GPU, for the compiler; "" where nobody knows."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return f"{said[0].replace('.', '')}-real" if said and said[0].replace(".", "").isdigit() else ""
+
+
 def packed(results: Path, out: Path) -> Path:
     """One file with all results."""
     out.mkdir(parents=True, exist_ok=True)
@@ -207,21 +227,18 @@ def packed(results: Path, out: Path) -> Path:
     return path
 
 
-def report(results: Path, ended: Sequence[Ended]) -> str:
-    """The ends of the logs of what failed, then the table, within what a terminal keeps."""
-    lines = []
+def report(results: Path, ended: Sequence[Ended]) -> tuple[str, bool]:
+    """The ends of the logs of what failed, then the table, within what a terminal keeps; and whether all is well."""
+    failures = []
     for section in ended:
         if not section.passed:
             tail = section.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-            lines += [f"-- {section.name}: {section.outcome}", "\n".join(tail)[-TAIL_CHARACTERS:]]
+            failures += [f"-- {section.name}: {section.outcome}", "\n".join(tail)[-TAIL_CHARACTERS:]]
     command = [sys.executable, f"{HERE}/summary.py", str(results), "--markdown", str(results / "summary.md")]
     table = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    lines.append((table.stdout + table.stderr)[-SHOWN_CHARACTERS:])
-    return "\n".join(lines)
-
-
-def _interrupted(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+    shown = (table.stdout + table.stderr)[-TABLE_CHARACTERS:]
+    text = "\n".join(failures)[:FAILURES_CHARACTERS] + shown
+    return text, table.returncode == 0 and all(section.passed for section in ended)
 
 
 def main() -> None:
@@ -232,27 +249,37 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--installed", action="store_true")
-    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--seconds", type=float, help="in all; each section's limit is in proportion")
     arguments = parser.parse_args()
-    phases_of, seconds = CALLS[arguments.call]
+    phases_of, usual_seconds = CALLS[arguments.call]
+    seconds = arguments.seconds or usual_seconds
     results = arguments.out.resolve() / "results" if arguments.device == "cpu" else ROOT / "build/gpu/results"
     results.mkdir(parents=True, exist_ok=True)
-    setting = Setting(arguments.folder.resolve(), results, arguments.device, arguments.small, arguments.installed)
-    os.environ.setdefault("CUDA_ARCHITECTURES", "90-real")
+    patience = seconds / usual_seconds
+    folder = arguments.folder.resolve()
+    setting = Setting(folder, results, arguments.device, arguments.small, arguments.installed, patience)
+    if setting.on_gpu and (architecture := architecture_here()):
+        os.environ.setdefault("CUDA_ARCHITECTURES", architecture)
     os.environ.update(PYTHONUNBUFFERED="1", PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
     if (setting.folder / "wheels").exists():
         os.environ["WHEELS"] = str(setting.folder / "wheels")
     site = "" if arguments.installed else str(SITE)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
-    signal.signal(signal.SIGTERM, _interrupted)
-    verification = Verification(results, arguments.seconds or seconds)
+    verification = Verification(results, seconds)
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        verification.end()  # else the threads would wait for their sections
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, interrupted)
     try:
         verification.run(phases_of(setting))
-        print(report(results, verification.ended), flush=True)
+        text, is_well = report(results, verification.ended)
+        print(text, flush=True)
     finally:
         verification.end()
         print(packed(results, arguments.out), flush=True)
-    sys.exit(not all(section.passed for section in verification.ended))
+    sys.exit(not is_well)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+#include <string>
+
 #include "bindings.h"
 #include "partita/adam.h"
 
@@ -35,11 +37,21 @@ void register_optimizer(py::module_& m) {
              py::arg("params"), py::arg("segments"), py::keep_alive<1, 8>());
     m.def(
         "move_grads",
-        [](const std::vector<AdamPart*>& parts, const std::vector<std::uintptr_t>& addresses) {
-            if (parts.size() != addresses.size()) throw py::value_error("as many addresses as parts are needed");
+        [](const std::vector<AdamPart*>& parts, const std::vector<std::uintptr_t>& addresses,
+           const std::vector<std::int64_t>& numels) {
+            if (parts.size() != addresses.size() || parts.size() != numels.size()) {
+                throw py::value_error("as many gradients as parts are needed");
+            }
+            for (std::size_t i = 0; i < parts.size(); ++i) {
+                const std::int64_t numel = parts[i]->buffers.grads.numel;
+                if (numels[i] != numel) {
+                    throw py::value_error("a gradient has " + std::to_string(numels[i]) + " elements, its part " +
+                                          std::to_string(numel));
+                }
+            }
             for (std::size_t i = 0; i < parts.size(); ++i) parts[i]->buffers.grads.data = pointer<void>(addresses[i]);
         },
-        py::arg("parts"), py::arg("addresses"));
+        py::arg("parts"), py::arg("addresses"), py::arg("numels"));
     register_for<int>(m);
     register_for<Stream>(m);
 }

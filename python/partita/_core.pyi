@@ -58,8 +58,8 @@ class AdamPart:
         segments: Segments,
     ) -> None: ...
 
-def move_grads(parts: list[AdamPart], addresses: list[int]) -> None:
-    """The gradients of each part are elsewhere from now on, and as many of the same dtype."""
+def move_grads(parts: list[AdamPart], addresses: list[int], numels: list[int]) -> None:
+    """The gradients of each part are elsewhere from now on; as many, of the same dtype."""
 
 class AdamGroup:
     """Hyper-parameters of one optimizer group, and the steps that were taken without it."""

@@ -201,6 +201,7 @@ def main() -> None:
     where, *precisions = sys.argv[1:] or ["cuda"]
     on = torch.device("cuda", 0) if where == "cuda" else torch.device(where)
     if on.type == "cuda":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # the same bits on several streams
         torch.cuda.set_device(on)
     torch.use_deterministic_algorithms(True, warn_only=True)
     dist.init_process_group("nccl" if on.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)

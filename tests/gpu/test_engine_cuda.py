@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 @pytest.mark.parametrize("precision", [FP16, WHOLE, SPLIT], ids=["fp16", "bf16", "split"])
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.pairwise
 @on_both_devices
 def test_twenty_steps_without_waiting(device, stage, precision):
     """Clipping, a schedule, accumulation, recomputed activations, a line with times every 5 steps; after 3 steps of

@@ -66,8 +66,9 @@ def test_a_pipeline_of_one_process(device, precision):
     """Losses and weights of the whole model on the CPU, up to rounding."""
     seen = []
     for where in (CPU, device):
-        with where:
-            model = pipelines.Shape(blocks=2).module(1)
+        model = pipelines.Shape(blocks=2).module(1)
+        model.build()
+        model.to(where)
         config = pipelines.config_for(4, pipeline={"schedule": "1f1b"}, **pipelines.PRECISIONS[precision])
         engine, *_ = partita.initialize(model=model, config=config)
         losses = []

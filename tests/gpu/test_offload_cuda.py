@@ -14,6 +14,7 @@ from device_runs import FP16, HOST, SPLIT, WHOLE, Deep, assert_same, engine_of, 
 from on_gpu import NEEDS_CUDA, on_both_devices
 
 WIDTH = 24
+WIDE = 256  # buffers of this are large enough for pages of their own
 OFFLOADS: dict[str, tuple[int, dict[str, Any]]] = {
     "1": (1, {"offload_optimizer": HOST}),
     "2": (2, {"offload_optimizer": HOST}),
@@ -66,8 +67,8 @@ def test_what_is_on_the_host_is_pinned_where_the_config_says_so(device, pin):
     where = {"device": "cpu", "pin_memory": pin}
     zero = {"offload_optimizer": where, "offload_param": where}
     with inside.noting_host_buffers() as buffers:
-        engine = engine_of(Deep(2, WIDTH).to(device), stage=3, zero_optimization=zero, **WHOLE)
-    engine.train_batch(samples(0, 2, device, WIDTH))
+        engine = engine_of(Deep(2, WIDE).to(device), stage=3, zero_optimization=zero, **WHOLE)
+    engine.train_batch(samples(0, 2, device, WIDE))
     assert buffers
     for buffer in buffers:
         assert buffer.device.type == "cpu"

@@ -175,7 +175,8 @@ class TellingCommunicator(Wrapped):
         streams.hears_of_launches = True
 
     def start(self, name: str, buffer: Tensor, collective: Callable[[], Handle]) -> Handle:
-        self._streams.goes_on()
+        if self.world_size > 1:
+            self._streams.goes_on()
         return collective()
 
 
@@ -229,6 +230,7 @@ class LateCopy:
         if self._values is None:
             self._values = self._source.clone()
             if self.stream == TO_DEVICE:
+                assert self._destination.untyped_storage().nbytes(), "memory went before a copy into it was done"
                 self._destination.copy_(self._values)
 
     def end(self) -> None:

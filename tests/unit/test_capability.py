@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import torch
 from partita import _core
-from partita.device import capability
+from partita.device import capability, streams
 from partita.device.capability import Gpu, prepare_kernels, why_not_loaded, why_unusable
-from partita.device.streams import CudaStreams, streams_of
+from partita.device.streams import streams_of
+from partita.run import run
 
 H100 = Gpu("'cuda:1' (NVIDIA H100)", (9, 0), driver=13000, runtime=13000, architectures="80-real;90-real;100")
 
@@ -33,7 +35,8 @@ def test_what_runs_is_not_refused(gpu):
 @pytest.mark.parametrize(
     ("gpu", "words"),
     [
-        (replace(H100, driver=12080), ["'cuda:1'", "H100", "supports CUDA 12.8", "made with CUDA 13.0", "driver 580", "nvcc of CUDA 12"]),
+        (replace(H100, driver=12080), ["'cuda:1'", "H100", "supports CUDA 12.8", "made with CUDA 13.0"]),
+        (replace(H100, driver=12080), ["driver 580 or newer", "nvcc of CUDA 12"]),
         (replace(H100, driver=11080, runtime=12090), ["supports CUDA 11.8", "made with CUDA 12.9", "driver 525"]),
         (replace(H100, driver=13000, runtime=14020), ["supports CUDA 13.0", "made with CUDA 14.2", "for CUDA 14"]),
         (replace(H100, driver=0), ["supports CUDA 0.0", "driver 580"]),
@@ -85,6 +88,7 @@ def gpu_of_tests(monkeypatch):
     monkeypatch.setattr(_core, "cuda_versions", lambda: (13000, 12080))
     monkeypatch.setattr(_core, "cuda_architectures", lambda: "80-real;90")
     monkeypatch.setattr(_core, "load_cuda_kernels", load)
+    monkeypatch.setattr(streams, "CudaStreams", lambda device: f"streams of {device}")
     prepare_kernels.cache_clear()
     yield loaded
     prepare_kernels.cache_clear()
@@ -92,7 +96,7 @@ def gpu_of_tests(monkeypatch):
 
 def test_the_kernels_are_loaded_when_streams_are_made_and_once(gpu_of_tests):
     for device in (torch.device("cuda", 1), torch.device("cuda", 1), torch.device("cuda", 0), torch.device("cuda")):
-        assert isinstance(streams_of(device), CudaStreams)
+        assert streams_of(device) == f"streams of {device}"
     assert gpu_of_tests == [1, 0, 3]
 
 
@@ -126,3 +130,18 @@ def test_a_build_without_cuda_says_so():
 def test_every_known_major_version_has_a_driver():
     assert all(driver.isdigit() for driver in capability.DRIVERS.values())
     assert capability.OLDEST_DRIVER // 1000 in capability.DRIVERS
+
+
+def test_the_gpu_of_a_run_is_the_current_one_before_its_kernels_are_loaded(monkeypatch):
+    """Who loads them on another one than the current one makes that current again, which takes memory there."""
+    calls: list[str] = []
+
+    def streams_of(device: torch.device) -> None:
+        calls.append(f"streams of {device}")
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(f"current {device}"))
+    monkeypatch.setattr(run, "streams_of", streams_of)
+    with ExitStack() as exits, pytest.raises(RuntimeError, match=r"^enough$"):
+        run.begin_run({"train_batch_size": 1}, torch.device("cuda", 1), exits)
+    assert calls == ["current cuda:1", "streams of cuda:1"]

@@ -60,6 +60,7 @@ CPU = {"device": "cpu"}
         ("zero_optimization.offload_optimizer.device", None, 'one of "none", "cpu"'),
         ("zero_optimization.offload_optimizer.pin_memory", 1, "true or false"),
         ("zero_optimization.offload_optimizer.ratio", 1.01, "a number from 0 to 1"),
+        ("zero_optimization.offload_optimizer.threads", 0, "an integer >= 1 or null"),
         ("zero_optimization.offload_optimizer.ratio", -0.1, "a number from 0 to 1"),
         ("zero_optimization.offload_optimizer.ratio", "1", "a number from 0 to 1"),
         ("zero_optimization.offload_param.device", "gpu", 'one of "none", "cpu"'),
@@ -236,6 +237,7 @@ def test_own_keys_are_marked() -> None:
         "seed",
         "trace",
         *(f"trace.{key}" for key in TraceConfig.model_fields),
+        "zero_optimization.offload_optimizer.threads",
         "zero_optimization.overlap_gather",
         "zero_optimization.unit_classes",
     }

@@ -10,8 +10,9 @@ from unittest import mock
 
 import pytest
 import torch
-from partita.device import AcrossStreams, streams
-from partita.device.streams import CudaStreams, poll
+from partita.device import AcrossStreams, polling
+from partita.device.polling import wait_until
+from partita.device.streams import CudaStreams
 
 
 class Cuda:
@@ -240,7 +241,7 @@ class Clock:
 @pytest.fixture
 def clock() -> Iterator[Clock]:
     fake = Clock()
-    with mock.patch.object(streams, "time", fake):
+    with mock.patch.object(polling, "time", fake):
         yield fake
 
 
@@ -250,13 +251,13 @@ def _after(questions: int) -> Callable[[], bool]:
 
 
 def test_what_is_about_done_costs_no_sleep(clock):
-    poll(_after(10), lambda: pytest.fail("looked around"))
+    wait_until(_after(10), lambda: pytest.fail("looked around"))
     assert not clock.sleeps
 
 
 def test_a_long_wait_looks_around_every_50_ms(clock):
     looks: list[float] = []
-    poll(lambda: clock.now_s > 101, lambda: looks.append(clock.now_s))
+    wait_until(lambda: clock.now_s > 101, lambda: looks.append(clock.now_s))
     assert 19 <= len(looks) <= 20
     assert all(b - a <= 0.0511 for a, b in zip([100.0, *looks], looks, strict=False))
 
@@ -271,4 +272,4 @@ def test_errors_end_a_wait(clock, error):
         return False
 
     with pytest.raises(type(error) if isinstance(error, Exception) else error):
-        poll(ask, lambda: None)
+        wait_until(ask, lambda: None)

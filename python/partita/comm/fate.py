@@ -45,9 +45,10 @@ class Fate:
         """Something has failed: nothing that is under way will be completed."""
         self.failures.append(failure)
         groups, self._groups = self._groups, []
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         for group in filter(None, (each() for each in groups)):
             _GIVEN_UP.add(group)
-            thread = threading.Thread(target=_abort, args=(group,), name="partita-aborts", daemon=True)
+            thread = threading.Thread(target=_abort, args=(group, device), name="partita-aborts", daemon=True)
             thread.start()
             self._threads.append(thread)
 
@@ -64,8 +65,15 @@ def are_given_up() -> bool:
     return len(_GIVEN_UP) > 0
 
 
-def _abort(group: dist.ProcessGroup) -> None:
-    """Ends the kernels of a group's NCCL communicators. Needs no other rank."""
+def _abort(group: dist.ProcessGroup, device: int | None) -> None:
+    """Ends the kernels of a group's NCCL communicators. Needs no other rank.
+
+    Args:
+        device: of this rank; None: none is used. A thread begins on GPU 0, where this rank has nothing.
+    """
+    with suppress(RuntimeError):
+        if device is not None:
+            torch.cuda.set_device(device)
     with suppress(RuntimeError):
         group._get_backend(torch.device("cuda")).abort()
 

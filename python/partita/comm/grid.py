@@ -194,5 +194,6 @@ class ProcessGrid:
         return next(ranks for ranks in groups if self.world.rank in ranks)
 
     def close(self) -> None:
-        """Closes every communicator, the last one first; a second call does nothing. No collective."""
+        """Closes every communicator, the last one first; a second call does nothing. Over NCCL this waits for the
+        ranks of the host, see `OwnGroups.end`; else it is no collective."""
         self._exits.close()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -73,19 +73,22 @@ class OwnGroups:
         """A group of these ranks of the job (None: of all); None on a rank that is not among them.
 
         No GPU is touched here: without `device_id` NCCL begins with the first collective, on its tensor's device. With
-        one, messages between ranks would wait for each other in one queue.
+        one, messages between ranks would wait for each other in one queue. So the group is bound to no GPU, even where
+        the program has bound the default group to one.
 
         A collective of ALL ranks of the job: torch.distributed numbers groups on each rank, by the calls there.
         """
         timeout = _watchdog_timeout(self._timeout) if backend == "nccl" else self._timeout + GROUP_TIMEOUT
-        made = dist.new_group(None if ranks is None else list(ranks), backend=backend, timeout=timeout)
+        with _default_unbound():
+            made = dist.new_group(None if ranks is None else list(ranks), backend=backend, timeout=timeout)
         if not isinstance(made, dist.ProcessGroup):
             return None
         self._groups.append(made)
         return made
 
     def end(self, fate: Fate | None = None) -> None:
-        """Ends the groups; a second call does nothing. No collective: other ranks may be later, or dead.
+        """Ends the groups; a second call does nothing. Other ranks may be later, or dead. The end of NCCL waits until
+        the ranks of its host have ended it, too, or are gone: all end their groups at one place of the program.
 
         Args:
             fate: of their communicator. After a failure NCCL was aborted, else all that was launched is done: its end
@@ -97,6 +100,18 @@ class OwnGroups:
         for group in reversed(groups):
             with suppress(ValueError):  # the program has ended all groups of torch.distributed before
                 dist.destroy_process_group(group)
+
+
+@contextmanager
+def _default_unbound() -> Iterator[None]:
+    """In this block the default group is bound to no GPU, which new groups would be bound to as well."""
+    default = dist.group.WORLD
+    assert default is not None
+    bound, default.bound_device_id = default.bound_device_id, None
+    try:
+        yield
+    finally:
+        default.bound_device_id = bound
 
 
 def _watchdog_timeout(timeout: timedelta) -> timedelta:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 import time
 import weakref
 from dataclasses import dataclass
@@ -55,7 +56,9 @@ class Ending:
         process."""
         self.lookout.end(f"has left the group: {why_ending()}")
         self.messages.close()
-        if self.outstanding is not None and self.lent is None:
+        if self.outstanding is not None and self.lent is None and not threading.main_thread().is_alive():
+            # The program is ending, as that thread has. Before, a communicator that nobody has closed is garbage, which
+            # ranks collect at different times: the end of NCCL on one of them waits for those of its host.
             self._settle(has_failed=getattr(sys, "last_value", None) is not None)
             self.own.end(self.fate)  # else torch.distributed complains, and aborts what others wait for
         if self.lent is not None:

@@ -1,21 +1,53 @@
-"""Collectives that are not known to be done, over backends whose `Work.wait()` does not wait on the host."""
+"""Collectives under way over torch.distributed; where a stream waits and not the host, which are not known to be done."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from partita._core import CommunicationError
 from partita.comm.lookout import LONG_WAIT_S, Lookout
 
+Finish = Callable[[], None] | None
 QUERIES_PER_LAUNCH = 2  # each asks a device; more than one, so that the list becomes shorter again
 PAUSE_S = 0.002
 LONGEST_GAP_S = 0.5  # between two looks of one wait; what is longer was no wait of the host
+
+
+class WorkHandle:
+    """Works of torch.distributed that form one collective; keeps alive what they read and write.
+
+    Args:
+        wait: waits for the works; raises CommunicationError.
+        finish: what is left to do then.
+    """
+
+    def __init__(self, keep: Tensor, wait: Callable[[], None], finish: Finish) -> None:
+        self._keep: Tensor | None = keep
+        self._wait: Callable[[], None] | None = wait
+        self._finish = finish
+
+    def wait(self) -> None:
+        """Returns when the works are done and the result is in the buffer.
+
+        Raises:
+            CommunicationError: torch.distributed says that they failed, or another rank has ended or is in another
+                collective; names the collective and this rank, or both calls.
+        """
+        if self._wait is None:
+            return
+        self._wait()
+        self._wait = None
+        finish, self._finish, self._keep = self._finish, None, None
+        if finish is not None:
+            finish()
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from partita.comm.fate import Fate, break_connections
 from partita.comm.groups import GROUP_TIMEOUT, OwnGroups, backend_of, has_nccl, host_patience_s
 from partita.comm.leaving import Ending
 from partita.comm.lookout import Lookout, Watch
-from partita.comm.outstanding import Launched, Outstanding
+from partita.comm.outstanding import Finish, Launched, Outstanding, WorkHandle
 from partita.comm.patience import MessageWaits, wait_for_collective
 from partita.comm.waited import Waited
 from partita.device import kernels
@@ -37,7 +37,6 @@ GLOO_REDUCE_SCATTERS_IN_FLIGHT = 2
 REDUCE_SCATTER_TAG = 0x5A52
 SEND_TAG = 0x5A53
 Start = Callable[[], dist.Work | None]
-Finish = Callable[[], None] | None
 # Ctrl-C reaches the ranks of a terminal one after the other: how long a rank that a peer's ends waits for its own.
 OWN_INTERRUPTION_WITHIN_S = 0.2
 OPERATIONS = {
@@ -45,35 +44,6 @@ OPERATIONS = {
     Reduction.average: dist.ReduceOp.SUM,  # divided afterwards: gloo has no average
     Reduction.max: dist.ReduceOp.MAX,
 }
-
-
-class WorkHandle:
-    """Works of torch.distributed that form one collective; keeps alive what they read and write.
-
-    Args:
-        wait: waits for the works; raises CommunicationError.
-        finish: what is left to do then.
-    """
-
-    def __init__(self, keep: Tensor, wait: Callable[[], None], finish: Finish) -> None:
-        self._keep: Tensor | None = keep
-        self._wait: Callable[[], None] | None = wait
-        self._finish = finish
-
-    def wait(self) -> None:
-        """Returns when the works are done and the result is in the buffer.
-
-        Raises:
-            CommunicationError: torch.distributed says that they failed, or another rank has ended or is in another
-                collective; names the collective and this rank, or both calls.
-        """
-        if self._wait is None:
-            return
-        self._wait()
-        self._wait = None
-        finish, self._finish, self._keep = self._finish, None, None
-        if finish is not None:
-            finish()
 
 
 class TorchCommunicator(Communicator):
@@ -159,7 +129,7 @@ class TorchCommunicator(Communicator):
 
     def all_reduce(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
         start = self._asynchronous(dist.all_reduce, self._lend(_contiguous(buffer)), OPERATIONS[reduction])
-        return self._launch("all_reduce", buffer, [start], self._division(buffer, reduction))
+        return self._launch("all_reduce", buffer, [start], _division(buffer, reduction, self.world_size))
 
     def reduce_scatter(self, buffer: Tensor, reduction: Reduction = Reduction.sum) -> Handle:
         own = self.slice_of(_contiguous(buffer))
@@ -168,7 +138,7 @@ class TorchCommunicator(Communicator):
             return self._gloo_reduce_scatter(buffer, reduction) if native else self.all_reduce(buffer, reduction)
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         start = self._asynchronous(reduce_scatter, own, buffer, OPERATIONS[reduction])
-        return self._launch("reduce_scatter", buffer, [start], self._division(own, reduction))
+        return self._launch("reduce_scatter", buffer, [start], _division(own, reduction, self.world_size))
 
     def all_gather(self, buffer: Tensor) -> Handle:
         slices = self.slices(_contiguous(buffer))
@@ -377,13 +347,14 @@ class TorchCommunicator(Communicator):
                 return buffer
         return flat_buffer(numel, dtype)
 
-    def _division(self, result: Tensor, reduction: Reduction) -> Callable[[], None] | None:
-        """What an average still needs."""
-        return partial(_divide, result, self.world_size) if reduction == Reduction.average else None
-
 
 def _calls_of(communicator: TorchCommunicator | None) -> Calls:
     return Calls() if communicator is None else communicator.calls
+
+
+def _division(result: Tensor, reduction: Reduction, divisor: int) -> Finish:
+    """What an average still needs."""
+    return partial(_divide, result, divisor) if reduction == Reduction.average else None
 
 
 def _divide(result: Tensor, divisor: int) -> None:

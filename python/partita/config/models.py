@@ -120,6 +120,12 @@ class OffloadOptimizerConfig(Section):
     ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="The share of the parameters whose states are offloaded; the rest is updated on the device."
     )
+    threads: Annotated[PositiveInt | None, OwnKey(), RankLocal()] = Field(
+        None,
+        description="Threads of each rank for its update on the CPU; null: the cores of the rank's affinity, of which "
+        "ranks with the same ones have their share. A launcher's `OMP_NUM_THREADS=1` does not matter here. A model on "
+        "the CPU computes with torch's threads (`torch.set_num_threads`) in any case.",
+    )
 
 
 class OffloadParamConfig(Section):

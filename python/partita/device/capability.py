@@ -46,9 +46,9 @@ def why_unusable(gpu: Gpu) -> str | None:
     if gpu.driver // 1000 < built:
         driver = DRIVERS.get(built, f"for CUDA {built}")
         return (
-            f"the driver of {gpu.name} supports CUDA {_version(gpu.driver)}, and this build of Partita was made with CUDA "
-            f"{_version(gpu.runtime)}, which needs driver {driver} or newer: update the driver, or build Partita again "
-            f"with an nvcc of CUDA {gpu.driver // 1000}"
+            f"the driver of {gpu.name} supports CUDA {_version(gpu.driver)}, and this build of Partita was made with "
+            f"CUDA {_version(gpu.runtime)}, which needs driver {driver} or newer: update the driver, or build Partita "
+            f"again with an nvcc of CUDA {gpu.driver // 1000}"
         )
     if gpu.driver < OLDEST_DRIVER:
         return (
@@ -75,8 +75,8 @@ def why_not_loaded(gpu: Gpu, error: str) -> str:
     if any(name in error for name in NEWER_PTX):
         return (
             f"{gpu.name} has compute capability {_capability(gpu)}; {built_for}, and its driver, which supports CUDA "
-            f"{_version(gpu.driver)}, cannot compile that of CUDA {_version(gpu.runtime)} for it: update the driver, or "
-            f"{again}"
+            f"{_version(gpu.driver)}, cannot compile that of CUDA {_version(gpu.runtime)} for it: update the driver, "
+            f"or {again}"
         )
     return f"the kernels could not be loaded on {gpu.name}: {error}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ NativePart = TypeVar("NativePart", NormPart, AdamPart)
 NOTHING = Span(0, 0, _core.DType.f32)
 # Where a storage has no memory, the address is that of the tensor in it, counted from 0: less than this.
 NO_MEMORY_BELOW = 1 << 40
+_device, _layout, _is_nested = attrgetter("device"), attrgetter("layout"), attrgetter("is_nested")
 _OWN_MEMORY = Tensor.__torch_dispatch__  # of a class whose tensors compute with the memory that they have
 
 
@@ -53,6 +55,16 @@ def address(tensor: Tensor, name: str = "tensor") -> int:
         reason = why_no_address(tensor) or f"of shape {tuple(tensor.shape)} has no memory: its values are elsewhere"
         raise ValueError(f"{name} {reason}; the native core needs a tensor with memory of its own")
     return pointer
+
+
+def _addresses(tensors: list[Tensor], name: str) -> list[int]:
+    """The same for many tensors. They are looked at one by one only where one of them may have no address."""
+    if set(map(type, tensors)) == {Tensor} and set(map(_layout, tensors)) == {torch.strided}:
+        pointers = list(map(Tensor.data_ptr, tensors))
+        others = any(map(Tensor.is_neg, tensors)) or any(map(_is_nested, tensors))
+        if not others and min(pointers) >= NO_MEMORY_BELOW and all(map(Tensor.is_contiguous, tensors)):
+            return pointers
+    return [address(tensor, name) for tensor in tensors]
 
 
 def memory(tensor: Tensor, name: str = "tensor") -> memoryview:
@@ -116,8 +128,11 @@ def _is_made_of_others(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not _OWN_MEMORY
 
 
-def _where(name: str, tensor: Tensor, **others: Tensor | None) -> int | Stream:
+def _where(name: str, tensor: Tensor, threads: int | None = None, **others: Tensor | None) -> int | Stream:
     """Where work on these tensors is done: on how many threads, or on which stream, the current one of their device.
+
+    Args:
+        threads: on the CPU; None: as many as torch uses. So it is for all functions here.
 
     Raises:
         ValueError: they are not all on one device, or on one without kernels.
@@ -127,7 +142,7 @@ def _where(name: str, tensor: Tensor, **others: Tensor | None) -> int | Stream:
         if other is not None and other.device != device:
             raise ValueError(f"{other_name} is on device '{other.device}' but {name} is on '{device}'")
     if tensor.is_cpu:
-        return torch.get_num_threads()
+        return torch.get_num_threads() if threads is None else threads
     if not tensor.is_cuda:
         raise _no_kernels(tensor, name)
     return Stream(device.index, torch.cuda.current_stream(device).cuda_stream)
@@ -152,9 +167,16 @@ def pack(
     _core.pack(target, sources, offsets, scale, known, accumulate, where)
 
 
-def cast(destination: Tensor, source: Tensor, *, scale: float = 1.0, accumulate: bool = False) -> None:
+def cast(
+    destination: Tensor,
+    source: Tensor,
+    *,
+    scale: float = 1.0,
+    accumulate: bool = False,
+    threads: int | None = None,
+) -> None:
     """destination = [destination +] source * scale, in fp32, rounded once; both of the same number of elements."""
-    where = _where("destination", destination, source=source)
+    where = _where("destination", destination, threads, source=source)
     _core.cast(span(destination, "destination"), span(source, "source"), scale, accumulate, where)
 
 
@@ -191,9 +213,9 @@ def norm_part(values: Tensor, segments: Segments) -> Part[NormPart]:
     return Part(NormPart(span(values, "values"), segments), values.device)
 
 
-def sum_of_squares(total: Tensor, parts: list[Part[NormPart]]) -> None:
+def sum_of_squares(total: Tensor, parts: list[Part[NormPart]], *, threads: int | None = None) -> None:
     """Adds the sum of squares of all parts to `total` (float64, one element, on the device of all parts)."""
-    where, address_of_total = _where("total", total), address(_one_double(total), "total")
+    where, address_of_total = _where("total", total, threads), address(_one_double(total), "total")
     native = _native_parts(parts, "total", total)
     if isinstance(where, Stream):
         blocks = sum(part.blocks for part in native)
@@ -203,12 +225,14 @@ def sum_of_squares(total: Tensor, parts: list[Part[NormPart]]) -> None:
         _core.norm(address_of_total, native, where)
 
 
-def split_master(params: Tensor, master: Tensor, remainder: Tensor | None = None) -> None:
+def split_master(
+    params: Tensor, master: Tensor, remainder: Tensor | None = None, *, threads: int | None = None
+) -> None:
     """Writes 16-bit `params` from their fp32 `master`, and the 16 bits (int16) that bf16 ones lack to be exact.
 
     bf16 is rounded to nearest, ties away from zero: see [Note: split masters] in weights.h.
     """
-    where = _where("params", params, master=master, remainder=remainder)
+    where = _where("params", params, threads, master=master, remainder=remainder)
     _core.split_master(span(params, "params"), _remainder(remainder, master), span(master, "master"), where)
 
 
@@ -253,7 +277,7 @@ def adam_part(
         if buffer.numel() != numel:
             raise ValueError(f"{name} has {buffer.numel()} elements, the weights have {numel}")
     (first, buffer), *others = buffers.items()
-    _where(first, buffer, **dict(others), remainder=remainder)
+    _where(first, buffer, None, **dict(others), remainder=remainder)
     spans = {name: span(buffer, name) for name, buffer in buffers.items()}
     native = AdamPart(
         spans["grads"],
@@ -267,33 +291,28 @@ def adam_part(
     return Part(native, grads.device)
 
 
-def move_grads(parts: list[Part[AdamPart]], grads: list[Tensor], like: list[Tensor]) -> None:
-    """Has each part read its gradients from another tensor, of the kind of `like`: what the part was made with.
+def move_grads(parts: list[Part[AdamPart]], grads: list[Tensor]) -> None:
+    """Has each part read its gradients from another tensor of its device, of the size and dtype that the part was made
+    with. The caller has compared dtypes.
 
     That is much faster than `adam_part`, which looks at all buffers.
 
     Raises:
-        ValueError: as for `address`; or another size, dtype or device.
+        ValueError: another size or device, or as for `address`.
     """
-    addresses: list[int] = []
-    for grad, old in zip(grads, like, strict=True):
-        if grad is not old and (grad.dtype is not old.dtype or grad.numel() != old.numel() or grad.device != old.device):
-            raise ValueError(
-                f"gradients of {old.numel()} x {old.dtype} on '{old.device}' cannot move to {grad.numel()} x "
-                f"{grad.dtype} on '{grad.device}'"
-            )
-        addresses.append(address(grad, "grads"))
-    _core.move_grads([part.native for part in parts], addresses)
+    if {part.device for part in parts} != set(map(_device, grads)):
+        raise ValueError("gradients are on other devices than the parts that are to read them")
+    _core.move_grads([part.native for part in parts], _addresses(grads, "grads"), list(map(Tensor.numel, grads)))
 
 
-def adam(parts: list[Part[AdamPart]], groups: list[AdamGroup], control: Tensor) -> None:
+def adam(parts: list[Part[AdamPart]], groups: list[AdamGroup], control: Tensor, *, threads: int | None = None) -> None:
     """One Adam or AdamW update of all parts (see `adam.h`).
 
     `control` is a `StepControl` in memory, on the device of all parts: uint8, of its number of bytes.
     """
     if control.dtype != torch.uint8 or control.numel() != _core.StepControl.nbytes:
         raise TypeError(f"control is {_core.StepControl.nbytes} bytes, not {control.numel()} x {control.dtype}")
-    where = _where("control", control)
+    where = _where("control", control, threads)
     _core.adam(_native_parts(parts, "control", control), groups, address(control, "control"), where)
 
 

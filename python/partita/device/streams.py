@@ -29,11 +29,7 @@ from torch import Tensor
 from partita import _core
 from partita.device.capability import prepare_kernels
 from partita.device.memory import HOST
-
-# How the host waits for a device. A copy that is about done costs no sleep.
-SPINS = 20  # questions without a pause, some 20 microseconds
-PAUSE_S = 50e-6
-LOOKS_EVERY_S = 0.05
+from partita.device.polling import wait_until
 
 
 class HostCopy(Protocol):
@@ -67,6 +63,8 @@ class Streams(ABC):
     name: str  # of what computes, for people
     # Whether calls return before their work is done. If so, the host learns the outcome of a step during the next one.
     is_asynchronous: bool
+    # Of native work on the host beside this device, such as the update of offloaded units; None: as many as torch uses.
+    host_threads: int | None = None
 
     def __init__(self) -> None:
         # Called at least every 50 ms while the host waits for the device; what it raises ends the wait.
@@ -172,20 +170,6 @@ class AcrossStreams:
         """Nobody uses the memory any more: what is queued on `stream` from now on comes after all uses."""
         self._streams.hold_back(stream, [user for user in self._users if user != stream])
         self._users = []
-
-
-def poll(is_done: Callable[[], bool], while_waiting: Callable[[], None]) -> None:
-    """Returns when `is_done()`. The only wait of the host for a device: signals are handled within a pause, and
-    `while_waiting` is called at least every 50 ms; what it raises ends the wait."""
-    for _ in range(SPINS):
-        if is_done():
-            return
-    looked = time.monotonic()
-    while not is_done():
-        time.sleep(PAUSE_S)
-        if (now := time.monotonic()) - looked >= LOOKS_EVERY_S:
-            while_waiting()
-            looked = now
 
 
 def _nothing() -> None:
@@ -352,7 +336,7 @@ class CudaStreams(Streams):
 
     def wait_for(self, event: torch.cuda.Event) -> None:
         """The host waits until the device has passed `event`."""
-        poll(event.query, self.while_waiting)
+        wait_until(event.query, self.while_waiting)
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

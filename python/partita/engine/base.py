@@ -294,11 +294,13 @@ class EngineBase(KeepsState):
         if pipe > 1:
             over += f" in pipelines of {pipe}"
             trained = f"rank 0: {trained}"
+        host = self._run.host_threads
+        beside = "" if host is None else f" and {_count(host, 'thread')} of the host"
         limit = self.config.gradient_clipping  # said in any case: DeepSpeed clips when the config does not have the key
         clipped = f"gradients clipped at norm {limit:g}" if limit else "gradients not clipped"
         logger.info(
             f"ZeRO stage {self._run.policy.stage}, {_count(self.world_size, 'rank')}{over}, "
-            f"{self._run.precision.name}, {optimizer} on {self._run.streams.name}; {trained}; {clipped}; "
+            f"{self._run.precision.name}, {optimizer} on {self._run.streams.name}{beside}; {trained}; {clipped}; "
             f"batch {batch.train} = {batch.micro} x {_count(batch.accumulation, 'micro-batch')} "
             f"x {_count(self._run.grid.data.world_size, 'rank')}"
         )

@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from partita import _core
-from partita._core import AdamGroup, AdamPart
-from partita.device import HOST, kernels
+from partita._core import AdamGroup
+from partita.device import kernels
+from partita.optim.fused_plan import Control, Plan
 
 # Options of torch.optim.Adam that change the arithmetic; the native update has none of them.
 UNSUPPORTED_OPTIONS = ("amsgrad", "maximize", "capturable", "differentiable")
@@ -56,7 +57,7 @@ class FusedAdam(Optimizer):
             "bias_correction": bias_correction,
         }
         super().__init__(params, defaults)
-        self._versions: dict[Tensor, int] = {}  # of 16-bit parameters when last seen
+        self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's.
@@ -74,18 +75,29 @@ class FusedAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads: list[Tensor] = []  # alive until they are used
-        parts: dict[tuple[torch.device, int], list[kernels.Part[AdamPart]]] = {}  # by device and number of the update
-        for i, group in enumerate(self.param_groups):
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    grads.append(parameter.grad.contiguous())
-                    part = self._part(parameter, grads[-1], i)
-                    parts.setdefault((parameter.device, self.state[parameter]["step"]), []).append(part)
+        parameters, indices, grads = self._with_gradients()
+        if self._plan is None or not self._plan.fits(parameters, indices, grads, self.state):
+            self._plan = None  # its states and parts first: the new one may need memory
+            self._plan = Plan(parameters, indices, grads, self.state)
         groups = [adam_group(group) for group in self.param_groups]
-        for (device, step), together in parts.items():
-            kernels.adam(together, groups, _control_of(device, step))
+        for batch, step in self._plan.begin_step(grads):
+            device = batch.device
+            # Otherwise a launch on another GPU than the current one might make a context on the latter.
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                if device not in self._controls:
+                    self._controls[device] = Control(device)
+                kernels.adam(batch.parts, groups, self._controls[device].at(step))
         return loss
+
+    def _with_gradients(self) -> tuple[list[Tensor], list[int], list[Tensor]]:
+        """The parameters that have a gradient, the indices of their groups, and the gradients, contiguous."""
+        pairs = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"]]
+        found = [(p, i, p.grad) for p, i in pairs]
+        kept = [(p, i, grad) for p, i, grad in found if grad is not None]
+        grads = [grad for _, _, grad in kept]
+        if not all(map(_is_contiguous, grads)):
+            grads = [grad.contiguous() for grad in grads]
+        return [p for p, _, _ in kept], [i for _, i, _ in kept], grads
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but states stay float32 (torch casts them to the parameter's dtype) and are copies."""
@@ -99,36 +111,15 @@ class FusedAdam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._versions = {}
+        self._forget()
 
-    def _part(self, parameter: Tensor, grad: Tensor, group: int) -> kernels.Part[AdamPart]:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = 0
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(parameter, dtype=torch.float32)
-        if parameter.dtype != torch.float32:
-            if "master" not in state:
-                state["master"] = parameter.detach().float()
-            elif self._versions.get(parameter) != parameter._version:
-                kernels.adopt_written(state["master"], parameter)
-            self._versions[parameter] = parameter._version  # the native update does not count
-        state["step"] = int(state["step"]) + 1
-        return kernels.adam_part(
-            grads=grad,
-            master=state.get("master", parameter),
-            exp_avg=state["exp_avg"],
-            exp_avg_sq=state["exp_avg_sq"],
-            params=parameter if "master" in state else None,
-            segments=_core.Segments([(0, parameter.numel(), group)]),
-        )
+    def _forget(self) -> None:
+        self._plan: Plan | None = None  # of the last step
+        self._controls: dict[torch.device, Control] = {}
 
 
-def _control_of(device: torch.device, step: int) -> Tensor:
-    """The control block of an update whose gradients are what they are."""
-    control = torch.zeros(_core.StepControl.nbytes, dtype=torch.uint8, device=HOST, pin_memory=device.type == "cuda")
-    _core.StepControl(grad_norm=0.0, grad_scale=1.0, skip=False, step=step).write(kernels.address(control))
-    return control.to(device, non_blocking=True)
+def _is_contiguous(grad: Tensor) -> bool:
+    return grad.layout is not torch.strided or grad.is_contiguous()  # others are refused by name later
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ class ShardedStep:
         units: of all models that this optimizer trains, in launch order.
         grid: the norm is that of the world's gradients; new parameters are gathered from the data-parallel ranks.
         gathers: takes the all-gathers that are under way when `run()` returns.
+        host_threads: for offloaded units; None: as many as torch uses.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class ShardedStep:
         policy: StagePolicy,
         controller: StepController,
         gathers: ParameterGathers,
+        host_threads: int | None = None,
     ) -> None:
         self._digest = StepDigest(inner)
         self._units = list(units)
@@ -48,7 +50,9 @@ class ShardedStep:
         self._gathers = gathers
         self._hooks = StepHooks([inner, outer])
         self._call: StepCall | None = None  # of the step under way, if hooks follow it
-        self.update: ShardUpdate = (NativeAdam if is_native(inner) else TorchUpdate)(inner, self._units, controller)
+        self._host_threads = host_threads
+        kind = NativeAdam if is_native(inner) else TorchUpdate
+        self.update: ShardUpdate = kind(inner, self._units, controller, host_threads)
         self._norm_parts, self._host_norm_parts = (
             [kernels.norm_part(unit.reduced, unit.norm_segments) for unit in self._units if unit.offloads == on_host]
             for on_host in (False, True)
@@ -72,7 +76,7 @@ class ShardedStep:
         kernels.sum_of_squares(total, self._norm_parts)
         if self._host_norm_parts:
             on_host = torch.zeros(1, dtype=torch.float64, device=HOST)
-            kernels.sum_of_squares(on_host, self._host_norm_parts)
+            kernels.sum_of_squares(on_host, self._host_norm_parts, threads=self._host_threads)
             total += on_host.item()  # as an argument of the kernel: no copy, for which the host would wait
         self._grid.world.all_reduce(self._controller.sums).wait()
         take_back = self._controller.remember() if self._hooks.precede else None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from partita.device import FreedMemory, kernels
+from partita.device import HOST, FreedMemory, kernels, torch_threads
 from partita.optim.step_control import StepController
 from partita.optim.step_hooks import StepCall, step_without_hooks
 from partita.optim.updates import ShardUpdate, States, other_kind
@@ -32,8 +32,11 @@ class TorchUpdate(ShardUpdate):
     On a GPU the host waits for the decision whether the step is skipped: optimizers of others cannot read it there.
     """
 
-    def __init__(self, optimizer: Optimizer, units: list[Unit], controller: StepController) -> None:
+    def __init__(
+        self, optimizer: Optimizer, units: list[Unit], controller: StepController, host_threads: int | None = None
+    ) -> None:
         self._optimizer = optimizer
+        self._host_threads = host_threads
         self._units = units
         self._controller = controller
         self._skips = False
@@ -53,11 +56,11 @@ class TorchUpdate(ShardUpdate):
             grads = unit.reduced
             if grads.dtype != torch.float32:
                 grads = torch.empty_like(grads, dtype=torch.float32)
-            kernels.cast(grads, unit.reduced, scale=control.grad_scale)
+            kernels.cast(grads, unit.reduced, scale=control.grad_scale, threads=self._host_threads)
             frozen = unit.frozen_slots()
             for s, piece in zip(unit.own_slices(), pieces, strict=True):
                 piece.grad = None if s.slot in frozen else _piece(grads, s)
-        with self._pieces_in_groups():
+        with self._pieces_in_groups(), torch_threads(self._host_threads), self._where_pieces_are():
             step_without_hooks(self._optimizer, call)
         for pieces in self._pieces:
             for piece in pieces:
@@ -69,7 +72,7 @@ class TorchUpdate(ShardUpdate):
             if self._skips:
                 continue
             if unit.dtype != torch.float32:
-                kernels.split_master(unit.updated, unit.full_precision())
+                kernels.split_master(unit.updated, unit.full_precision(), threads=self._host_threads)
             unit.publish()
 
     def state_dict(self) -> dict[str, Any]:
@@ -168,6 +171,12 @@ class TorchUpdate(ShardUpdate):
     def close(self) -> None:
         self._optimizer.state.clear()
         self._views.clear()
+
+    def _where_pieces_are(self) -> AbstractContextManager[Any]:
+        """What the optimizer makes without naming a device is on the host where all of its pieces have been moved there
+        from the program's default device."""
+        moved = all(unit.offloads for unit in self._units) and torch.get_default_device() != HOST
+        return torch.device(HOST) if moved else nullcontext()
 
     @contextmanager
     def _pieces_in_groups(self) -> Iterator[None]:

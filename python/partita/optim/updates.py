@@ -80,8 +80,11 @@ class ShardUpdate(ABC):
 class NativeAdam(ShardUpdate):
     """One native pass over the units; the moments are float32."""
 
-    def __init__(self, optimizer: Optimizer, units: list[Unit], controller: StepController) -> None:
+    def __init__(
+        self, optimizer: Optimizer, units: list[Unit], controller: StepController, host_threads: int | None = None
+    ) -> None:
         self._optimizer = optimizer
+        self._host_threads = host_threads
         self._units = units
         self._controller = controller
         self._host_control = torch.empty(0, dtype=torch.uint8, device=HOST)
@@ -114,7 +117,7 @@ class NativeAdam(ShardUpdate):
             kernels.adam(resident, self._groups, self._controller.control)
         for i in (i for i in chosen if self._units[i].offloads):
             self._units[i].settle()
-            kernels.adam([self._parts[i]], self._groups, self._host_control)
+            kernels.adam([self._parts[i]], self._groups, self._host_control, threads=self._host_threads)
             self._units[i].publish()  # on its way to the device beside the update of the next
 
     def _freeze(self, frozen: list[frozenset[Slot]]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from partita.comm import (
+    Communicator,
     Entries,
     GridShape,
     ProcessGrid,
@@ -21,10 +22,11 @@ from partita.comm import (
     leave_job,
     place_in_job,
     require_same_on_all_ranks,
+    text_by_rank,
     world_communicator,
 )
 from partita.config import BatchSizes, ConfigError, ConfigSource, load_config, resolve_batch_sizes
-from partita.device import Streams, streams_of
+from partita.device import Cores, Streams, own_cores, streams_of, threads_for
 from partita.run.buckets import default_bucket_size
 from partita.run.console import ConsoleHandler
 from partita.run.precision import Precision, precision_of, short_name
@@ -69,6 +71,11 @@ class Run:
     def device(self) -> torch.device:
         """Where the model computes."""
         return self.streams.device
+
+    @property
+    def host_threads(self) -> int | None:
+        """Threads of native work on the host where the model is on a GPU; None: as many as torch uses."""
+        return self.streams.host_threads
 
     @property
     def world_size(self) -> int:
@@ -164,9 +171,11 @@ def begin_run(
         RuntimeError: the device or the transport cannot be had.
     """
     config = checked_config(source, loader_batch_size, pipe)
-    streams = streams_of(device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # what is made without naming a device belongs here, and not on GPU 0
+        # What is made without naming a device belongs here, and not on GPU 0. First, as whoever works on another device
+        # than the current one makes the latter current again, which takes memory there.
+        torch.cuda.set_device(device)
+    streams = streams_of(device)
     if on_failure is not None and not is_joined():
         on_failure.callback(leave_job)
     timeout = timedelta(seconds=config.comm.timeout_seconds)
@@ -178,6 +187,7 @@ def begin_run(
     streams.while_waiting = grid.check_progress
     if config.comms_logger.enabled or config.trace is not None:
         grid.observe(streams.mark)
+    streams.host_threads = host_threads(config, device, grid.world)
     if grid.world.rank == 0:
         _list_ignored(config)
     batch = _batch_sizes(config, grid.data.world_size, loader_batch_size)
@@ -205,6 +215,16 @@ def _with_buckets(config: Config, device: torch.device, grid: ProcessGrid) -> Ze
     default = default_bucket_size(device.type, grid.data.world_size)
     sizes = {"reduce_bucket_size": zero.reduce_bucket_size, "allgather_bucket_size": zero.allgather_bucket_size}
     return zero.model_copy(update={name: default if size is None else size for name, size in sizes.items()})
+
+
+def host_threads(config: Config, device: torch.device, world: Communicator) -> int | None:
+    """As `Run.host_threads` has it; only where the host updates. A collective, where the config offloads."""
+    offload = config.zero_optimization.offload_optimizer
+    if device.type == "cpu" or offload.device == "none":
+        return None
+    own = own_cores()
+    by_rank = [Cores.of_text(text) for text in text_by_rank(world, own.text())]
+    return offload.threads or threads_for(own, by_rank)  # a key that may differ from rank to rank comes last
 
 
 def _say_given(precision: Precision) -> None:

@@ -78,7 +78,9 @@ class Arrivals:
         values = arriving.copy.wait()  # if this raises, the copy stays under way: its memory is not free
         self._under_way.popleft()
         if arriving.landing is not None:
-            kernels.cast(arriving.unit.reduced, values, accumulate=arriving.accumulate)
+            kernels.cast(
+                arriving.unit.reduced, values, accumulate=arriving.accumulate, threads=self._streams.host_threads
+            )
             self._free[arriving.landing.dtype].append(arriving.landing)
 
     def _take_landing(self, dtype: torch.dtype, pins: bool) -> Tensor:

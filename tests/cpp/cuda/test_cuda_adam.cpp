@@ -297,6 +297,19 @@ TEST(CudaAdamSteps, TheControlBlockStaysOnTheDevice) {
     }
 }
 
+// A small table has 27 rows and 8 groups, a large one 388 rows and 64 groups.
+TEST(CudaAdamSteps, AroundTheSizesOfTables) {
+    for (const auto& [rows, count] :
+         {std::pair{27, 8}, {27, 9}, {28, 8}, {388, 8}, {389, 8}, {389, 9}, {415, 2}, {416, 64}}) {
+        SCOPED_TRACE(::testing::Message() << rows << " rows, " << count << " groups");
+        Shards shards(layout(std::vector<std::int64_t>(static_cast<std::size_t>(rows), 3), 1, count), DType::bf16,
+                      DType::bf16, Masters::split);
+        shards.new_grads(1);
+        shards.step(many_groups(count), control_of(1));
+        shards.expect_equal();
+    }
+}
+
 TEST(CudaAdamSteps, SplitMastersAreTheWholeOnes) {
     const std::vector<Segment> rows = layout(some_sizes, 8);
     Shards whole(rows, DType::bf16, DType::bf16, Masters::whole), split(rows, DType::bf16, DType::bf16, Masters::split);

@@ -129,6 +129,42 @@ INSTANTIATE_TEST_SUITE_P(DTypes, CudaCopies,
                          ::testing::Combine(::testing::ValuesIn(all_dtypes), ::testing::ValuesIn(all_dtypes)),
                          pair_name);
 
+// A small table has 62 rows, a large one 875; empty rows count for none.
+TEST(CudaCopy, AroundTheSizesOfTables) {
+    const OwnStream stream;
+    for (const int rows : {1, 62, 63, 64, 875, 876, 937, 938, 939}) {
+        Layout layout(std::vector<std::int64_t>(static_cast<std::size_t>(rows), 3));
+        Buffer source = wild(DType::f32, 3 * rows + 5), expected = wild(DType::bf16, layout.numel, 1);
+        DeviceBuffer device_source(source), actual(expected);
+        std::vector<Span> here, there;
+        for (std::int64_t i = 0; i < rows; ++i) {
+            const std::int64_t numel = i % 50 == 7 ? 0 : 3;
+            here.push_back(source.span().part(3 * i, numel));
+            there.push_back(device_source.span().part(3 * i, numel));
+        }
+        pack(expected.span(), here, layout.offsets, 0.5f, false, 1);
+        pack(actual.span(), there, layout.offsets, 0.5f, false, stream);
+        EXPECT_TRUE(same(actual.read(), expected)) << rows << " rows";
+    }
+}
+
+// Zeros are written as vectors where they can be.
+TEST(CudaCopy, ZerosOfEverySizeAndAlignment) {
+    const OwnStream stream;
+    for (const DType dtype : all_dtypes) {
+        for (std::int64_t begin = 0; begin < 9; ++begin) {
+            for (const std::int64_t numel : {0, 1, 7, 8, 9, 2047, 2048, 2049, 16384, 16393}) {
+                Buffer expected = wild(dtype, begin + numel + 9);
+                DeviceBuffer actual(expected);
+                const std::vector<Span> none = {{nullptr, numel, DType::f32}};
+                pack(expected.span(), none, {begin}, 0.5f, false, 1);
+                pack(actual.span(), none, {begin}, 0.5f, false, stream);
+                EXPECT_TRUE(same(actual.read(), expected)) << numel << " from " << begin;
+            }
+        }
+    }
+}
+
 TEST(CudaCopy, ASourceWithoutDataIsZeros) {
     const OwnStream stream;
     Buffer flat(DType::bf16, 5000);

@@ -13,6 +13,7 @@ from late_streams import on_late_streams
 from launch_order import Record, circle_of, first_difference, noting_order
 from partita.comm import CommunicationError
 from test_stage3_models import AroundBlocks, _make
+from torch import Tensor, nn
 
 Orders = Callable[[int, int], list[int]]  # of blocks, by step and rank
 
@@ -34,14 +35,25 @@ def another_in_each_step(step: int, _rank: int) -> list[int]:
     return [[3, 1, 0, 2], [0, 1, 2, 3], [1, 0, 1]][step]
 
 
+class PartlyUsed(AroundBlocks):
+    """Leaves most of its parameters without gradients when told to."""
+
+    leaves_out = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(x) * self.scale if self.leaves_out else super().forward(x)
+
+
 def _trained(orders: Orders, checkpoints: bool | None, freezes: str, config: dict[str, Any], late: bool) -> Record:
     def run() -> None:
-        engine = partita.Engine(model=_make(AroundBlocks, checkpoints, freezes), config=config)
+        engine = partita.Engine(model=_make(PartlyUsed, checkpoints, freezes), config=config)
         micro_batches = engine.gradient_accumulation_steps()
         for step in range(3):
             for m in range(micro_batches):
                 order = orders((step + m) % 3, engine.global_rank)
                 engine.module.body.order = order or ([2] if freezes else [])  # type: ignore[union-attr]
+                for i, block in enumerate(engine.module.body.blocks):  # type: ignore[union-attr,arg-type]
+                    block.leaves_out = orders is other_blocks_on_each_rank and not (i + step + engine.global_rank) % 2
                 engine.backward(engine(*batch_of(7 * step + m, engine.global_rank)))
                 engine.step()
             engine.eval_batch(batch_of(50, engine.global_rank))
@@ -89,6 +101,33 @@ def test_all_ranks_launch_in_one_order(ranks, orders, zero, checkpoints, freezes
         pytest.skip("torch refuses the first, and the engine a block that fires more often than ever before")
     settings = config_for(3, "torch", zero=ZERO[zero], gradient_accumulation_steps=2 if late else 1)
     _assert_no_circle(ranks(2).run(_trained, orders, checkpoints, freezes, settings, late))
+
+
+def _with_inputs_that_require_gradients(trains_head: bool) -> nn.Module:
+    """Backwards go on through frozen blocks when all trained parameters have their gradients, the root's too."""
+    model = _make(AroundBlocks, None, "first blocks")
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone(), requires_grad=trains_head)
+    model.body.scale.requires_grad_(False)  # type: ignore[union-attr,operator]
+    model.body.embed.register_forward_hook(lambda *called: called[-1].requires_grad_())  # type: ignore[union-attr]
+    return model
+
+
+def _trained_above(trains_head: bool) -> Record:
+    with noting_order() as record:
+        config = config_for(3, "torch", zero=ZERO["the next"])
+        engine = partita.Engine(model=_with_inputs_that_require_gradients(trains_head), config=config)
+        for step in range(3):
+            engine.module.body.order = [0, 1, 2, 3] if step == engine.global_rank else [3]  # type: ignore[union-attr]
+            engine.backward(engine(*batch_of(step, engine.global_rank)))
+            engine.step()
+        engine.destroy()
+    return record
+
+
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_frozen_blocks_at_the_end_of_a_backward(ranks, trains_head):
+    """One rank's backward goes through them, another one's ends before; gradients of the root do not overtake them."""
+    _assert_no_circle(ranks(2).run(_trained_above, trains_head))
 
 
 @pytest.mark.slow

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import inside
 import partita
 import pytest
-from communicators import WaitingCommunicator, communicating_through
-from dictated import Dictated
+import torch
+from communicators import WaitingCommunicator, communicating_through, world_communicator_by_default
+from dictated import Dictated, dictate
 from late_streams import LateStreams, TellingCommunicator, on_late_streams
 from offloaded import (
     assert_same,
     offloading,
     one_backward,
     seen_in,
+    state_of,
     three_backwards,
 )
 from partita.comm import Communicator
+from partita.utils import safe_set_full_fp32_param
+from partita.zero import GatheredParameters
 
 # Whether copies to the host read their source as late or as early as may be, and whether collectives wait for whoever
 # waits for them.
@@ -33,7 +38,8 @@ def _trains_as_usual(config: dict[str, Any], backward: Callable[..., None], late
     def through(inner: Communicator) -> Communicator:
         return TellingCommunicator(WaitingCommunicator(inner) if waiting else inner, streams)
 
-    with on_late_streams(streams), communicating_through(through):
+    over = inside.with_connect(world_communicator_by_default(config["comm"]["transport"]))
+    with on_late_streams(streams), over, communicating_through(through):
         rows, state = seen_in(config, backward)
     assert repr(rows) == repr(expected_rows)
     assert_same(state, expected)
@@ -46,7 +52,7 @@ def _trains_as_usual(config: dict[str, Any], backward: Callable[..., None], late
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
     "change",
-    ["plain", "accumulation", "clipping", "fp32 sums", "16-bit traffic", "torch optimizer", "not overlapped"],
+    ["clipping", "fp32 sums", "16-bit traffic", "torch optimizer, accumulation, clipping", "not overlapped"],
 )
 @pytest.mark.parametrize(
     ("offload", "over"),
@@ -61,6 +67,34 @@ def test_copies_that_come_late_change_nothing(ranks, offload, over, change, prec
 def test_copies_of_one_rank_may_come_late_too(ranks, offload):
     """No collective waits for a copy there."""
     ranks(1).run(_trains_as_usual, offloading(offload, "bf16", "accumulation"), three_backwards, True, False)
+
+
+def _writes_weights(config: dict[str, Any], how: str) -> None:
+    """Values on the host are written right after an update, whose parameters may be on their way to the device."""
+    states = []
+    for streams in (None, LateStreams()):
+        with nullcontext() if streams is None else on_late_streams(streams):
+            engine = partita.Engine(model=Dictated(), config=config)
+            for step in range(2):
+                one_backward(engine, step, bad=False)
+                engine.step()
+                if how == "loaded":
+                    engine.load_module_state_dict(Dictated(seed=5 + step).state_dict())
+                elif how == "gathered":
+                    with torch.no_grad(), GatheredParameters([engine.module.e], modifier_rank=0):
+                        engine.module.e[::7] = 1.5
+                else:
+                    safe_set_full_fp32_param(engine.module.e, torch.full_like(dictate(step)["e"], 0.5 + step))
+            states.append(state_of(engine))
+            engine.destroy()
+    assert_same(states[1], states[0], how)
+
+
+@pytest.mark.parametrize("how", ["loaded", "gathered", "masters"])
+@pytest.mark.parametrize("offload", ["1", "3, parameters too"])
+def test_writes_of_the_host_wait_for_the_copies_that_read_there(ranks, offload, how):
+    """O3"""
+    ranks(1).run(_writes_weights, offloading(offload, "fp32"), how)
 
 
 def _order(config: dict[str, Any]) -> list[Any]:
