@@ -144,10 +144,10 @@ def test_a_skipped_step_is_an_overflow_of_the_optimizer():
 
 def test_whether_a_step_overflowed_is_told_without_a_wait():
     """On a GPU the optimizer tells of the step before."""
+    fp16 = {"enabled": True, "initial_scale_power": 4, "hysteresis": 1}
+    adam = {"type": "Adam", "params": {"lr": 0.01}}
     with on_late_streams() as streams:
-        engine, optimizer, _, _ = deepspeed.initialize(
-            model=model_of(), config=config_of(2, fp16={"enabled": True, "initial_scale_power": 4, "hysteresis": 1})
-        )
+        engine, optimizer, _, _ = deepspeed.initialize(model=model_of(), config=config_of(2, fp16=fp16, optimizer=adam))
         seen = []
         for factor in (1.0, float("inf"), 1.0):
             engine.backward(engine(batch_of(0, torch.float16)).float().mean() * factor)
