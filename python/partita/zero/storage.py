@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,9 @@ class ShardMemory:
     def empty(self, nbytes: int, device: torch.device) -> Tensor:
         """Memory for a shard of a parameter of this device."""
         if self.on_host:
-            return host_buffer(nbytes, torch.uint8, self.pin and device.type == "cuda")
+            pins = self.pin and device.type == "cuda"
+            with torch.cuda.device(device) if pins else nullcontext():  # no engine has made it the current one yet
+                return host_buffer(nbytes, torch.uint8, pins)
         return flat_buffer(nbytes, torch.uint8, device)
 
 
