@@ -34,7 +34,6 @@ from partita.units import StagePolicy, stage_policy
 
 if TYPE_CHECKING:
     from partita.config import Config
-    from partita.config.models import ZeroConfig
 
 logger = logging.getLogger("partita")
 
@@ -191,16 +190,11 @@ def begin_run(
     if grid.world.rank == 0:
         _list_ignored(config)
     batch = _batch_sizes(config, grid.data.world_size, loader_batch_size)
-    filled = {
-        "train_batch_size": batch.train,
-        "train_micro_batch_size_per_gpu": batch.micro,
-        "gradient_accumulation_steps": batch.accumulation,
-    }
     precision = precision_of(config, batch.accumulation, dtypes)
     if precision.given and grid.world.rank == 0:
         _say_given(precision)
     return Run(
-        config=config.model_copy(update=filled | {"zero_optimization": _with_buckets(config, device, grid)}),
+        config=_filled(config, batch, default_bucket_size(device.type, grid.data.world_size)),
         batch=batch,
         precision=precision,
         policy=policy_of(config, pipe),
@@ -209,12 +203,17 @@ def begin_run(
     )
 
 
-def _with_buckets(config: Config, device: torch.device, grid: ProcessGrid) -> ZeroConfig:
-    """The section `zero_optimization`, with the bucket sizes that the config leaves to the device."""
+def _filled(config: Config, batch: BatchSizes, bucket_size: int) -> Config:
+    """The config with the batch sizes, and with the bucket size where it leaves that to the device."""
     zero = config.zero_optimization
-    default = default_bucket_size(device.type, grid.data.world_size)
     sizes = {"reduce_bucket_size": zero.reduce_bucket_size, "allgather_bucket_size": zero.allgather_bucket_size}
-    return zero.model_copy(update={name: default if size is None else size for name, size in sizes.items()})
+    filled = {
+        "train_batch_size": batch.train,
+        "train_micro_batch_size_per_gpu": batch.micro,
+        "gradient_accumulation_steps": batch.accumulation,
+        "zero_optimization": zero.model_copy(update={n: s or bucket_size for n, s in sizes.items()}),
+    }
+    return config.model_copy(update=filled)
 
 
 def host_threads(config: Config, device: torch.device, world: Communicator) -> int | None:
