@@ -45,11 +45,9 @@ class OptimizerStep:
     ) -> None:
         self.global_steps = self.global_samples = 0
         self.clip = run.config.gradient_clipping  # the largest norm of the mean gradient; 0: no clipping
-        self.controller = controller
         self.sharded: ShardedStep | None = None
-        self._run = run
-        self._parts = list(parts)
-        self._optimizer, self._gathers = optimizer, gathers
+        self._run, self._parts = run, list(parts)
+        self.controller, self._optimizer, self._gathers = controller, optimizer, gathers
         self.monitor = Monitor(run, exits)
         self.timers = PhaseTimers(self.monitor.times_phases, run.streams)
         self._reducers = [part.reducer for part in parts]
