@@ -39,6 +39,55 @@ def control(*, grad_scale: float = 1.0, skip: bool = False, step: int = 1) -> Te
     return memory
 
 
+# -- gradients that move
+
+
+def test_moved_gradients_are_read_and_nothing_else_changes():
+    arguments = adam_arguments()
+    groups, memory = arguments.pop("groups"), arguments.pop("control")
+    grads = [torch.full((8,), 3.0), torch.full((8,), -3.0)]
+    masters = [torch.ones(8), torch.ones(8)]
+    moments = [torch.zeros(8) for _ in range(4)]
+    parts = [
+        kernels.adam_part(
+            grads=torch.full((8,), 7.0),
+            master=masters[i],
+            exp_avg=moments[2 * i],
+            exp_avg_sq=moments[2 * i + 1],
+            params=None,
+            segments=arguments["segments"],
+        )
+        for i in range(2)
+    ]
+    kernels.move_grads(parts, grads)
+    kernels.adam(parts, groups, memory)
+    assert masters[0].tolist() != masters[1].tolist()
+    assert torch.allclose(moments[0], torch.full((8,), 0.3))
+    assert torch.allclose(moments[2], torch.full((8,), -0.3))
+
+
+@pytest.mark.parametrize(
+    ("grad", "words"),
+    [
+        (torch.ones(7), "7 elements, its part 8"),
+        (torch.ones(8, device="meta"), "on other devices"),
+        (torch.ones(16)[::2], "not contiguous"),
+        (torch.zeros(8).to_sparse(), "layout"),
+        (torch._neg_view(torch.ones(8)), "lazy negation"),
+    ],
+)
+def test_gradients_that_cannot_move_there_are_refused(grad, words):
+    """And the parts read those that they read before."""
+    arguments = adam_arguments()
+    groups, memory = arguments.pop("groups"), arguments.pop("control")
+    first, second = (kernels.adam_part(**arguments) for _ in range(2))
+    with pytest.raises(ValueError, match=words):
+        kernels.move_grads([first, second], [torch.ones(8), grad])
+    kernels.adam([first, second], groups, memory)
+    with pytest.raises(ValueError, match="as many"):
+        _core.move_grads([first.native], [0, 0], [8, 8])
+
+
 # -- refusals
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -229,6 +231,38 @@ def test_a_communicator_that_nobody_has_closed_ends_its_groups_with_the_program(
     with mock.patch.object(dist, "destroy_process_group") as destroyed:
         ending.with_the_program()
     assert destroyed.call_count == (1 if ends else 0)
+
+
+@pytest.mark.parametrize("with_program", [False, True])
+def test_who_leaves_with_an_error_aborts_what_would_wait_for_the_others(monkeypatch, with_program):
+    """They may wait for this rank, in a kernel and in CUDA's own wait: nobody would end before torch's watchdog does.
+    A group of the program is aborted at the end of the program only."""
+    aborted: list[str] = []
+    theirs, made = _Nccl(lambda: aborted.append("theirs")), _Nccl(lambda: aborted.append("made"))
+    own, shared = OwnGroups(), Fate()
+    own._groups.append(made)  # type: ignore[arg-type]
+    for group in (theirs, made):
+        shared.concerns(group)  # type: ignore[arg-type]
+    works = Outstanding(_Lookout(), TIMEOUT_S)  # type: ignore[arg-type]
+    ending = Ending(theirs, own, mock.Mock(), mock.Mock(), shared, None, works)  # type: ignore[arg-type]
+    with mock.patch.object(dist, "destroy_process_group"):
+        if with_program:
+            monkeypatch.setattr(threading.main_thread(), "is_alive", lambda: False)
+            monkeypatch.setattr(sys, "last_value", ValueError("wrong"), raising=False)
+            ending.with_the_program()
+        else:
+            with pytest.raises(ValueError, match=r"^wrong$"), _closing(ending):
+                raise ValueError("wrong")
+    assert shared.is_over()
+    assert sorted(aborted) == (["made", "theirs"] if with_program else ["made"])
+
+
+@contextmanager
+def _closing(ending: Ending) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        ending.close("it failed")
 
 
 def test_the_host_gives_up_before_the_watchdog_of_nccl_does():

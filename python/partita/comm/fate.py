@@ -25,8 +25,9 @@ class Fate:
 
     [Note: giving up over NCCL] A collective whose other ranks do not come is a kernel that runs for ever; aborting its
     communicator ends it. An abort frees memory of the device, which waits for the kernels of all communicators. So all
-    of them are aborted at the same time, each on a thread of its own, and nobody waits for these threads but the end
-    of the program.
+    of them are aborted at the same time, each on a thread of its own. The kernels end at once; the rest may wait until
+    the other ranks of the host have let go, too (NCCL's proxy threads). So nobody waits for these threads but the end
+    of the program, and that for a while.
 
     Attributes:
         failures: in words; after the first one no collective begins.
@@ -66,7 +67,7 @@ def are_given_up() -> bool:
 
 
 def _abort(group: dist.ProcessGroup, device: int | None) -> None:
-    """Ends the kernels of a group's NCCL communicators. Needs no other rank.
+    """Ends the kernels of a group's NCCL communicators, for which no other rank is needed, and the communicators.
 
     Args:
         device: of this rank; None: none is used. A thread begins on GPU 0, where this rank has nothing.

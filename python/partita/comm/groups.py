@@ -86,6 +86,14 @@ class OwnGroups:
         self._groups.append(made)
         return made
 
+    def give_up(self) -> None:
+        """Ends the groups without their other ranks, which may be waiting for this one: NCCL is aborted."""
+        fate = Fate()
+        for group in filter(has_nccl, self._groups):
+            fate.concerns(group)
+        fate.fail("it has left with an error")
+        self.end(fate)
+
     def end(self, fate: Fate | None = None) -> None:
         """Ends the groups; a second call does nothing. Other ranks may be later, or dead. The end of NCCL waits until
         the ranks of its host have ended it, too, or are gone: all end their groups at one place of the program.

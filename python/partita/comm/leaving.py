@@ -47,7 +47,10 @@ class Ending:
         """This rank leaves, and ends the groups that were made for the communicator."""
         self.lookout.end(f"has left the group: {reason}")
         self.messages.close()
-        self._settle(has_failed=sys.exc_info()[1] is not None)
+        has_failed = sys.exc_info()[1] is not None
+        self._settle(has_failed=has_failed)
+        if has_failed and not self.fate.failures:
+            self.own.give_up()  # the others do not end their groups now
         self.own.end(self.fate)
 
     def with_the_program(self) -> None:
@@ -59,7 +62,10 @@ class Ending:
         if self.outstanding is not None and self.lent is None and not threading.main_thread().is_alive():
             # The program is ending, as that thread has. Before, a communicator that nobody has closed is garbage, which
             # ranks collect at different times: the end of NCCL on one of them waits for those of its host.
-            self._settle(has_failed=getattr(sys, "last_value", None) is not None)
+            has_failed = getattr(sys, "last_value", None) is not None
+            self._settle(has_failed=has_failed)
+            if has_failed and not self.fate.failures:
+                self.fate.fail("its program has ended with an error")  # the others do not end now
             self.own.end(self.fate)  # else torch.distributed complains, and aborts what others wait for
         if self.lent is not None:
             self._await_threads(self.lent)

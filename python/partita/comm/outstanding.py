@@ -1,4 +1,4 @@
-"""Collectives under way over torch.distributed; where a stream waits and not the host, which are not known to be done."""
+"""Collectives under way over torch.distributed; where a stream waits and not the host, those not known to be done."""
 
 from __future__ import annotations
 

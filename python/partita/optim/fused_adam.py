@@ -38,6 +38,9 @@ class FusedAdam(Optimizer):
         ValueError: a value outside its range.
     """
 
+    _plan: Plan | None  # of the last step
+    _controls: dict[torch.device, Control]
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -114,8 +117,8 @@ class FusedAdam(Optimizer):
         self._forget()
 
     def _forget(self) -> None:
-        self._plan: Plan | None = None  # of the last step
-        self._controls: dict[torch.device, Control] = {}
+        self._plan = None
+        self._controls = {}
 
 
 def _is_contiguous(grad: Tensor) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch.optim import Optimizer
 
-from partita.comm import ProcessGrid
 from partita.device import HOST, kernels
 from partita.optim.fused_adam import is_native
 from partita.optim.groups import StepDigest
@@ -16,7 +15,8 @@ from partita.optim.step_hooks import StepCall, StepHooks
 from partita.optim.torch_update import TorchUpdate
 from partita.optim.updates import NativeAdam, ShardUpdate
 from partita.optim.waiting import frozen_slots
-from partita.units import ParameterGathers, StagePolicy, Unit
+from partita.run import Run
+from partita.units import ParameterGathers, Unit
 
 
 class ShardedStep:
@@ -26,9 +26,9 @@ class ShardedStep:
         inner: the user's optimizer.
         outer: the one that programs get.
         units: of all models that this optimizer trains, in launch order.
-        grid: the norm is that of the world's gradients; new parameters are gathered from the data-parallel ranks.
+        run: of its grid, the norm is that of the world's gradients, and new parameters are gathered from the
+            data-parallel ranks.
         gathers: takes the all-gathers that are under way when `run()` returns.
-        host_threads: for offloaded units; None: as many as torch uses.
     """
 
     def __init__(
@@ -36,23 +36,21 @@ class ShardedStep:
         inner: Optimizer,
         outer: Optimizer,
         units: Sequence[Unit],
-        grid: ProcessGrid,
-        policy: StagePolicy,
+        run: Run,
         controller: StepController,
         gathers: ParameterGathers,
-        host_threads: int | None = None,
     ) -> None:
         self._digest = StepDigest(inner)
         self._units = list(units)
-        self._grid = grid
-        self._policy = policy
+        self._grid = run.grid
+        self._policy = run.policy
         self._controller = controller
         self._gathers = gathers
         self._hooks = StepHooks([inner, outer])
         self._call: StepCall | None = None  # of the step under way, if hooks follow it
-        self._host_threads = host_threads
+        self._host_threads = run.host_threads
         kind = NativeAdam if is_native(inner) else TorchUpdate
-        self.update: ShardUpdate = kind(inner, self._units, controller, host_threads)
+        self.update: ShardUpdate = kind(inner, self._units, controller, run.host_threads)
         self._norm_parts, self._host_norm_parts = (
             [kernels.norm_part(unit.reduced, unit.norm_segments) for unit in self._units if unit.offloads == on_host]
             for on_host in (False, True)

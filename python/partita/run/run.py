@@ -183,18 +183,14 @@ def begin_run(
     require_same_on_all_ranks(shared, device)
     grid = ProcessGrid(partial(world_communicator, config.comm.transport, timeout, device), pipe or 1)
     exits.callback(grid.close)
-    streams.while_waiting = grid.check_progress
-    if config.comms_logger.enabled or config.trace is not None:
-        grid.observe(streams.mark)
-    streams.host_threads = host_threads(config, device, grid.world)
-    if grid.world.rank == 0:
-        _list_ignored(config)
+    _acquaint(config, streams, grid)
+    _list_ignored(config, grid.world.rank)
     batch = _batch_sizes(config, grid.data.world_size, loader_batch_size)
     precision = precision_of(config, batch.accumulation, dtypes)
     if precision.given and grid.world.rank == 0:
         _say_given(precision)
     return Run(
-        config=_filled(config, batch, default_bucket_size(device.type, grid.data.world_size)),
+        config=_filled(config, batch, device, grid),
         batch=batch,
         precision=precision,
         policy=policy_of(config, pipe),
@@ -203,15 +199,25 @@ def begin_run(
     )
 
 
-def _filled(config: Config, batch: BatchSizes, bucket_size: int) -> Config:
-    """The config with the batch sizes, and with the bucket size where it leaves that to the device."""
+def _acquaint(config: Config, streams: Streams, grid: ProcessGrid) -> None:
+    """What the device and the ranks must know of each other. A collective, where the config offloads."""
+    streams.while_waiting = grid.check_progress
+    if config.comms_logger.enabled or config.trace is not None:
+        grid.observe(streams.mark)
+    streams.host_threads = host_threads(config, streams.device, grid.world)
+
+
+def _filled(config: Config, batch: BatchSizes, device: torch.device, grid: ProcessGrid) -> Config:
+    """With all batch sizes, and the bucket sizes that the config leaves to the device."""
     zero = config.zero_optimization
+    default = default_bucket_size(device.type, grid.data.world_size)
     sizes = {"reduce_bucket_size": zero.reduce_bucket_size, "allgather_bucket_size": zero.allgather_bucket_size}
+    buckets = {name: default if size is None else size for name, size in sizes.items()}
     filled = {
         "train_batch_size": batch.train,
         "train_micro_batch_size_per_gpu": batch.micro,
         "gradient_accumulation_steps": batch.accumulation,
-        "zero_optimization": zero.model_copy(update={n: s or bucket_size for n, s in sizes.items()}),
+        "zero_optimization": zero.model_copy(update=buckets),
     }
     return config.model_copy(update=filled)
 
@@ -238,8 +244,10 @@ def _say_given(precision: Precision) -> None:
     )
 
 
-def _list_ignored(config: Config) -> None:
-    """One line about keys without an effect of their own, and one for each that expects more than it gets."""
+def _list_ignored(config: Config, rank: int) -> None:
+    """Rank 0 says in one line which keys have no effect of their own, and which expect more than they get."""
+    if rank:
+        return
     notes = [str(note) for note in config.ignored if not note.warns]
     if notes:
         logger.info("config, noted: %s", "; ".join(notes))

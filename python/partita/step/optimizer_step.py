@@ -71,9 +71,7 @@ class OptimizerStep:
         )
         if optimizer is not None:
             units = [unit for part in parts for unit in part.units]
-            self.sharded = ShardedStep(
-                optimizer.inner, optimizer, units, run.grid, run.policy, controller, gathers, run.host_threads
-            )
+            self.sharded = ShardedStep(optimizer.inner, optimizer, units, run, controller, gathers)
             exits.callback(self.sharded.close)
             if not run.policy.shards_states:
                 optimizer.give_states(self.sharded.update.states)
