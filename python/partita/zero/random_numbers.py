@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partita.comm import Communicator, ranks_that_differ
+from partita.comm import Communicator, any_rank, ranks_that_differ
 
 
 class SameRandomNumbers:
@@ -23,7 +23,8 @@ class SameRandomNumbers:
         self._differed = False
 
     def __enter__(self) -> None:
-        self._own = _random_states()
+        # Where one rank has used its GPU before, all have random numbers there from now on.
+        self._own = _random_states(any_rank(self._communicator, _has_gpu_numbers()))
         shared = [state.clone() for state in self._own]
         for state in shared:
             self._communicator.broadcast(state, 0).wait()
@@ -31,7 +32,7 @@ class SameRandomNumbers:
         _set_random_states(shared)
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        now = _random_states()
+        now = _random_states(_has_gpu_numbers())
         if self._differed:
             _set_random_states(self._own)
         if kind is not None or self._communicator.world_size == 1:
@@ -44,9 +45,12 @@ class SameRandomNumbers:
             )
 
 
-def _random_states() -> list[Tensor]:
-    on_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return [torch.get_rng_state(), *on_gpu]
+def _has_gpu_numbers() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def _random_states(on_gpu: bool) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if on_gpu else [])]
 
 
 def _set_random_states(states: list[Tensor]) -> None:

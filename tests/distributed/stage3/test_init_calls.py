@@ -9,6 +9,7 @@ import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import partita
 import pytest
@@ -307,3 +308,23 @@ def _communicators_open(transport: str) -> None:
 def test_its_communicator_ends_with_the_parameters_that_need_it(ranks, path):
     """An engine that takes the model needs it no more."""
     ranks(2).run(_communicators_open, path)
+
+
+def _has_used_a_gpu_on_rank_0() -> list[list[int]]:
+    """The states that this rank's GPU has had."""
+    states = [torch.full((4,), _rank(), dtype=torch.uint8)]
+    with (
+        mock.patch.object(torch.cuda, "is_initialized", lambda: _rank() == 0 or len(states) > 1),
+        mock.patch.object(torch.cuda, "get_rng_state", lambda: states[-1].clone()),
+        mock.patch.object(torch.cuda, "set_rng_state", states.append),
+        zero.Init(config=config_for()),
+    ):
+        nn.Linear(3, 3)
+    return [state.tolist() for state in states]
+
+
+def test_a_gpu_that_one_rank_has_used_before_has_rank_0s_numbers_on_all(ranks):
+    """The ranks send each other equally many states, whoever has used its GPU."""
+    first, second = ranks(2).run(_has_used_a_gpu_on_rank_0)
+    assert first == [[0] * 4] * 2
+    assert second == [[1] * 4, [0] * 4, [1] * 4]  # its own again
