@@ -94,13 +94,18 @@ class FusedAdam(Optimizer):
 
     def _with_gradients(self) -> tuple[list[Tensor], list[int], list[Tensor]]:
         """The parameters that have a gradient, the indices of their groups, and the gradients, contiguous."""
-        pairs = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"]]
-        found = [(p, i, p.grad) for p, i in pairs]
-        kept = [(p, i, grad) for p, i, grad in found if grad is not None]
-        grads = [grad for _, _, grad in kept]
+        parameters: list[Tensor] = []
+        indices: list[int] = []
+        grads: list[Tensor] = []
+        for index, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                if (grad := parameter.grad) is not None:
+                    parameters.append(parameter)
+                    indices.append(index)
+                    grads.append(grad)
         if not all(map(_is_contiguous, grads)):
             grads = [grad.contiguous() for grad in grads]
-        return [p for p, _, _ in kept], [i for _, i, _ in kept], grads
+        return parameters, indices, grads
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but states stay float32 (torch casts them to the parameter's dtype) and are copies."""

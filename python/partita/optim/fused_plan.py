@@ -53,7 +53,7 @@ class Plan:
         self._parameters, self._groups = parameters, groups
         self._states = [_completed(state[parameter], parameter) for parameter in parameters]
         parts = [_part(*each) for each in zip(self._parameters, self._states, self._groups, grads, strict=True)]
-        self._whole = list(state.items())
+        self._whole = (list(state.keys()), list(state.values()))
         self._tensors = _tensors_of(self._states)
         self._with_master = [i for i, of_one in enumerate(self._states) if "master" in of_one]
         self._grad_dtypes = list(map(_dtype, grads))
@@ -73,9 +73,8 @@ class Plan:
             _are(self._parameters, parameters)
             and groups == self._groups
             and list(map(_dtype, grads)) == self._grad_dtypes
-            and len(self._whole) == len(state)
-            and all(a is b and x is y for (a, x), (b, y) in zip(self._whole, state.items(), strict=True))
-            and all(map(_has_moments, self._states))
+            and _are(self._whole[0], state.keys())
+            and _are(self._whole[1], state.values())
             and _are(self._tensors, _tensors_of(self._states))
             and self._facts() == self._places
             and [of_one["step"] for of_one in self._states] == self._steps
@@ -132,13 +131,13 @@ def _part(parameter: Tensor, state: State, group: int, grad: Tensor) -> kernels.
     )
 
 
-def _has_moments(state: State) -> bool:
-    return "exp_avg" in state and "exp_avg_sq" in state
-
-
 def _tensors_of(states: list[State]) -> list[Any]:
     """Moments and masters."""
-    return [*chain.from_iterable(map(_moments, states)), *(state["master"] for state in states if "master" in state)]
+    try:
+        moments = list(chain.from_iterable(map(_moments, states)))
+    except KeyError:  # somebody has taken them out
+        return []
+    return moments + [state["master"] for state in states if "master" in state]
 
 
 def _are(known: list[Any], now: Iterable[Any]) -> bool:
