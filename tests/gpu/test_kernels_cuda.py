@@ -9,6 +9,8 @@ from one_part import adam
 from partita import _core
 from partita._core import AdamGroup, Segments
 from partita.device import kernels
+from partita.device.capability import prepare_kernels
+from partita.optim import FusedAdam
 from torch import Tensor
 
 pytestmark = NEEDS_CUDA
@@ -186,3 +188,32 @@ def test_a_control_block_on_the_host_is_refused():
             groups=[AdamGroup(1e-2, 0.9, 0.999, 1e-8, 0.0, True)],
             control=control_on(CPU, 1),
         )
+
+
+# -- before anything runs
+
+
+def test_all_kernels_are_loaded_and_fit_to_the_device():
+    prepare_kernels.cache_clear()
+    prepare_kernels(CUDA)
+    assert _core.load_cuda_kernels(CUDA.index or 0) > 50
+    assert _core.cuda_architectures()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fused_adam_has_the_cpus_bits(dtype):
+    """Gradients that are elsewhere in each step, parameters without one, a number of steps for each."""
+    results = []
+    for device in (CPU, CUDA):
+        parameters = [torch.nn.Parameter(values(n, dtype, n).to(device)) for n in SIZES]
+        optimizer = FusedAdam(parameters, lr=1e-2, weight_decay=0.1)
+        for step in range(5):
+            optimizer.zero_grad(set_to_none=True)
+            for i, parameter in enumerate(parameters):
+                if (step + i) % 4:
+                    parameter.grad = values(parameter.numel(), dtype, 100 * step + i).to(device)
+            optimizer.step()
+        states = [optimizer.state[p] for p in parameters]
+        results.append([bits(p.detach()) for p in parameters] + [bits(s["exp_avg_sq"]) for s in states])
+    for cpu, cuda in zip(*results, strict=True):
+        assert torch.equal(cpu, cuda)

@@ -407,3 +407,32 @@ def test_a_step_that_cannot_be_taken_counts_nothing():
     expected, _ = _trained(torch.float32, steps=3)
     assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True))
     assert optimizer.state[parameters[0]]["step"] == 3
+
+
+def test_a_parameter_that_changes_its_group_has_the_options_of_the_new_one():
+    """Also where the order of all parameters stays."""
+    ours, theirs = _parameters(torch.float32), _parameters(torch.float32)
+    for parameters, make in ((ours, FusedAdam), (theirs, torch.optim.AdamW)):
+        groups = [{"params": parameters[:4], "lr": 0.5}, {"params": parameters[4:], "lr": 0.01}]
+        optimizer = make(groups, weight_decay=0.1)
+        for step in range(4):
+            if step == 2:
+                moved = optimizer.param_groups[0]["params"].pop()
+                optimizer.param_groups[1]["params"].insert(0, moved)
+            _set_grads(parameters, step)
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_whose_dtype_changes_are_read_as_what_they_are():
+    """A parameter's `grad_dtype` lets it have others than its own."""
+    results = []
+    for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+        parameter = nn.Parameter(torch.arange(40.0).bfloat16())
+        parameter.grad_dtype = None
+        optimizer = FusedAdam([parameter], lr=0.1)
+        for step, dtype in enumerate(dtypes):
+            parameter.grad = torch.linspace(-1, 1, 40).bfloat16().to(dtype) * (step + 1)
+            optimizer.step()
+        results.append(parameter.detach().clone())
+    assert torch.equal(*results)
