@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from odd_adam import DTYPES, OPTIONS, rounded, set_grads, trained
+from odd_adam import DTYPES, OPTIONS, odd_parameters, rounded, set_grads, trained
 from partita.optim import FusedAdam
 from torch import Tensor, nn
 
