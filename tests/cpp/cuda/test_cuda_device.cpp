@@ -78,6 +78,8 @@ class CudaLaunches : public ::testing::Test {
     std::set<const void*> kernels;
     std::size_t smallest = SIZE_MAX;
 
+    void SetUp() override { load_cuda_kernels(here); }
+
     static std::vector<Segment> rows() {
         std::vector<Segment> result;
         for (std::int64_t i = 0; i < numel; ++i) result.push_back({i, 1, static_cast<std::int32_t>(i % 2)});
