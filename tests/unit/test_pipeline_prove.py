@@ -19,6 +19,7 @@ from partita.pipeline import (
     pairs_of,
     plan_of,
     prove,
+    require_queues,
     schedule_for,
 )
 
@@ -243,3 +244,16 @@ def test_the_pairs_of_ranks_that_send_to_each_other():
     plain = plan_of(schedule, 0)
     assert pairs_of(plain, []) == [(0, 1), (1, 0), (1, 2), (2, 1)]
     assert pairs_of(plain, [(0, 2), (1,)]) == chain
+
+
+@pytest.mark.parametrize("connections", [None, "8", "32", "", "many"])
+def test_cudas_own_number_of_queues_is_enough(connections):
+    require_queues(plan_of(by_name("interleaved", 2, 4), 0), connections)
+
+
+@pytest.mark.parametrize("name", ["interleaved", "zb-v"])
+def test_several_stages_on_a_rank_need_several_queues(name):
+    with pytest.raises(ValueError, match="CUDA_DEVICE_MAX_CONNECTIONS=1, and this schedule has several stages"):
+        require_queues(plan_of(by_name(name, 2, 4), 0), "1")
+    for one_stage in ("1f1b", "gpipe", "zb-h1"):
+        require_queues(plan_of(by_name(one_stage, 2, 4), 0), "1")

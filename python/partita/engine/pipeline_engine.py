@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -38,6 +39,7 @@ from partita.pipeline import (
     pairs_of,
     placement,
     plan_of,
+    require_queues,
     require_same_labels,
     schedule_for,
     share_values,
@@ -338,6 +340,8 @@ def _refuse_unfit(config: Config) -> None:
 def _stages_here(model: PipelineModule, plan: RankPlan, ready: Prepared, exits: ExitStack) -> StagesHere:
     """The stages of this rank in training. A collective of the pipeline."""
     run, ranks = ready.run, model.stage_ranks
+    if run.device.type == "cuda":
+        require_queues(plan, os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
     run.grid.pipe.connect_pairs(pairs_of(plan, [tie.stages for tie in model.ties]))
     share_values(model.ties, ranks, model.stages, run.grid.pipe)
     parts: dict[int, ModelPart] = {}

@@ -13,7 +13,7 @@ from partita.pipeline.outbox import Outbox
 from partita.pipeline.partition import balanced
 from partita.pipeline.payload import classes_of
 from partita.pipeline.prove import Proof, prove
-from partita.pipeline.rank_plan import RankPlan, pairs_of, plan_of
+from partita.pipeline.rank_plan import RankPlan, pairs_of, plan_of, require_queues
 from partita.pipeline.same_labels import fingerprint, require_same_labels
 from partita.pipeline.schedule import Action, Schedule, ScheduleError
 from partita.pipeline.shared import Tie
@@ -62,6 +62,7 @@ __all__ = [
     "placement",
     "plan_of",
     "prove",
+    "require_queues",
     "require_same_labels",
     "schedule_for",
     "share_values",

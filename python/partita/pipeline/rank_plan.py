@@ -12,6 +12,7 @@ from partita.pipeline.schedule import Action, Links, Schedule, ScheduleError
 # Messages that may be under way from a rank to another: few take little memory, and some schedules need more. Each may
 # have a message before it that describes it, and transports hold 256.
 WINDOWS = (4, 16, 64, 120)
+HARDWARE_QUEUES = 8  # of a GPU, unless CUDA_DEVICE_MAX_CONNECTIONS says otherwise
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,25 @@ def pairs_of(plan: RankPlan, tied: Iterable[Sequence[int]]) -> list[tuple[int, i
     stages |= {(a, b) for group in tied for a in group for b in group}
     pairs = {(ranks[a], ranks[b]) for a, b in stages}
     return sorted((a, b) for a, b in pairs | {(b, a) for a, b in pairs} if a != b)
+
+
+def require_queues(plan: RankPlan, connections: str | None) -> None:
+    """The streams of a GPU go through hardware queues. With several stages on a rank a second message may be under way
+    before the first is taken, and must not wait behind it there.
+
+    Args:
+        connections: the value of CUDA_DEVICE_MAX_CONNECTIONS; None: CUDA's own.
+
+    Raises:
+        ValueError: there are fewer queues than CUDA's own number.
+    """
+    several = max(Counter(plan.schedule.stage_ranks).values()) > 1
+    if several and connections is not None and connections.isdigit() and int(connections) < HARDWARE_QUEUES:
+        raise ValueError(
+            f"CUDA_DEVICE_MAX_CONNECTIONS={connections}, and this schedule has several stages on a rank, whose "
+            f"messages could wait for each other for ever: unset the variable, set it to {HARDWARE_QUEUES} or more, "
+            "or use a schedule with one stage on each rank (1f1b, zb-h1)"
+        )
 
 
 def _proved(schedule: Schedule, skips: list[tuple[int, int]]) -> tuple[Proof, int]:
