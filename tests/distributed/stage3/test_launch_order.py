@@ -87,13 +87,14 @@ def _assert_no_circle(records: list[Record]) -> None:
 
 
 GATHER_REDUCE = ("2 of [0, 1", "reduce_scatter")
+SAMPLED = ("one at a time", "two", "no overlap", "offloaded")  # the others run with the long tests
 
 
 @pytest.mark.pairwise
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("freezes", ["", "first blocks"])
 @pytest.mark.parametrize("checkpoints", [None, False, True])
-@pytest.mark.parametrize("zero", ZERO)
+@pytest.mark.parametrize("zero", [pytest.param(z, marks=[] if z in SAMPLED else pytest.mark.slow) for z in ZERO])
 @pytest.mark.parametrize("orders", [all_blocks, other_blocks_on_each_rank, not_as_registered, another_in_each_step])
 def test_all_ranks_launch_in_one_order(ranks, orders, zero, checkpoints, freezes, late):
     """Whether ranks use the same blocks or others, with any prefetch, in first and later steps."""
