@@ -282,17 +282,23 @@ def test_the_host_gives_up_before_the_watchdog_of_nccl_does():
 
 def test_groups_beside_a_default_group_that_is_bound_to_a_gpu_are_bound_to_none():
     """Messages of a group that is bound would wait for each other in one queue, and its ranks in `new_group()`."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if begins := not dist.is_initialized():  # another test may have made the job's
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    default = dist.group.WORLD
+    assert default is not None
+    before = default.bound_device_id
     try:
-        default = dist.group.WORLD
-        assert default is not None
         default.bound_device_id = bound = torch.device("cpu", 0)
-        made = OwnGroups().make("gloo")
+        own = OwnGroups()
+        made = own.make("gloo")
         assert made is not None
         assert made.bound_device_id is None
         assert default.bound_device_id == bound
+        own.end()
     finally:
-        dist.destroy_process_group()
+        default.bound_device_id = before
+        if begins:
+            dist.destroy_process_group()
 
 
 def _joined_with(
