@@ -69,7 +69,8 @@ def test_layers_have_the_bits_of_the_model(kind, batch, attention):
     model.eval()
     module.eval()
     assert torch.equal(module(inputs), model(**inputs).logits)
-    assert torch.equal(module(inputs), model(**inputs, use_cache=True).logits) or batch == "packed"
+    if batch != "packed":  # with a cache, products of other strides: on some processors in another order of sums
+        torch.testing.assert_close(module(inputs), model(**inputs, use_cache=True).logits, rtol=1e-5, atol=1e-6)
     if batch == "ids":
         assert torch.equal(module(IDS), model(IDS).logits)
 
