@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from partita.comm import CommunicationError
+from partita.comm.calls import why_leaving
 from partita.comm.fate import Fate
 from partita.comm.groups import OwnGroups, host_patience_s, set_timeout
 from partita.comm.leaving import Ending
@@ -255,6 +256,24 @@ def test_who_leaves_with_an_error_aborts_what_would_wait_for_the_others(monkeypa
                 raise ValueError("wrong")
     assert shared.is_over()
     assert sorted(aborted) == (["made", "theirs"] if with_program else ["made"])
+
+
+def test_the_end_of_an_iterator_is_no_error_of_who_leaves():
+    """A loop over batches that ends in `except StopIteration: engine.destroy()` ends its groups in order."""
+    aborted: list[str] = []
+    own, made = OwnGroups(), _Nccl(lambda: aborted.append("made"))
+    own._groups.append(made)  # type: ignore[arg-type]
+    works = Outstanding(_Lookout(), TIMEOUT_S)  # type: ignore[arg-type]
+    lookout = mock.Mock()
+    ending = Ending(_Nccl(), own, mock.Mock(), lookout, Fate(), None, works)  # type: ignore[arg-type]
+    with mock.patch.object(dist, "destroy_process_group") as destroyed:
+        try:
+            next(iter(()))
+        except StopIteration:
+            ending.close(why_leaving())
+    assert destroyed.call_count == 1
+    assert not aborted
+    assert "failed" not in lookout.end.call_args.args[0]
 
 
 @contextmanager

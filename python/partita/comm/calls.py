@@ -49,16 +49,21 @@ class InsideCall:
             self._calls.has_failed = True
 
 
-def error_under_way() -> BaseException | None:
-    """The error that the program is handling, or that ends it; None: there is none. The end of an iterator is no error,
-    nor is what a user or the system asks for."""
+def exception_under_way() -> BaseException | None:
+    """What the program is handling, or what ends it; None: nothing. The end of an iterator is no exception here."""
     error = sys.exc_info()[1]
-    return error if isinstance(error, Exception) and not isinstance(error, StopIteration | StopAsyncIteration) else None
+    return None if isinstance(error, StopIteration | StopAsyncIteration) else error
+
+
+def error_under_way() -> BaseException | None:
+    """The same, but for what a user or the system asks for, which is no error."""
+    error = exception_under_way()
+    return error if isinstance(error, Exception) else None
 
 
 def why_leaving() -> str:
     """Why this rank leaves in the midst of its program: the exception under way, if there is one."""
-    error = sys.exc_info()[1]
+    error = exception_under_way()
     return f"its engine was destroyed: {FEWER_BATCHES}" if error is None else f"it failed with {_in_short(error)}"
 
 

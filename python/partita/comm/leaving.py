@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from partita.comm.calls import why_ending
+from partita.comm.calls import exception_under_way, why_ending
 from partita.comm.fate import Fate, break_connections
 from partita.comm.groups import OwnGroups
 from partita.comm.lookout import Lookout
@@ -47,7 +47,7 @@ class Ending:
         """This rank leaves, and ends the groups that were made for the communicator."""
         self.lookout.end(f"has left the group: {reason}")
         self.messages.close()
-        has_failed = sys.exc_info()[1] is not None
+        has_failed = exception_under_way() is not None
         self._settle(has_failed=has_failed)
         if has_failed and not self.fate.failures:
             self.own.give_up()  # the others do not end their groups now

@@ -122,14 +122,9 @@ class Lookout:
             return f"is in {waiting['meets']}"
         if not waiting:
             return "has told nothing: it computes, hangs, is stopped or has died"
-        has_launched = (
-            "has launched that collective and waits, too"
-            if waiting["launched"] > number
-            else (
-                f"waits, and has not launched that collective (number {number}; it has launched {waiting['launched']})"
-            )
-        )
-        return has_launched
+        if waiting["launched"] > number:
+            return "has launched that collective and waits, too"
+        return f"waits, and has not launched that collective (number {number}; it has launched {waiting['launched']})"
 
     @contextmanager
     def meet(self, name: str) -> Iterator[None]:
